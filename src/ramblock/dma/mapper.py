@@ -1,0 +1,472 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Keeps the mappings of one DMA target in step with what is populated (QEMU: hw/vfio/listener.c).
+
+Theory of operation. The mapper is a listener of the discard manager of every section, here IOVA = GPA. For each section
+it keeps two bits per page, taking memory only where something is mapped: *mapped*, and *start*, set on the first page of
+each mapping. That is all it has to know: the number of set starts is the number of entries, cutting out a range clears
+its bits and sets the start behind it, and a target that wants whole mappings back gets the pieces between starts.
+
+What a failure leaves. A call of ours that raises leaves the target and the two bitmaps as before the call, or it has
+reported the pages as in doubt. The target's own word is not enough for that: the bytes an unmap returns are checked
+against the bytes that were mapped; and after an exception that is no refusal (Ctrl-C in the middle of a system call) the
+call may or may not have been carried out, so the mapper makes sure before it goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Iterable, Iterator
+
+from ramblock.bitmap import SparseBitmap
+from ramblock.dma.target import DmaTarget, HostRange, MappingPolicy
+from ramblock.errors import DmaError, MappingLimitError, UsageError, describe_range
+from ramblock.memory.section import RamSection
+from ramblock.units import PAGE_SIZE
+
+__all__ = ["Mapper", "SectionMapper"]
+
+_log = logging.getLogger(__name__)
+
+#: Reports pages that a target may or may not still reach: section, listener, reason.
+Doubt = Callable[[RamSection, object, str], None]
+
+# An operator should hear of a budget before it refuses something; the share is ours.
+_NEARLY_USED_UP = 0.9
+
+
+def effective_policy(target: DmaTarget, policy: MappingPolicy) -> MappingPolicy:
+    """
+    Tell what *policy* means for *target*: PAGE or RUN.
+
+    :raises UsageError: RUN, and the target cannot cut.
+    """
+    if not isinstance(policy, MappingPolicy):
+        raise UsageError(
+            f"{policy!r} is not a mapping policy", value=policy, expected="PAGE, RUN or AUTO"
+        )
+    capabilities = target.capabilities
+    cuts = capabilities.cut and not capabilities.exact
+    if policy is MappingPolicy.AUTO:
+        return MappingPolicy.RUN if cuts else MappingPolicy.PAGE
+    if policy is MappingPolicy.RUN and not cuts:
+        raise UsageError(
+            f"policy RUN needs a target that cuts, {target!r} cannot",
+            value=policy,
+            expected="PAGE or AUTO",
+        )
+    return policy
+
+
+class Mapper:
+    """
+    One target's mappings. Made by ``GuestMemory.attach``.
+
+    :param target: What maps.
+    :param policy: PAGE or RUN.
+    :param max_mappings: The operator's budget; the smaller of it and the target's counts.
+    """
+
+    def __init__(self, target: DmaTarget, policy: MappingPolicy, max_mappings: int | None) -> None:
+        capabilities = target.capabilities
+        limits = [limit for limit in (max_mappings, capabilities.max_mappings) if limit is not None]
+        self.target = target
+        self.policy = effective_policy(target, policy)
+        self._limit = min(limits, default=None)
+        #: Smallest piece that one mapping covers, in bytes.
+        self.page_size = max(capabilities.page_size, PAGE_SIZE)
+        self.exact = capabilities.exact
+        #: Mappings that exist now.
+        self.entries = 0
+        #: Bytes that devices can reach now.
+        self.mapped_bytes = 0
+        #: Calls made so far, those of undone conversions too.
+        self.map_calls = 0
+        self.unmap_calls = 0
+        self.listeners: list[SectionMapper] = []
+        self._warned = False
+
+    @property
+    def limit(self) -> int | None:
+        """How many mappings may exist at once; None: any number."""
+        return self._limit
+
+    def require(self, extra: int) -> None:
+        """
+        Check that *extra* entries more may exist at once.
+
+        :raises MappingLimitError: They may not.
+        """
+        limit = self._limit
+        if limit is None or extra <= 0:
+            return
+        needed = self.entries + extra
+        if needed > limit:
+            _log.warning(
+                "refused: %d mappings needed, limit %d, target %r", needed, limit, self.target
+            )
+            raise MappingLimitError(
+                f"{needed} mappings needed, {self.entries} in use, limit {limit}",
+                limit=limit,
+                needed=needed,
+            )
+        nearly = needed >= limit * _NEARLY_USED_UP
+        if nearly and not self._warned:
+            _log.warning(
+                "%d of %d mappings will be in use on target %r", needed, limit, self.target
+            )
+        self._warned = nearly
+
+    def check_section(self, section: RamSection, granularity: int) -> None:
+        """
+        Check that the target can map any granule of *section*.
+
+        :raises UsageError: Page size above *granularity*, misaligned, or outside the target's IOVA ranges.
+        """
+        unit = self.page_size
+        if granularity < unit:
+            raise UsageError(
+                f"the target maps pages of {unit:#x} bytes, {section!r} changes by {granularity:#x}",
+                value=unit,
+                expected=f"at most {granularity:#x}",
+            )
+        if (section.gpa | section.offset | section.size) % unit:
+            raise UsageError(f"{section!r} is not made of pages of {unit:#x} bytes", value=section)
+        ranges = self.target.capabilities.iova_ranges
+        if ranges is not None and not any(
+            start <= section.gpa and section.gpa_end <= end for start, end in ranges
+        ):
+            expected = ", ".join(describe_range(start, end - start) for start, end in ranges)
+            raise UsageError(
+                f"{describe_range(section.gpa, section.size)} is outside the target's addresses {expected}",
+                value=section,
+                expected=expected,
+            )
+
+    def remove(self, listener: SectionMapper) -> None:
+        """Forget a listener that is registered nowhere any more."""
+        self.listeners.remove(listener)
+        self.recount()
+
+    def recount(self) -> None:
+        """Count entries and bytes from the bitmaps: after an interrupt the running sums may be off."""
+        self.entries = sum(listener.starts.count(0, listener.pages) for listener in self.listeners)
+        self.mapped_bytes = (
+            sum(listener.mapped.count(0, listener.pages) for listener in self.listeners) * PAGE_SIZE
+        )
+
+    def __repr__(self) -> str:
+        limit = "no limit" if self._limit is None else f"limit {self._limit}"
+        return f"<Mapper {self.policy.value} of {self.target!r}: {self.entries} entries, {limit}>"
+
+
+class SectionMapper:
+    """
+    The mapper's listener for one section.
+
+    It copes with being told to populate what it has mapped already and to discard what it has not: an undo after an
+    interrupt cannot always know.
+
+    :param mapper: Whose target it drives.
+    :param section: Where; pages below are relative to its start.
+    :param doubt: Called with pages that may or may not be reachable.
+    """
+
+    sparse_discard = True
+
+    def __init__(self, mapper: Mapper, section: RamSection, doubt: Doubt) -> None:
+        self.budget = mapper
+        self.granularity = mapper.page_size
+        self.section = section
+        self.target = mapper.target
+        self.pages = section.size // PAGE_SIZE
+        self.mapped = SparseBitmap(self.pages)
+        self.starts = SparseBitmap(self.pages)
+        self._doubt = doubt
+        self._step = mapper.page_size // PAGE_SIZE if mapper.policy is MappingPolicy.PAGE else None
+        mapper.listeners.append(self)
+
+    # -- what the discard manager calls ---------------------------------------------------------------------------
+
+    def notify_populate(self, section: RamSection) -> None:
+        """
+        Map *section*: one mapping, or one per page.
+
+        :raises BaseException: What the target raised. Nothing of *section* is mapped by this call, or it is in doubt.
+        """
+        start, end = self._pages(section)
+        if self.mapped.count(start, end):
+            for gap_start, gap_end in list(self.mapped.runs(start, end, value=False)):
+                self._map(gap_start, gap_end)
+        else:
+            self._map(start, end)
+
+    def notify_discard(self, section: RamSection) -> None:
+        """
+        Unmap what is mapped of *section*.
+
+        :raises BaseException: What the target raised, or a DmaError for a short unmap. Everything is mapped as before,
+            or it is in doubt.
+        """
+        start, end = self._pages(section)
+        if self.mapped.count(start, end):
+            self._unmap(start, end)
+
+    def entries_to_populate(self, sections: Iterable[RamSection]) -> int:
+        """How many entries *sections* need."""
+        if self._step is None:
+            return sum(1 for _ in sections)
+        return sum(section.size for section in sections) // self.granularity
+
+    def entries_to_discard(self, section: RamSection) -> int:
+        """
+        How many entries more have to be possible to discard *section* and put it back.
+
+        A mapping that sticks out behind becomes one of its own; one that sticks out in front stays, and what is put
+        back of it is a new one. Whole mappings give back what they need.
+        """
+        start, end = self._pages(section)
+        return int(self._continues(start)) + int(self._continues(end))
+
+    def _continues(self, page: int) -> bool:
+        """Whether a mapping covers both *page* and the page before it."""
+        if page >= self.pages:
+            return False
+        return bool(self.mapped.count(page, page + 1)) and not self.starts.count(page, page + 1)
+
+    # -- pages and bytes ------------------------------------------------------------------------------------------
+
+    def _pages(self, section: RamSection) -> tuple[int, int]:
+        start = (section.offset - self.section.offset) // PAGE_SIZE
+        return start, start + section.size // PAGE_SIZE
+
+    def _iova(self, page: int) -> int:
+        return self.section.gpa + page * PAGE_SIZE
+
+    def _part(self, start: int, end: int) -> RamSection:
+        base = self.section.offset
+        return self.section.part(base + start * PAGE_SIZE, base + end * PAGE_SIZE)
+
+    # -- the books ------------------------------------------------------------------------------------------------
+
+    def _record(self, start: int, end: int) -> None:
+        """Note that [start, end) is mapped, in mappings of our policy."""
+        step = self._step
+        added = self.mapped.set(start, end)
+        if step is None:
+            entries = self.starts.set(start, start + 1)
+        elif step == 1:
+            entries = self.starts.set(start, end)
+        else:
+            entries = sum(self.starts.set(page, page + 1) for page in range(start, end, step))
+        self.budget.mapped_bytes += added * PAGE_SIZE
+        self.budget.entries += entries
+
+    def _erase(self, start: int, end: int) -> None:
+        """Note that nothing of [start, end) is mapped; a mapping that went on behind it starts there now."""
+        new_start = self.starts.set(end, end + 1) if self._continues(end) else 0
+        removed = self.mapped.clear(start, end)
+        self.budget.entries += new_start - self.starts.clear(start, end)
+        self.budget.mapped_bytes -= removed * PAGE_SIZE
+
+    # -- mapping --------------------------------------------------------------------------------------------------
+
+    def _host_range(self, page: int, pages: int) -> HostRange:
+        block = self.section.block
+        offset = self.section.offset + page * PAGE_SIZE
+        return HostRange(block.fd, offset, block.address + offset, pages * PAGE_SIZE)
+
+    def _map_piece(self, page: int, pages: int) -> None:
+        self.budget.map_calls += 1
+        self.target.map(
+            self._iova(page), self._host_range(page, pages), writable=not self.section.readonly
+        )
+
+    def _map(self, start: int, end: int) -> None:
+        """Map pages that are not mapped, and note it."""
+        step = self._step or end - start
+        position = start
+        try:
+            while position < end:
+                self._map_piece(position, step)
+                position += step
+            self._record(start, end)
+        except BaseException as error:
+            self._unmap_after_failure(start, position, min(position + step, end), error)
+            raise
+
+    def _unmap_after_failure(
+        self, start: int, position: int, in_flight_end: int, error: BaseException
+    ) -> None:
+        """[start, position) is mapped for certain, [position, in_flight_end) perhaps: unmap both."""
+        self._erase(start, in_flight_end)
+        self.budget.recount()
+        step = self._step or position - start
+        pieces = (
+            range(start, position, step)
+            if self.budget.exact
+            else ([start] if position > start else [])
+        )
+        for piece in pieces:
+            end = piece + step if self.budget.exact else position
+            problem = self._unmap_certain(piece, end)
+            if problem is not None:
+                self._report(piece, end, problem)
+        if position < in_flight_end and not _is_refusal(error):
+            problem = self._unmap_uncertain(position, in_flight_end)
+            if problem is not None:
+                self._report(position, in_flight_end, problem)
+
+    def _unmap_certain(self, start: int, end: int) -> str | None:
+        """Unmap pages that are mapped; say what went wrong, if anything did."""
+        size = (end - start) * PAGE_SIZE
+        try:
+            self.budget.unmap_calls += 1
+            removed = self.target.unmap(self._iova(start), size)
+        except BaseException as error:  # part of an undo: the rest of it has to happen
+            return f"unmap failed: {error!r}"
+        return None if removed >= size else f"unmap removed {removed:#x} of {size:#x} bytes"
+
+    def _unmap_uncertain(self, start: int, end: int) -> str | None:
+        """
+        Unmap one mapping that exists or not; say what is left in doubt, if anything is.
+
+        An unmap that removes nothing may be short, so a map is the second witness: where it succeeds nothing was left.
+        """
+        size = (end - start) * PAGE_SIZE
+        try:
+            self.budget.unmap_calls += 1
+            removed = self.target.unmap(self._iova(start), size)
+        except BaseException as error:  # part of an undo
+            return (
+                None
+                if getattr(error, "errno", None) == errno.ENOENT
+                else f"unmap failed: {error!r}"
+            )
+        if removed >= size:
+            return None
+        if removed:
+            return f"unmap removed {removed:#x} of {size:#x} bytes"
+        try:
+            self._map_piece(start, end - start)
+        except BaseException as error:  # part of an undo
+            return f"unmap removed nothing, and mapping it again failed: {error!r}"
+        return self._unmap_certain(start, end)
+
+    # -- unmapping ------------------------------------------------------------------------------------------------
+
+    def _pieces(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield what one unmap call each names: everything, or the mappings one by one."""
+        if not self.budget.exact:
+            yield start, end
+            return
+        for run_start, run_end in self.mapped.runs(start, end):
+            piece = run_start
+            for mapping, _ in self.starts.runs(run_start, run_end) if self._step != 1 else ():
+                if mapping > piece:
+                    yield piece, mapping
+                    piece = mapping
+            if self._step == 1:
+                yield from ((page, page + 1) for page in range(run_start, run_end))
+            else:
+                yield piece, run_end
+
+    def _unmap(self, start: int, end: int) -> None:
+        """Unmap what is mapped of [start, end), and note it."""
+        span = self.mapped.span(start, end, value=True)
+        assert span is not None  # the caller has looked
+        start, end = span
+        saved = self.mapped.save(start, end)
+        position, in_flight_end = start, start
+        try:
+            for position, in_flight_end in self._pieces(start, end):
+                expected = self.mapped.count(position, in_flight_end) * PAGE_SIZE
+                self.budget.unmap_calls += 1
+                removed = self.target.unmap(
+                    self._iova(position), (in_flight_end - position) * PAGE_SIZE
+                )
+                if removed < expected:
+                    raise _ShortUnmapError(
+                        self._iova(position),
+                        (in_flight_end - position) * PAGE_SIZE,
+                        removed,
+                        expected,
+                    )
+            position = in_flight_end
+            self._erase(start, end)
+        except BaseException as error:
+            runs = SparseBitmap(self.pages)
+            runs.restore(start, end, saved)
+            self._map_after_failure(runs, start, position, in_flight_end, error)
+            raise
+
+    def _map_after_failure(
+        self,
+        runs: SparseBitmap,
+        start: int,
+        position: int,
+        in_flight_end: int,
+        error: BaseException,
+    ) -> None:
+        """
+        Make everything mapped again that was (*runs*).
+
+        [start, position) is unmapped for certain, [position, in_flight_end) perhaps.
+        """
+        if isinstance(error, _ShortUnmapError):
+            self._report(position, in_flight_end, str(error))
+        elif not _is_refusal(error) and position < in_flight_end:
+            # Not known whether it happened: make sure it has. A short answer shows when the pages are mapped again.
+            problem = self._unmap_until_empty(position, in_flight_end)
+            if problem is None:
+                position = in_flight_end
+            else:
+                self._report(position, in_flight_end, problem)
+        if position > start:
+            self._erase(start, position)
+        self.budget.recount()
+        for run_start, run_end in list(runs.runs(start, position)) if position > start else []:
+            try:
+                self._map(run_start, run_end)
+            except BaseException as failure:  # the other runs have to be mapped all the same
+                self._report(run_start, run_end, f"could not be mapped again: {failure!r}")
+
+    def _unmap_until_empty(self, start: int, end: int) -> str | None:
+        try:
+            self.budget.unmap_calls += 1
+            self.target.unmap(self._iova(start), (end - start) * PAGE_SIZE)
+        except BaseException as error:  # part of an undo
+            return (
+                None
+                if getattr(error, "errno", None) == errno.ENOENT
+                else f"unmap failed: {error!r}"
+            )
+        return None
+
+    def _report(self, start: int, end: int, reason: str) -> None:
+        """Put [start, end) into doubt. The books call it mapped, so that a later detach tries to unmap it."""
+        self.mapped.set(start, end)
+        self.starts.set(start, start + 1)
+        self.budget.recount()
+        self._doubt(self._part(start, end), self, reason)
+
+    def __repr__(self) -> str:
+        return f"<SectionMapper of {self.section!r} on {self.target!r}>"
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether the target says that the call did nothing."""
+    return isinstance(error, DmaError) and not error.in_doubt
+
+
+class _ShortUnmapError(DmaError):
+    """The target removed fewer bytes than were mapped."""
+
+    def __init__(self, iova: int, size: int, removed: int, expected: int) -> None:
+        super().__init__(
+            f"unmap of {describe_range(iova, size)} removed {removed:#x} of {expected:#x} bytes",
+            iova=iova,
+            size=size,
+            in_doubt=True,
+        )

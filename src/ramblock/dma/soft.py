@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A software IOMMU: real DMA to real memory through IOVAs, and faults where nothing is mapped.
+
+It refuses what a VFIO type1 container refuses, with the same errno (drivers/vfio/vfio_iommu_type1.c): EEXIST for an overlap,
+ENOSPC when the entries are used up, EINVAL for bisecting a mapping. With ``cut`` it behaves as an iommufd IOAS in compat mode
+with huge pages off. An access holds the lock from translation to the last byte: an unmap returns when none is under way,
+which is what an IOTLB flush guarantees.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from collections import deque
+from threading import Lock
+from typing import NamedTuple
+
+from sortedcontainers import SortedDict
+
+from ramblock.dma.target import DmaCapabilities, HostRange
+from ramblock.errors import DmaError, IommuFault, UsageError, describe_range
+from ramblock.memory.backing import read_fd, write_fd
+from ramblock.memory.host_calls import write_own_memory
+from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_granularity, check_range
+
+__all__ = ["FaultRecord", "Mapping", "SoftIommu"]
+
+# Enough to look at, not enough for a device that faults forever to fill memory with.
+_FAULTS_KEPT = 1024
+
+
+class Mapping(NamedTuple):
+    """One entry of the IOMMU's table."""
+
+    iova: int
+    size: int
+    memory: HostRange
+    writable: bool
+
+    @property
+    def end(self) -> int:
+        """First IOVA behind it."""
+        return self.iova + self.size
+
+    def part(self, start: int, end: int) -> Mapping:
+        """Cut out the piece ``[start, end)``."""
+        skip = start - self.iova
+        fd, offset, address, _ = self.memory
+        size = end - start
+        return Mapping(
+            start, size, HostRange(fd, offset + skip, address + skip, size), self.writable
+        )
+
+
+class FaultRecord(NamedTuple):
+    """A device's access that was refused."""
+
+    iova: int
+    size: int
+    write: bool
+
+
+class SoftIommu:
+    """
+    The embedded DMA target.
+
+    :param cut: Whether an unmap may remove a part of a mapping.
+    :param max_mappings: How many mappings may exist at once; None: any number.
+    :param page_size: Smallest piece it maps, in bytes; a power of two.
+    :param exact: Whether an unmap must name one whole mapping, as libvfio-user's servers want it.
+    :param iova_ranges: Half-open ranges of addresses that devices can use; None: all of them.
+    :raises UsageError: *page_size* is no power of two, or *max_mappings* not positive.
+    """
+
+    def __init__(
+        self,
+        *,
+        cut: bool = True,
+        max_mappings: int | None = None,
+        page_size: int = PAGE_SIZE,
+        exact: bool = False,
+        iova_ranges: tuple[tuple[int, int], ...] | None = None,
+    ) -> None:
+        check_granularity(page_size, "page size of the IOMMU")
+        if max_mappings is not None and max_mappings <= 0:
+            raise UsageError(
+                f"max_mappings {max_mappings} is not positive",
+                value=max_mappings,
+                expected="at least 1",
+            )
+        self._capabilities = DmaCapabilities(
+            page_size, max_mappings, cut and not exact, exact, iova_ranges
+        )
+        self._lock = Lock()
+        self._table: SortedDict[int, Mapping] = SortedDict()
+        #: The latest faults; older ones are forgotten, but counted.
+        self.faults: deque[FaultRecord] = deque(maxlen=_FAULTS_KEPT)
+        #: Faults since the beginning.
+        self.fault_count = 0
+
+    @property
+    def capabilities(self) -> DmaCapabilities:
+        """What it can do."""
+        return self._capabilities
+
+    # -- the target's side ----------------------------------------------------------------------------------------
+
+    def map(self, iova: int, memory: HostRange, *, writable: bool = True) -> None:
+        """
+        Let devices reach *memory* at *iova*.
+
+        :raises DmaError: EINVAL: misaligned, empty, past 2**64 or outside the IOVA ranges. EEXIST: something is mapped
+            there; the text says what. ENOSPC: no entry is left. Nothing has changed.
+        """
+        size = memory.size
+        self._check("map", iova, size)
+        ranges = self._capabilities.iova_ranges
+        if ranges is not None and not any(
+            start <= iova and iova + size <= end for start, end in ranges
+        ):
+            raise _refusal("map", iova, size, errno.EINVAL, "outside the IOVA ranges")
+        with self._lock:
+            other = self._first_overlap(iova, iova + size)
+            if other is not None:
+                raise _refusal(
+                    "map",
+                    iova,
+                    size,
+                    errno.EEXIST,
+                    f"{describe_range(other.iova, other.size)} is mapped",
+                )
+            self._check_room("map", iova, size, 1)
+            self._table[iova] = Mapping(iova, size, memory, writable)
+
+    def unmap(self, iova: int, size: int) -> int:
+        """
+        Take ``[iova, iova + size)`` away from devices; no access to it is under way on return.
+
+        :return: Bytes unmapped; 0 where nothing was.
+        :raises DmaError: EINVAL: misaligned, or it would cut a mapping and ``cut`` is off. ENOENT: with ``exact``, it is
+            not one whole mapping. ENOSPC: no entry is left for the part behind the cut. Nothing has changed.
+        """
+        self._check("unmap", iova, size)
+        end = iova + size
+        with self._lock:
+            hit = self._overlapping(iova, end)
+            if self._capabilities.exact and (len(hit) != 1 or hit[0][:2] != (iova, size)):
+                raise _refusal("unmap", iova, size, errno.ENOENT, "not one whole mapping")
+            if not hit:
+                return 0
+            first, last = hit[0], hit[-1]
+            rest = []
+            if first.iova < iova:
+                rest.append(first.part(first.iova, iova))
+            if last.end > end:
+                rest.append(last.part(end, last.end))
+            if rest and not self._capabilities.cut:
+                cut = first if first.iova < iova else last
+                text = f"it would cut {describe_range(cut.iova, cut.size)}"
+                raise _refusal("unmap", iova, size, errno.EINVAL, text)
+            self._check_room("unmap", iova, size, len(rest) - len(hit))
+            for mapping in hit:
+                del self._table[mapping.iova]
+            for mapping in rest:
+                self._table[mapping.iova] = mapping
+        return min(last.end, end) - max(first.iova, iova) - _gaps(hit)
+
+    def close(self) -> None:
+        """Unmap everything; every later access faults."""
+        with self._lock:
+            self._table.clear()
+
+    def mappings(self) -> list[Mapping]:
+        """List the mappings, ascending."""
+        with self._lock:
+            return list(self._table.values())
+
+    def _check(self, call: str, iova: int, size: int) -> None:
+        if size <= 0 or iova < 0 or iova + size > ADDRESS_LIMIT:
+            raise _refusal(call, iova, size, errno.EINVAL, "empty, or past 2**64")
+        if (iova | size) & (self._capabilities.page_size - 1):
+            raise _refusal(
+                call,
+                iova,
+                size,
+                errno.EINVAL,
+                f"not made of pages of {self._capabilities.page_size:#x} bytes",
+            )
+
+    def _check_room(self, call: str, iova: int, size: int, extra: int) -> None:
+        limit = self._capabilities.max_mappings
+        if limit is not None and len(self._table) + extra > limit:
+            raise _refusal(
+                call, iova, size, errno.ENOSPC, f"{len(self._table)} of {limit} mappings in use"
+            )
+
+    def _first_overlap(self, start: int, end: int) -> Mapping | None:
+        table = self._table
+        index = table.bisect_right(start)
+        if index:
+            before: Mapping = table.peekitem(index - 1)[1]
+            if before.end > start:
+                return before
+        if index < len(table):
+            behind: Mapping = table.peekitem(index)[1]
+            if behind.iova < end:
+                return behind
+        return None
+
+    def _overlapping(self, start: int, end: int) -> list[Mapping]:
+        first = self._first_overlap(start, end)
+        if first is None:
+            return []
+        return [
+            self._table[iova]
+            for iova in self._table.irange(first.iova, end, inclusive=(True, False))
+        ]
+
+    # -- the device's side ----------------------------------------------------------------------------------------
+
+    def read(self, iova: int, size: int) -> bytes:
+        """
+        Read as a device.
+
+        :raises UsageError: Empty, or past 2**64.
+        :raises IommuFault: A byte of it is not mapped; no byte was transferred, and the fault is recorded.
+        """
+        check_range(iova, size, limit=ADDRESS_LIMIT, align=1, what="DMA read")
+        with self._lock:
+            parts = self._translate(iova, size, write=False)
+            if len(parts) == 1:
+                return _read_host(parts[0])
+            return b"".join([_read_host(part) for part in parts])
+
+    def write(self, iova: int, data: bytes) -> None:
+        """
+        Write as a device.
+
+        :raises UsageError: No data, or past 2**64.
+        :raises IommuFault: A byte of it is not mapped, or mapped read-only; no byte was transferred.
+        """
+        check_range(iova, len(data), limit=ADDRESS_LIMIT, align=1, what="DMA write")
+        with self._lock:
+            done = 0
+            for part in self._translate(iova, len(data), write=True):
+                _write_host(part, data[done : done + part.size])
+                done += part.size
+
+    def _translate(self, iova: int, size: int, *, write: bool) -> list[HostRange]:
+        """Where the bytes are; all of them, or a fault."""
+        parts: list[HostRange] = []
+        position, end = iova, iova + size
+        table = self._table
+        index = table.bisect_right(position) - 1
+        while position < end:
+            mapping: Mapping | None = table.peekitem(index)[1] if 0 <= index < len(table) else None
+            if (
+                mapping is None
+                or not mapping.iova <= position < mapping.end
+                or (write and not mapping.writable)
+            ):
+                self.fault_count += 1
+                self.faults.append(FaultRecord(iova, size, write))
+                verb = "write to" if write else "read from"
+                raise IommuFault(
+                    f"device {verb} {describe_range(iova, size)}: {position:#x} may not be reached",
+                    iova=iova,
+                    size=size,
+                    write=write,
+                )
+            stop = min(end, mapping.end)
+            parts.append(mapping.part(position, stop).memory)
+            position = stop
+            index += 1
+        return parts
+
+    def __repr__(self) -> str:
+        return f"<SoftIommu at {id(self):#x}: {len(self._table)} mappings>"
+
+
+def _gaps(mappings: list[Mapping]) -> int:
+    """Bytes between the mappings of an ascending list."""
+    return mappings[-1].iova - mappings[0].iova - sum(mapping.size for mapping in mappings[:-1])
+
+
+def _refusal(call: str, iova: int, size: int, number: int, text: str) -> DmaError:
+    return DmaError(number, f"{call} {describe_range(iova, size)}: {text}", iova=iova, size=size)
+
+
+def _read_host(memory: HostRange) -> bytes:
+    if memory.fd is not None:
+        # Not through the mapping: a load from a hole would allocate it.
+        return read_fd(memory.fd, memory.offset, memory.size)
+    return ctypes.string_at(memory.address, memory.size)
+
+
+def _write_host(memory: HostRange, data: bytes) -> None:
+    if memory.fd is not None:
+        try:
+            write_fd(memory.fd, memory.offset, data)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            write_own_memory(memory.address, data)  # hugetlbfs has no write(2)
+    else:
+        ctypes.memmove(memory.address, data, len(data))

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Every error that leaves the library.
+
+One root, few kinds, fields instead of prose: a caller decides by class and by field, a person reads the text.
+Ranges in messages are half-open and in hex, ``[start, end)``. The docstring of each class says what state it leaves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "BusyError",
+    "ConversionError",
+    "ConversionInterrupted",
+    "DmaError",
+    "IommuFault",
+    "MappingLimitError",
+    "PoisonedError",
+    "RamblockError",
+    "TraceError",
+    "UsageError",
+    "describe_range",
+]
+
+
+def describe_range(start: int, size: int) -> str:
+    """Write a range the way every message of ours does: ``[0x1000, 0x3000)``."""
+    return f"[{start:#x}, {start + size:#x})"
+
+
+class RamblockError(Exception):
+    """The root: ``except RamblockError`` catches whatever the library raises on purpose."""
+
+
+class UsageError(RamblockError, ValueError):
+    """
+    A call that cannot be meant: bad range or alignment, an unknown or a wrong object. Nothing has changed.
+
+    :ivar value: The value that was refused, where there is a single one.
+    :ivar expected: What would have been accepted, in words.
+    """
+
+    def __init__(self, message: str, *, value: object = None, expected: str | None = None) -> None:
+        super().__init__(message)
+        self.value = value
+        self.expected = expected
+
+
+class BusyError(RamblockError):
+    """
+    Somebody is in the way. Nothing has changed.
+
+    The source is there already, discards are required or forbidden by another user, or a listener called back into the
+    operation that is telling it.
+    """
+
+
+class ConversionError(RamblockError):
+    """
+    A conversion failed before its commit. Every step was put back: attributes, mappings and states are as before.
+
+    The cause is chained (``__cause__``).
+
+    :ivar gpa: Start of the range that was asked for, in guest physical bytes; None outside a guest memory.
+    :ivar size: Its size in bytes.
+    :ivar to: The state that was asked for (a ``PageState``).
+    :ivar step: The step that failed: ``"unmap"``, ``"attribute"``, ``"map"`` or ``"state"``.
+    :ivar target: The DMA target or listener that refused, where one did.
+    :ivar rolled_back: True: nothing changed. False only in :class:`PoisonedError`.
+    """
+
+    rolled_back = True
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        gpa: int | None = None,
+        size: int | None = None,
+        to: Any = None,
+        step: str | None = None,
+        target: object = None,
+    ) -> None:
+        super().__init__(message)
+        self.gpa = gpa
+        self.size = size
+        self.to = to
+        self.step = step
+        self.target = target
+
+
+class ConversionInterrupted(ConversionError, KeyboardInterrupt):
+    """
+    Ctrl-C (``KeyboardInterrupt``) came in the middle of a conversion, which was put back like any other failure.
+
+    It is both things, so that a program that stops on ``KeyboardInterrupt`` still stops, and a caller who handles
+    :class:`ConversionError` still learns the range and that nothing changed.
+    """
+
+
+class PoisonedError(ConversionError):
+    """
+    What a device may reach is no longer known for certain; see ``GuestMemory.in_doubt()``.
+
+    Raised by the call that poisons and by every later one that would change anything. The pages are kept. Permanent.
+    """
+
+    rolled_back = False
+
+
+class MappingLimitError(RamblockError):
+    """
+    The mapping budget does not hold for the operation and its undo. Raised before anything was done.
+
+    :ivar limit: Entries that may exist at once.
+    :ivar needed: Entries that would have to exist at once, in total.
+    """
+
+    def __init__(self, message: str, *, limit: int, needed: int) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.needed = needed
+
+
+class DmaError(RamblockError, OSError):
+    """
+    A DMA target refused. Built like any ``OSError``: ``DmaError(errno, text)``, or ``DmaError(text)`` without errno.
+
+    :ivar iova: Start of the range of the call that was refused, in bytes, where known.
+    :ivar size: Its size in bytes.
+    :ivar in_doubt: False: the call did nothing. True: the target cannot say how much of it was done
+        (an iommufd unmap that removed some areas before it failed); whoever holds the mapping has to find out.
+    """
+
+    def __init__(
+        self,
+        *args: object,
+        iova: int | None = None,
+        size: int | None = None,
+        in_doubt: bool = False,
+    ) -> None:
+        super().__init__(*args)
+        self.iova = iova
+        self.size = size
+        self.in_doubt = in_doubt
+
+
+class IommuFault(RamblockError):
+    """
+    A device touched an IOVA that is not mapped, or wrote to a read-only one. No byte was transferred.
+
+    :ivar iova: Start of the device's access, in bytes.
+    :ivar size: Its size in bytes.
+    :ivar write: Whether it was a write.
+    """
+
+    def __init__(self, message: str, *, iova: int, size: int, write: bool) -> None:
+        super().__init__(message)
+        self.iova = iova
+        self.size = size
+        self.write = write
+
+
+class TraceError(RamblockError):
+    """
+    A trace cannot be read further. What was read before it stays valid.
+
+    :ivar path: The file, as it was given.
+    :ivar line: 1-based line, or the record's number in a binary trace.
+    """
+
+    def __init__(self, message: str, *, path: str | None = None, line: int | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.line = line

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Telling listeners of one change, and taking it back.
+
+A :class:`Change` says what one source changes: a span of the block and the runs in it. A :class:`Notification` joins it
+with the other sources (a range counts only where all of them say populated), clips it to each listener's section, and
+tells the listeners one after the other, each its runs in ascending order. It notes how far it got before each call, so
+that :meth:`Notification.take_back` undoes exactly what was told, whether a listener refused or Ctrl-C came in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from ramblock.memory.protocols import Budget, BudgetedListener, Listener, Source
+from ramblock.memory.runs import Runs, intersect, merge_adjacent
+from ramblock.memory.section import RamSection
+
+if TYPE_CHECKING:
+    from ramblock.memory.discard_manager import RamDiscardManager
+
+__all__ = ["Change", "Notification", "Registration", "reserve"]
+
+
+class Registration(NamedTuple):
+    """A listener, its section, and what it can do beyond the two verbs."""
+
+    listener: Listener
+    section: RamSection
+    sparse: bool
+    budgeted: BudgetedListener | None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """
+    What one source changes.
+
+    ``runs`` may be asked as long as the change is not committed, and again after it was taken back.
+    """
+
+    start: int
+    """First byte that changes."""
+    end: int
+    """First byte behind the last that changes."""
+    runs: Callable[[int, int], Runs] | None
+    """The changing runs inside (start, end), ascending, as (start, end); None: all of the span changes."""
+    hollow: bool
+    """While the change is not in force, nothing in the span is populated (for a discard: once it is in force). Then one
+    sparse discard may cover all of the span."""
+
+
+class Notification:
+    """
+    One change of one block, told to its listeners; remembers how far it got.
+
+    :param manager: The block's discard manager, locked by the caller.
+    :param change: What changes.
+    :param others: The sources that have to agree: all but the one that changes.
+    :param populate: Whether the change populates or discards.
+    :param only: Tell this one listener, registered or not; None: all that are registered.
+    """
+
+    __slots__ = (
+        "_at",
+        "_change",
+        "_doubts_before",
+        "_guard",
+        "_in_flight",
+        "_others",
+        "_populate",
+        "_refused",
+        "_registrations",
+        "_told",
+        "refused_by",
+    )
+
+    def __init__(
+        self,
+        manager: RamDiscardManager,
+        change: Change,
+        others: Sequence[Source],
+        *,
+        populate: bool,
+        only: Registration | None = None,
+    ) -> None:
+        self._guard = manager.block.guard
+        self._registrations = manager.registrations if only is None else (only,)
+        self._change = change
+        self._others = others
+        self._populate = populate
+        self._told: list[Registration] = []
+        self._at: Registration | None = None
+        self._in_flight: RamSection | None = None
+        self._refused = False
+        #: The listener that refused, or the target it drives.
+        self.refused_by: object = None
+        self._doubts_before = self._guard.doubt_count
+
+    def _runs(self, section: RamSection) -> Runs:
+        change = self._change
+        start, end = max(change.start, section.offset), min(change.end, section.end)
+        if start >= end:
+            return iter(())
+        runs = iter(((start, end),)) if change.runs is None else change.runs(start, end)
+        if not self._others:
+            return runs
+        for source in self._others:
+            runs = intersect(runs, source)
+        return merge_adjacent(runs)
+
+    def _exact(self, section: RamSection) -> Iterator[RamSection]:
+        for start, end in self._runs(section):
+            yield section.part(start, end)
+
+    def _discards(self, registration: Registration) -> Iterator[RamSection]:
+        """Yield what a listener hears as discards: its runs, or one range around them."""
+        section = registration.section
+        if not (registration.sparse and self._change.hollow):
+            yield from self._exact(section)
+            return
+        first = next(self._runs(section), None)
+        if first is not None:
+            yield section.part(first[0], min(self._change.end, section.end))
+
+    def tell(self) -> None:
+        """
+        Tell every listener.
+
+        :raises BaseException: Whatever a listener raised, or an interrupt. Call :meth:`take_back`.
+        """
+        for registration in self._registrations:
+            self._at = registration
+            listener = registration.listener
+            notify = listener.notify_populate if self._populate else listener.notify_discard
+            sections = (
+                self._exact(registration.section)
+                if self._populate
+                else self._discards(registration)
+            )
+            for section in sections:
+                self._in_flight = section
+                try:
+                    notify(section)
+                except BaseException:
+                    self._refused = True
+                    self.refused_by = getattr(listener, "target", listener)
+                    raise
+            self._told.append(registration)
+            self._at = self._in_flight = None
+
+    def take_back(self) -> None:
+        """
+        Undo what :meth:`tell` did, latest listener first; those that heard nothing hear nothing now.
+
+        A listener that raised holds what it held before that call. When the exception came from elsewhere (Ctrl-C just
+        before or after the call), the call in flight may have been made, and is reversed too. Every listener is put
+        back even if an earlier one fails to; each failure is noted as a doubt and poisons.
+
+        :raises BaseException: The last failure, after all of them; a RuntimeError when it was in telling that a listener
+            reported pages in doubt. Steps before this one must not be undone then: the pages may be reachable.
+        """
+        failure: BaseException | None = None
+        current, in_flight = self._at, self._in_flight
+        if current is not None and current not in self._told:
+            if in_flight is not None and not self._refused:
+                failure = self._reverse_one(current, in_flight)
+            if in_flight is not None:
+                failure = self._reverse(current, until=in_flight) or failure
+        for registration in reversed(self._told):
+            failure = self._reverse(registration, until=None) or failure
+        self._told.clear()
+        self._at = self._in_flight = None
+        self._refused = False
+        if failure is not None:
+            raise failure
+        if self._guard.doubt_count > self._doubts_before:
+            raise RuntimeError("a listener may still reach pages of this change")
+
+    def tell_regardless(self) -> None:
+        """
+        Tell the discard of everything to every listener, whatever they raise; what is refused is noted as in doubt.
+
+        A sparse listener hears of its whole section: after a failure it may hold what is not populated any more.
+        """
+        for registration in self._registrations:
+            section = registration.section
+            for part in (section,) if registration.sparse else self._exact(section):
+                try:
+                    registration.listener.notify_discard(part)
+                except Exception as error:  # closing goes on
+                    self._guard.doubt(
+                        part, registration.listener, f"could not be discarded: {error!r}"
+                    )
+
+    def _reverse(
+        self, registration: Registration, until: RamSection | None
+    ) -> BaseException | None:
+        """Tell one listener the opposite of all runs before *until*."""
+        failure: BaseException | None = None
+        sections = (
+            self._discards(registration)
+            if self._populate and until is None
+            else self._exact(registration.section)
+        )
+        for section in sections:
+            if until is not None and section.offset >= until.offset:
+                break
+            failure = self._reverse_one(registration, section) or failure
+        return failure
+
+    def _reverse_one(self, registration: Registration, section: RamSection) -> BaseException | None:
+        listener = registration.listener
+        try:
+            if self._populate:
+                listener.notify_discard(section)
+            else:
+                listener.notify_populate(section)
+        except (
+            BaseException
+        ) as error:  # the other listeners must be put back whatever this one raises
+            what = "discarded" if self._populate else "populated"
+            self._guard.doubt(section, listener, f"could not be {what} again: {error!r}")
+            return error
+        return None
+
+    def needs(self, total: dict[Budget, int]) -> None:
+        """Add up the entries that the change needs, per budget, for its work and its undo."""
+        for registration in self._registrations:
+            listener = registration.budgeted
+            if listener is None or listener.budget.limit is None:
+                continue
+            if self._populate:
+                extra = listener.entries_to_populate(self._exact(registration.section))
+            else:
+                extra = sum(
+                    listener.entries_to_discard(section) for section in self._discards(registration)
+                )
+            total[listener.budget] = total.get(listener.budget, 0) + extra
+
+
+def reserve(notifications: Iterable[Notification]) -> None:
+    """
+    Check the budgets for a whole transaction: its work, and its undo.
+
+    :raises MappingLimitError: One of them is too small. Nothing was told to anybody.
+    """
+    total: dict[Budget, int] = {}
+    for notification in notifications:
+        notification.needs(total)
+    for budget, extra in total.items():
+        budget.require(extra)

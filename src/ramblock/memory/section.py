@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A part of a block, with the guest physical address where it appears (QEMU: MemoryRegionSection)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ramblock.errors import describe_range
+from ramblock.units import ADDRESS_LIMIT, check_range
+
+if TYPE_CHECKING:
+    from ramblock.memory.block import RamBlock
+
+__all__ = ["RamSection"]
+
+
+@dataclass(frozen=True, slots=True)
+class RamSection:
+    """
+    A part of a block and its place in the guest.
+
+    :raises UsageError: It does not lie inside the block, or its addresses go past 2**64.
+    """
+
+    block: RamBlock
+    offset: int
+    """First byte inside the block."""
+    size: int
+    """In bytes."""
+    gpa: int = 0
+    """Guest physical address of its first byte."""
+    readonly: bool = False
+    """Devices may not write to it (a ROM)."""
+
+    def __post_init__(self) -> None:
+        check_range(
+            self.offset,
+            self.size,
+            limit=self.block.size,
+            align=1,
+            what=f"section of {self.block.name!r}",
+        )
+        check_range(
+            self.gpa, self.size, limit=ADDRESS_LIMIT, align=1, what="guest addresses of a section"
+        )
+
+    @property
+    def end(self) -> int:
+        """First byte of the block behind it."""
+        return self.offset + self.size
+
+    @property
+    def gpa_end(self) -> int:
+        """First guest physical address behind it."""
+        return self.gpa + self.size
+
+    def part(self, start: int, end: int) -> RamSection:
+        """
+        Cut out the bytes ``[start, end)`` of the block, with the guest address moved along.
+
+        The caller has clipped the range to this section.
+        """
+        return RamSection(
+            self.block, start, end - start, self.gpa + start - self.offset, self.readonly
+        )
+
+    def __repr__(self) -> str:
+        inside = describe_range(self.offset, self.size)
+        return f"<RamSection {self.block.name!r} {inside} at {describe_range(self.gpa, self.size)}>"

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that is plugged and unplugged in blocks while the guest runs (QEMU: hw/virtio/virtio-mem.c)."""
+
+from __future__ import annotations
+
+from ramblock.errors import UsageError, describe_range
+from ramblock.memory.bitmap_source import CHANGE_STEPS, BitmapChange, BitmapSource
+from ramblock.memory.block import RamBlock
+from ramblock.memory.notification import reserve
+from ramblock.memory.transaction import run_transaction
+from ramblock.units import PAGE_SIZE, check_granularity, check_range
+
+__all__ = ["VirtioMem"]
+
+
+class VirtioMem(BitmapSource):
+    """
+    A virtio-mem device's plug state, as a discard source.
+
+    It adds itself to the block, with everything unplugged: listeners hear the discard, then the memory is freed. Plug
+    state and page state are independent: an unplugged range may be converted, and is mapped when it is plugged.
+
+    :param block: The block that the device provides.
+    :param block_size: Of the device, in bytes: a power of two, at least a host page, that divides the block's size.
+    :raises UsageError: *block_size* does not fit.
+    :raises BusyError: Somebody forbids discards on this memory.
+    :raises Exception: Whatever a listener raised when it refused; the device is not there and all is as before.
+    """
+
+    def __init__(self, block: RamBlock, block_size: int) -> None:
+        check_granularity(block_size, "virtio-mem block size")
+        if block_size < PAGE_SIZE or block.size % block_size:
+            raise UsageError(
+                f"virtio-mem blocks of {block_size:#x} bytes do not fit block {block.name!r} of {block.size:#x} bytes",
+                value=block_size,
+                expected=f"at least {PAGE_SIZE:#x}, and a divisor of the block's size",
+            )
+        super().__init__(block, block_size)
+        guard = block.enter("virtio-mem")
+        try:
+            hold = guard.discards.require_coordinated(f"virtio-mem on block {block.name!r}")
+            try:
+                block.discard_manager.insert_source(self)
+            except BaseException:
+                hold.release()
+                raise
+            block.holds.append(hold)
+            self._hold = hold
+            self._free(0, block.size)
+        finally:
+            guard.leave()
+
+    @property
+    def block_size(self) -> int:
+        """The device's block size in bytes."""
+        return self.granularity
+
+    @property
+    def plugged_size(self) -> int:
+        """How much is plugged, in bytes."""
+        return self.populated_bytes
+
+    def plug(self, offset: int, size: int) -> None:
+        """
+        Plug ``[offset, offset + size)``: listeners hear what becomes populated, then it counts. All or nothing.
+
+        :raises UsageError: Not whole device blocks, outside the block, or partly plugged already; nothing has changed.
+        :raises MappingLimitError: A mapper has no room for it; nothing has changed.
+        :raises PoisonedError: The block is poisoned, or this call poisoned it.
+        :raises Exception: Whatever a listener raised when it refused; nothing has changed.
+        """
+        guard = self.block.enter("plug")
+        try:
+            self._check(offset, size)
+            if self.bits.count(offset >> self.shift, (offset + size) >> self.shift):
+                raise UsageError(
+                    f"{self._name(offset, size)} is plugged already, at least in part",
+                    value=(offset, size),
+                )
+            self._change(offset, size, populate=True)
+            self.block.keep_needed(offset, size)
+        finally:
+            guard.leave()
+
+    def unplug(self, offset: int, size: int) -> None:
+        """
+        Unplug ``[offset, offset + size)``: listeners first, then the state, then both backings are freed.
+
+        :raises UsageError: Not whole device blocks, outside the block, or partly unplugged already; nothing has changed.
+        :raises MappingLimitError: A mapper has no room to cut there; nothing has changed.
+        :raises PoisonedError: The block is poisoned, or this call poisoned it; the memory is kept.
+        :raises Exception: Whatever a listener raised when it refused; nothing has changed.
+        """
+        guard = self.block.enter("unplug")
+        try:
+            self._check(offset, size)
+            if not self.is_populated(offset, size):
+                raise UsageError(
+                    f"{self._name(offset, size)} is unplugged already, at least in part",
+                    value=(offset, size),
+                )
+            self._change(offset, size, populate=False)
+            self._free(offset, size)
+        finally:
+            guard.leave()
+
+    def unplug_all(self) -> None:
+        """
+        Unplug everything that is plugged, in one transaction; nothing plugged is fine.
+
+        Raises what :meth:`unplug` raises, with the same state left.
+        """
+        guard = self.block.enter("unplug_all")
+        try:
+            self._check_present()
+            if self.populated_bytes:
+                self._change(0, self.block.size, populate=False)
+                self._free(0, self.block.size)
+        finally:
+            guard.leave()
+
+    def on_removed(self) -> None:
+        """Let go of the claim; the discard manager calls it when the device was taken out of the block."""
+        self._hold.release()
+
+    def _change(self, offset: int, size: int, *, populate: bool) -> None:
+        change = BitmapChange(self, offset, size, populate=populate)
+        assert change.notification is not None  # the callers have checked that something changes
+        reserve((change.notification,))
+        guard = self.block.guard
+        failure = run_transaction(guard, CHANGE_STEPS, (change,))
+        if failure is not None:
+            failure.reraise(guard, "plug" if populate else "unplug")
+
+    def _free(self, offset: int, size: int) -> None:
+        self.block.free_shared(offset, size)
+        if self.block.private is not None:
+            self.block.free_private(offset, size)
+
+    def _check(self, offset: int, size: int) -> None:
+        self._check_present()
+        check_range(
+            offset,
+            size,
+            limit=self.block.size,
+            align=self.granularity,
+            what=f"virtio-mem on block {self.block.name!r}",
+        )
+
+    def _check_present(self) -> None:
+        if not any(source is self for source in self.block.discard_manager.sources):
+            raise UsageError(
+                f"virtio-mem was removed from the sources of block {self.block.name!r}", value=self
+            )
+
+    def _name(self, offset: int, size: int) -> str:
+        return f"virtio-mem on block {self.block.name!r}: {describe_range(offset, size)}"
+
+    def __repr__(self) -> str:
+        return f"<VirtioMem of {self.block.name!r}: {self.plugged_size:#x} of {self.block.size:#x} bytes plugged>"

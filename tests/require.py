@@ -1,0 +1,111 @@
+"""
+What some tests need of the machine, and the decorators that ask for it.
+
+    @require_hugetlb
+    def test_cut_of_a_huge_page() -> None: ...
+
+    pytestmark = require_kvm  # a whole module
+
+Without the feature the test is skipped, and the reason says how to get it. Where the feature has to be there, a skip would
+hide that nothing was tested: what the environment variable RAMBLOCK_REQUIRE names (``kvm,hugetlb``) fails instead.
+
+Nothing here decides anything about a test: conftest.py acts on the mark.
+"""
+
+import fcntl
+import functools
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+__all__ = [
+    "PROBES",
+    "missing",
+    "require_hugetlb",
+    "require_kvm",
+    "require_lab",
+    "require_root",
+    "required_names",
+]
+
+require_hugetlb = pytest.mark.require("hugetlb")
+require_kvm = pytest.mark.require("kvm")
+require_lab = pytest.mark.require("lab")
+require_root = pytest.mark.require("root")
+
+# include/uapi/linux/kvm.h: _IO(KVMIO, 0x00) and the only version there has been since Linux 2.6.22
+_KVM_GET_API_VERSION = 0xAE00
+_KVM_API_VERSION = 12
+
+_HUGE_PAGE_BYTES = 2 << 20
+# A few blocks of a few pages each; .ci/run reserves twice as many.
+_HUGE_PAGES = 8
+
+
+def _probe_hugetlb() -> str | None:
+    size = _HUGE_PAGES * _HUGE_PAGE_BYTES
+    try:
+        fd = os.memfd_create("probe", os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_2MB)
+        try:
+            os.ftruncate(fd, size)
+            # The mapping reserves the pages, so it fails where touching them would be a SIGBUS.
+            mmap.mmap(fd, size).close()
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return (
+            f"cannot have {_HUGE_PAGES} huge pages of 2 MiB ({error.strerror}); "
+            "as root: echo 16 > /proc/sys/vm/nr_hugepages"
+        )
+    return None
+
+
+def _probe_kvm() -> str | None:
+    try:
+        fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            version = fcntl.ioctl(fd, _KVM_GET_API_VERSION)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return (
+            f"cannot use /dev/kvm ({error.strerror}); "
+            "load kvm_intel or kvm_amd, and join the group that owns /dev/kvm"
+        )
+    if version != _KVM_API_VERSION:
+        return f"/dev/kvm speaks version {version}, not {_KVM_API_VERSION}; use another kernel"
+    return None
+
+
+def _probe_lab() -> str | None:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ramblock-lab"
+    if not any(cache.glob("**/bzImage")):
+        return f"no lab kernel below {cache}; build the lab (see lab/)"
+    return None
+
+
+def _probe_root() -> str | None:
+    return None if os.geteuid() == 0 else "not root; run the tests as root"
+
+
+# Each gives None, or what is missing and how to get it.
+PROBES: dict[str, Callable[[], str | None]] = {
+    "hugetlb": _probe_hugetlb,
+    "kvm": _probe_kvm,
+    "lab": _probe_lab,
+    "root": _probe_root,
+}
+
+
+# Once per run: a feature that comes or goes meanwhile would make the skips contradict each other.
+@functools.cache
+def missing(name: str) -> str | None:
+    return PROBES[name]()
+
+
+def required_names() -> frozenset[str]:
+    names = os.environ.get("RAMBLOCK_REQUIRE", "").split(",")
+    return frozenset(name.strip() for name in names if name.strip())

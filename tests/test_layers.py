@@ -1,0 +1,211 @@
+"""
+The layers of ARCHITECTURE.md, read off the import statements of the installed package.
+
+A layer knows the layers below it and nothing else, and the part that decides (states, manager, mapper) makes no system
+call. Both are easy to break by one convenient import, and neither shows in any other test.
+"""
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+# What stands directly below `ramblock`, low to high. Members of one layer are strangers to each other, except in the
+# lowest, whose members are single modules that belong together (a bitmap raises errors).
+LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({"bitmap", "errors", "events", "units"}),
+    frozenset({"memory"}),
+    frozenset({"dma"}),
+    frozenset({"guest"}),
+    # The face that `import ramblock` shows, and the kit for other people's tests: both see all of the pure part.
+    frozenset({"__init__", "testing"}),
+    frozenset({"kvm", "trace"}),
+    frozenset({"plan", "report", "run"}),
+    frozenset({"__main__", "cli"}),
+)
+RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+# The library must work without its test kit (which may import hypothesis), whatever the ranks say.
+NEVER_IMPORTED_BY_OTHERS = {"testing"}
+
+# As prefixes of module names below `ramblock`; the underscore of a private module does not matter.
+PURE = ("bitmap", "memory", "guest", "dma.mapper")
+FORBIDDEN_IN_PURE = {"fcntl", "select", "socket", "subprocess", "time"}
+
+# Slow to import and needed by few callers, or (hypothesis) not always installed.
+NOT_AT_IMPORT = {"argparse", "asyncio", "hypothesis", "rich"}
+
+
+class Import(NamedTuple):
+    target: str  # absolute name of the module, or of a name in it
+    line: int
+    types_only: bool
+
+
+class Module(NamedTuple):
+    path: Path
+    name: str  # below `ramblock`, as in "dma.mapper"; a package is named without its __init__
+    tree: ast.Module
+
+    @property
+    def part(self) -> str:
+        return self.name.partition(".")[0] or "__init__"
+
+    def is_below(self, prefix: str) -> bool:
+        name = ".".join(part.removeprefix("_") for part in self.name.split("."))
+        return f"{name}.".startswith(f"{prefix}.")
+
+    @property
+    def package(self) -> str:
+        full = f"ramblock.{self.name}".rstrip(".")
+        return full if self.path.name == "__init__.py" else full.rpartition(".")[0]
+
+    def imports(self) -> Iterator[Import]:
+        types_only = {
+            id(node)
+            for branch in ast.walk(self.tree)
+            if isinstance(branch, ast.If)
+            and ast.unparse(branch.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
+            for statement in branch.body
+            for node in ast.walk(statement)
+        }
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                relative = "." * node.level + (node.module or "")
+                base = importlib.util.resolve_name(relative, self.package)
+                targets = [f"{base}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for target in targets:
+                yield Import(target, node.lineno, id(node) in types_only)
+
+
+def read_package(root: Path) -> list[Module]:
+    modules = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        modules.append(Module(path, name, ast.parse(path.read_bytes(), filename=str(path))))
+    return modules
+
+
+def upward_imports(modules: list[Module]) -> Iterator[str]:
+    """Yield what is wrong, one line each."""
+    parts = {module.part for module in modules}
+    for module in modules:
+        for target, line, types_only in module.imports():
+            top, *below = target.split(".")
+            if top != "ramblock":
+                continue
+            # `from ramblock import dma` names a part; `from ramblock import RamBlock` asks the face for it.
+            part = below[0] if below and below[0] in parts else "__init__"
+            if part == module.part:
+                continue
+            same_layer = RANKS[part] == RANKS[module.part]
+            allowed = RANKS[part] < RANKS[module.part] or (
+                same_layer and (types_only or RANKS[part] == 0)
+            )
+            if not allowed or part in NEVER_IMPORTED_BY_OTHERS:
+                yield f"{module.path}:{line}: {module.part} may not import {target}"
+
+
+def impure_imports(modules: list[Module]) -> Iterator[str]:
+    """Yield what is wrong, one line each."""
+    for module in modules:
+        if any(module.is_below(prefix) for prefix in PURE):
+            for target, line, _ in module.imports():
+                if target.partition(".")[0] in FORBIDDEN_IN_PURE:
+                    yield f"{module.path}:{line}: {module.name} is pure, may not import {target}"
+
+
+@pytest.fixture(scope="module")
+def package() -> list[Module]:
+    spec = importlib.util.find_spec("ramblock")
+    assert spec is not None
+    assert spec.origin is not None
+    return read_package(Path(spec.origin).parent)
+
+
+def test_every_part_has_a_rank(package: list[Module]) -> None:
+    assert {module.part for module in package} - RANKS.keys() == set()
+
+
+def test_imports_point_down(package: list[Module]) -> None:
+    assert list(upward_imports(package)) == []
+
+
+def test_every_pure_part_is_there(package: list[Module]) -> None:
+    # Otherwise a module that was renamed would leave the next test, which would go on passing.
+    for prefix in PURE:
+        assert any(module.is_below(prefix) for module in package), prefix
+
+
+def test_the_pure_part_makes_no_system_calls(package: list[Module]) -> None:
+    assert list(impure_imports(package)) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "wrong"),
+    [
+        # down, sideways, up
+        ("dma/soft.py", "from ramblock.memory import RamBlock", 0),
+        ("dma/soft.py", "import ramblock.memory.sections", 0),
+        ("memory/sections.py", "from .attributes import RamBlockAttributes", 0),
+        ("memory/sections.py", "from . import attributes", 0),
+        ("bitmap.py", "from ramblock.errors import UsageError", 0),
+        ("testing/__init__.py", "from ramblock.guest import GuestMemory", 0),
+        ("__init__.py", "from ramblock.guest import GuestMemory", 0),
+        ("__init__.py", "from ramblock.kvm import Vm", 1),
+        ("memory/sections.py", "from ramblock.dma import HostRange", 1),
+        ("memory/sections.py", "from ramblock import dma", 1),
+        ("memory/sections.py", "from ..dma.mapper import Mapper", 1),
+        ("memory/sections.py", "def later():\n    import ramblock.dma.mapper", 1),
+        ("memory/sections.py", "from ramblock import PageState", 1),
+        ("kvm/vm.py", "from ramblock import PageState", 0),
+        ("kvm/vm.py", "from ramblock.trace import parse", 1),
+        ("run/job.py", "from ramblock.testing import RecordingTarget", 1),
+        # for types only: fine in one layer, and no way around it
+        ("kvm/vm.py", "if TYPE_CHECKING:\n    from ramblock.trace import Event", 0),
+        ("memory/sections.py", "if typing.TYPE_CHECKING:\n    import ramblock.dma", 1),
+        ("kvm/vm.py", "if not TYPE_CHECKING:\n    import ramblock.trace", 1),
+        ("kvm/vm.py", "if TYPE_CHECKING:\n    pass\nelse:\n    import ramblock.trace", 1),
+        # system calls
+        ("memory/sections.py", "import time", 1),
+        ("guest/__init__.py", "from time import monotonic", 1),
+        ("dma/mapper.py", "import socket", 1),
+        ("dma/_mapper.py", "import socket", 1),
+        ("dma/soft.py", "import socket", 0),
+        ("bitmap.py", "import timeit", 0),
+    ],
+)
+def test_what_the_checks_find(tmp_path: Path, path: str, source: str, wrong: int) -> None:
+    for part in RANKS:
+        (tmp_path / f"{part}.py").touch()
+    file = tmp_path / path
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(source)
+    modules = read_package(tmp_path)
+    found = [*upward_imports(modules), *impure_imports(modules)]
+    assert len(found) == wrong, found
+
+
+def test_import_is_light() -> None:
+    # What the interpreter has loaded before is not the library's doing.
+    code = (
+        "import json, sys; before = set(sys.modules); import ramblock; "
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    child = subprocess.run(
+        [sys.executable, "-I", "-c", code], check=True, capture_output=True, text=True
+    )
+    loaded = {name.partition(".")[0] for name in json.loads(child.stdout)}
+    assert "ramblock" in loaded
+    assert loaded & NOT_AT_IMPORT == set()
