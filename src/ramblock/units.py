@@ -20,8 +20,10 @@ __all__ = [
     "PAGE_SIZE",
     "TIB",
     "check_granularity",
+    "check_positive",
     "check_range",
     "format_size",
+    "parse_size",
 ]
 
 #: The host's page size in bytes: the granularity of page states (QEMU: qemu_real_host_page_size()).
@@ -47,7 +49,7 @@ def check_range(start: int, size: int, *, limit: int, align: int, what: str) -> 
     :param what: Names the range in the message, for instance ``"block 'ram'"``.
     :raises UsageError: With the range in hex and what was expected.
     """
-    if not _are_ints(start, size):
+    if not _is_int(start) or not _is_int(size):
         raise UsageError(
             f"{what}: start {start!r} and size {size!r} must be whole numbers of bytes",
             value=(start, size),
@@ -73,17 +75,26 @@ def check_range(start: int, size: int, *, limit: int, align: int, what: str) -> 
         )
 
 
-def _are_ints(*values: object) -> bool:
-    return all(isinstance(value, int) for value in values)
+def _is_int(value: object) -> bool:
+    # True is an int too, and as an address or a size it is a mistake.
+    return type(value) is int or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def check_granularity(granularity: int, what: str) -> None:
     """Raise :class:`UsageError` unless *granularity* is a power of two of at least one byte."""
-    if not _are_ints(granularity) or granularity <= 0 or granularity & (granularity - 1):
+    if not _is_int(granularity) or granularity <= 0 or granularity & (granularity - 1):
         raise UsageError(
             f"{what}: granularity {granularity!r} is not a power of two",
             value=granularity,
             expected="a power of two, in bytes",
+        )
+
+
+def check_positive(number: int, what: str) -> None:
+    """Raise :class:`UsageError` unless *number* is a whole number of at least one."""
+    if not _is_int(number) or number <= 0:
+        raise UsageError(
+            f"{what} {number!r} is not a positive number", value=number, expected="at least 1"
         )
 
 
@@ -93,3 +104,25 @@ def format_size(size: int) -> str:
         if size >= unit:
             return f"{size // unit} {name}" if size % unit == 0 else f"{size / unit:.1f} {name}"
     return f"{size} B"
+
+
+_SUFFIXES = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
+
+
+def parse_size(text: str) -> int:
+    """
+    Read a size such as ``4096``, ``64K``, ``2MiB`` or ``4G`` (powers of two, as in QEMU).
+
+    :raises UsageError: It is none.
+    """
+    number = text.strip().upper().removesuffix("IB").removesuffix("B")
+    suffix = number[-1:] if number[-1:] in "KMGT" else ""
+    digits = number.removesuffix(suffix) if suffix else number
+    try:
+        return int(digits, 0) * _SUFFIXES[suffix]
+    except ValueError:
+        raise UsageError(
+            f"{text!r} is not a size",
+            value=text,
+            expected="a number of bytes, or one with K, M, G or T",
+        ) from None

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ramblock run``: options over scenario, the job, the report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import AbstractContextManager
+
+import msgspec
+
+from ramblock.cli.progress import NoProgress, PlainProgress, RichProgress
+from ramblock.cli.run_summary import print_summary
+from ramblock.errors import UsageError
+from ramblock.run import Run, Scenario, load_scenario
+from ramblock.run.scenario import Size, check_scenario
+from ramblock.units import PAGE_SIZE
+
+__all__ = ["start"]
+
+
+def start(arguments: argparse.Namespace) -> int:
+    """Run the job; return the exit code."""
+    scenario = _scenario(arguments)
+    run = Run(scenario, arguments.trace)
+    with _progress(quiet=arguments.quiet) as progress:
+        report = run.execute(progress)
+    if arguments.json:
+        print(json.dumps(report.as_dict(), indent=2))
+    else:
+        print_summary(report)
+    if report.trace_error is not None:
+        print(f"ramblock: error: the trace is incomplete: {report.trace_error}", file=sys.stderr)
+    return report.exit_code
+
+
+def _progress(*, quiet: bool) -> AbstractContextManager[NoProgress | PlainProgress | RichProgress]:
+    if quiet:
+        return NoProgress()
+    return RichProgress() if sys.stderr.isatty() else PlainProgress()
+
+
+def _scenario(arguments: argparse.Namespace) -> Scenario:
+    try:
+        scenario = Scenario() if arguments.scenario is None else load_scenario(arguments.scenario)
+    except OSError as error:
+        raise UsageError(
+            f"{arguments.scenario}: {error.strerror}", value=str(arguments.scenario)
+        ) from error
+    guest, devices, run = scenario.guest, scenario.devices, scenario.run
+    if arguments.memory is not None:
+        if arguments.memory % PAGE_SIZE:
+            raise UsageError(
+                f"--memory {arguments.memory:#x}: not whole pages", value=arguments.memory
+            )
+        guest = msgspec.structs.replace(guest, memory=Size(arguments.memory))
+    if arguments.devices is not None:
+        if not 0 <= arguments.devices <= 64:
+            raise UsageError(
+                f"--devices {arguments.devices}", value=arguments.devices, expected="0 to 64"
+            )
+        devices = msgspec.structs.replace(devices, count=arguments.devices)
+    for name in ("policy", "max_mappings"):
+        if getattr(arguments, name) is not None:
+            devices = msgspec.structs.replace(devices, **{name: getattr(arguments, name)})
+    for name in ("workload", "conversions", "seed", "uncoordinated", "inject"):
+        if getattr(arguments, name) is not None:
+            run = msgspec.structs.replace(run, **{name: getattr(arguments, name)})
+    scenario = Scenario(guest=guest, devices=devices, run=run)
+    check_scenario(scenario)
+    return scenario

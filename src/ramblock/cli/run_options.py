@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of ``ramblock run``. Imports nothing of the job: the help has to come at once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ramblock.errors import UsageError
+from ramblock.units import parse_size
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+__all__ = ["add_to"]
+
+_DESCRIPTION = """\
+Run a confidential guest that converts pages while devices do DMA, on memory of this host and a software IOMMU, watched by
+a verifier that shares no code with what it watches. At the end everything is compared; a stale or a missing mapping is a
+violation.
+"""
+
+_EPILOG = """\
+examples:
+  ramblock run                              a 4 GiB guest, two devices, 24,000 requests
+  ramblock run --uncoordinated              the same without the mechanism: stale mappings
+  ramblock run --inject unmap:short:40      a device that does not let go: poison
+  ramblock run examples/budget.toml --seed 7 --json
+"""
+
+
+def size(text: str) -> int:
+    """Read a size option."""
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(f"{error}, expected {error.expected}") from None
+
+
+def positive(text: str) -> int:
+    """Read a positive number."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "run",
+        help="run a confidential guest under devices, on embedded parts",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(start=_start)
+    parser.add_argument(
+        "scenario",
+        nargs="?",
+        type=Path,
+        metavar="SCENARIO.toml",
+        help="what to run; options below override it",
+    )
+    guest = parser.add_argument_group("guest")
+    guest.add_argument("--memory", type=size, metavar="SIZE", help="RAM of the guest (default: 4G)")
+    guest.add_argument(
+        "--workload", metavar="NAME|TRACE", help="linux (default), firmware, fragmenter, or a trace"
+    )
+    guest.add_argument(
+        "--conversions", type=positive, metavar="N", help="requests in all (default: 24000)"
+    )
+    guest.add_argument(
+        "--seed", type=int, metavar="N", help="same seed, same requests (default: 1)"
+    )
+    devices = parser.add_argument_group("devices")
+    devices.add_argument(
+        "--devices", type=int, metavar="N", help="each behind an IOMMU of its own (default: 2)"
+    )
+    devices.add_argument(
+        "--policy",
+        choices=("auto", "page", "run"),
+        help="how much one mapping covers (default: auto)",
+    )
+    devices.add_argument(
+        "--max-mappings", type=positive, metavar="N", help="mapping budget of each device"
+    )
+    trouble = parser.add_argument_group("trouble")
+    trouble.add_argument(
+        "--uncoordinated",
+        action="store_true",
+        default=None,
+        help="map all RAM at boot and tell nobody of conversions",
+    )
+    trouble.add_argument(
+        "--inject",
+        metavar="FAULTS",
+        help="fail calls on purpose: map:N, unmap:N, unmap:short:N, attribute:N, free:N, separated by commas",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print the report for machines")
+    output.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write every event, one JSON object per line"
+    )
+    output.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+
+
+def _start(arguments: argparse.Namespace) -> int:
+    from ramblock.cli.run_command import start
+
+    return start(arguments)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The summary of a run, for people."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ramblock.errors import describe_range
+from ramblock.run.report import RunReport
+from ramblock.run.tally import Outcome
+from ramblock.units import format_size
+
+__all__ = ["print_summary"]
+
+_CLASSES = ("4 KiB", "to 64 KiB", "to 2 MiB", "larger")
+_RANGES_SHOWN = 8
+_REASONS_SHOWN = 6
+
+
+def print_summary(report: RunReport) -> None:
+    """Print the report on stdout; colours only on a terminal."""
+    console = Console(highlight=False, soft_wrap=False)
+    _print_head(console, report)
+    _print_requests(console, report)
+    _print_mappings(console, report)
+    _print_devices(console, report)
+    _print_refusals(console, report)
+    _print_doubts(console, report)
+    _print_violations(console, report)
+    _print_verdict(console, report)
+
+
+def _print_head(console: Console, report: RunReport) -> None:
+    job = report.scenario.run
+    memory = sum(place.size for place in report.places if place.confidential)
+    mode = "without coordination" if job.uncoordinated else f"one mapping per {report.policy}"
+    console.print(
+        f"[bold]{format_size(memory)} guest, {len(report.devices)} devices, {mode}[/bold];"
+        f" workload {job.workload}, seed {job.seed}"
+    )
+    seconds = report.elapsed_ns / 1e9
+    interrupted = ", interrupted" if report.interrupted else ""
+    rate = report.tally.requests / seconds if seconds else 0
+    console.print(
+        f"{report.tally.requests:,} requests in {seconds:.1f} s ({rate:,.0f}/s){interrupted}"
+    )
+    console.print(
+        "Page states are tracked, not enforced: there is no KVM in this run.", style="dim"
+    )
+
+
+def _print_requests(console: Console, report: RunReport) -> None:
+    tally = report.tally
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in (*_CLASSES, "all"):
+        table.add_column(name, justify="right")
+    for outcome in Outcome:
+        if tally.outcomes[outcome]:
+            cells = [f"{tally.by_class[name, outcome]:,}" for name in _CLASSES]
+            table.add_row(outcome.value, *cells, f"{tally.outcomes[outcome]:,}")
+    latencies = tally.latencies()
+    for key in ("p50", "p90", "p99", "max"):
+        cells = [f"{latencies[name][key]:,.0f}" if name in latencies else "-" for name in _CLASSES]
+        table.add_row(f"{key}, µs", *cells, "", style="dim")
+    _print_table(console, "Requests by size", table)
+
+
+def _print_mappings(console: Console, report: RunReport) -> None:
+    tally, per_page = report.tally, report.per_page()
+    rows = []
+    if report.entries:
+        rows = [
+            ("map calls", f"{tally.map_calls:,}", f"one per page: {per_page['map_calls']:,}"),
+            ("unmap calls", f"{tally.unmap_calls:,}", f"one per page: {per_page['unmap_calls']:,}"),
+            (
+                "entries, at most",
+                f"{report.peak_entries:,}",
+                f"one per page: {per_page['peak_entries']:,}",
+            ),
+            ("entries, now", f"{sum(report.entries.values()):,}", ""),
+        ]
+    rows += [
+        (
+            "memory really freed",
+            format_size(report.freed_bytes),
+            f"waiting: {format_size(report.not_freed_bytes)}",
+        ),
+    ]
+    if report.orphaned_bytes:
+        rows.append(
+            ("freed while mapped", format_size(report.orphaned_bytes), "devices still reach it")
+        )
+    other = max(report.elapsed_ns - tally.conversion_ns - report.watching_ns, 0)
+    rows += [
+        ("time in conversions", f"{tally.conversion_ns / 1e9:.1f} s", ""),
+        (
+            "the run's own time",
+            f"{report.watching_ns / 1e9:.1f} s verifier",
+            f"{other / 1e9:.1f} s script and devices",
+        ),
+    ]
+    _print_rows(console, "Mappings, memory, time", rows)
+
+
+def _print_devices(console: Console, report: RunReport) -> None:
+    total = report.devices_total()
+    _print_rows(
+        console,
+        "DMA",
+        [
+            ("own buffers", f"{total.accesses:,} accesses", f"{total.faults_own:,} faulted"),
+            (
+                "memory never shared",
+                f"{total.forbidden:,} accesses",
+                f"{total.forbidden_faulted:,} faulted",
+            ),
+            ("anywhere", f"{total.probes:,} accesses", f"{total.probes_faulted:,} faulted"),
+        ],
+    )
+
+
+def _print_refusals(console: Console, report: RunReport) -> None:
+    reasons = report.tally.reasons.most_common()
+    rows = [(f"{count:,}", reason, "") for reason, count in reasons[:_REASONS_SHOWN]]
+    if len(reasons) > _REASONS_SHOWN:
+        rows.append(
+            (f"{sum(count for _, count in reasons[_REASONS_SHOWN:]):,}", "for other reasons", "")
+        )
+    if rows:
+        _print_rows(console, "Refused or put back", rows)
+
+
+def _print_doubts(console: Console, report: RunReport) -> None:
+    if report.in_doubt:
+        rows = [
+            (describe_range(gpa, size), target, format_size(size))
+            for gpa, size, target in report.in_doubt
+        ]
+        _print_rows(console, "In doubt: a device may still reach this", rows[:_RANGES_SHOWN])
+
+
+def _print_violations(console: Console, report: RunReport) -> None:
+    if report.verifier.clean:
+        return
+    kinds = [(f"{count:,}", kind.value, "") for kind, count in report.verifier.counts.most_common()]
+    _print_rows(console, "Violations", kinds, style="red")
+    found = report.verifier.violations()
+    for kind in dict.fromkeys(violation.kind for violation in found):
+        ranges = [violation for violation in found if violation.kind is kind]
+        rows = [
+            (describe_range(item.gpa, item.size), format_size(item.size), item.target)
+            for item in ranges[:_RANGES_SHOWN]
+        ]
+        more = len(ranges) - _RANGES_SHOWN
+        if more > 0:
+            rows.append((f"... and {more} more", "", ""))
+        _print_rows(console, kind.value, rows, style="red")
+
+
+def _print_verdict(console: Console, report: RunReport) -> None:
+    console.print()
+    for error in report.device_errors:
+        console.print(Text(f"a device's thread died: {error}", style="bold red"))
+    if report.poisoned:
+        console.print(
+            Text(
+                "POISONED: a device may still reach pages; the guest was stopped, no page was freed.",
+                style="bold red",
+            )
+        )
+    checks = f"{report.verifier.checks:,} calls checked, everything compared at the end"
+    if report.verifier.clean:
+        console.print(Text("0 violations", style="bold green"), f"({checks})")
+    else:
+        console.print(
+            Text(f"{report.verifier.counts.total():,} violations", style="bold red"), f"({checks})"
+        )
+
+
+def _print_rows(
+    console: Console, title: str, rows: list[tuple[str, str, str]], style: str = ""
+) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("")
+    table.add_column("")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    _print_table(console, title, table, style)
+
+
+def _print_table(console: Console, title: str, table: Table, style: str = "") -> None:
+    """Print a heading on a line of its own: a table's title would be wrapped to the table's width."""
+    console.print()
+    console.print(Text(title, style=f"bold {style}"))
+    console.print(table)

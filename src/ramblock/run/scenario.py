@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What to run, as data: a scenario file, the named workloads, and their defaults.
+
+A scenario is TOML, decoded and checked by msgspec; the command line overrides single values. Every error names the file,
+the key and what was expected.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import msgspec
+
+from ramblock.dma.target import MappingPolicy
+from ramblock.errors import UsageError
+from ramblock.units import GIB, MIB, PAGE_SIZE, format_size, parse_size
+
+__all__ = [
+    "BootPhase",
+    "Buffers",
+    "Devices",
+    "Guest",
+    "Job",
+    "Scenario",
+    "SteadyPhase",
+    "Workload",
+    "load_scenario",
+    "load_workload",
+    "workload_names",
+]
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Weight = Annotated[int, msgspec.Meta(ge=0)]
+
+S = TypeVar("S")
+
+
+class Size(int):
+    """A number of bytes that may be written as ``"4G"`` or as a plain number."""
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class Guest(_Strict, frozen=True):
+    """The guest's memory."""
+
+    memory: Size = Size(4 * GIB)
+    """Below 2 GiB first, the rest from 4 GiB up on two NUMA nodes."""
+    bios: Size = Size(4 * MIB)
+    """Ordinary RAM that ends at 4 GiB, read-only for devices; 0: none."""
+
+
+class Devices(_Strict, frozen=True):
+    """The devices that do DMA beside the conversions, each behind an IOMMU of its own."""
+
+    count: Annotated[int, msgspec.Meta(ge=0, le=64)] = 2
+    policy: Literal["auto", "page", "run"] = "auto"
+    max_mappings: Positive | None = None
+    """The operator's budget per device."""
+    cut: bool = True
+    """Whether the IOMMUs can cut."""
+
+    @property
+    def mapping_policy(self) -> MappingPolicy:
+        """The policy as the library's type."""
+        return MappingPolicy(self.policy)
+
+
+class Job(_Strict, frozen=True):
+    """How long to run, and what to do to it."""
+
+    conversions: Positive = 24_000
+    seed: int = 1
+    workload: str = "linux"
+    """A named workload, or the path of a trace written by ``--trace``."""
+    uncoordinated: bool = False
+    """Map everything at boot and tell nobody of conversions."""
+    inject: str = ""
+    """Faults on purpose: ``map:3,unmap:7,unmap:short:9,attribute:2,free:1``."""
+
+
+class Scenario(_Strict, frozen=True):
+    """A scenario file: tables ``[guest]``, ``[devices]`` and ``[run]``, all optional."""
+
+    guest: Guest = Guest()
+    devices: Devices = Devices()
+    run: Job = Job()
+
+
+class BootPhase(_Strict, frozen=True):
+    """What the guest shares before anything else."""
+
+    swiotlb: bool
+    rings: Weight
+    ring_size: Size
+
+
+class SteadyPhase(_Strict, frozen=True):
+    """How often each thing happens afterwards, relative to the others."""
+
+    alloc: Weight
+    free: Weight
+    accept: Weight
+    hostile: Weight
+
+
+class Buffers(_Strict, frozen=True):
+    """DMA buffers."""
+
+    min_size: Size
+    max_size: Size
+    live: Size
+
+
+class Workload(_Strict, frozen=True):
+    """A named workload; files are in ``run/workloads/``, and adding one is adding a file."""
+
+    description: str
+    source: str
+    boot: BootPhase
+    steady: SteadyPhase
+    buffers: Buffers
+
+
+def _decode_size(kind: type, value: Any) -> Any:
+    if kind is not Size:
+        raise NotImplementedError
+    try:
+        size = parse_size(value) if isinstance(value, str) else value
+    except UsageError:
+        size = None
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0 or size % PAGE_SIZE:
+        raise ValueError(f'expected a size in whole pages such as "4G" or "64K", got {value!r}')
+    return Size(size)
+
+
+def _decode(text: str, kind: type[S], path: str) -> S:
+    try:
+        return msgspec.convert(tomllib.loads(text), kind, dec_hook=_decode_size)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path}: not TOML: {error}") from None
+    except msgspec.ValidationError as error:
+        problem, _, where = str(error).partition(" - at `$.")
+        key = where.rstrip("`")
+        expected = _expected(kind, key, problem)
+        text = f"{path}: {key + ': ' if key else ''}{problem}{f', expected {expected}' if expected else ''}"
+        raise UsageError(text, value=key, expected=expected) from None
+
+
+def _expected(kind: type, key: str, problem: str) -> str | None:
+    """Say what msgspec's message leaves out: which keys there are, and which words a key takes."""
+    for name in key.split(".") if key else ():
+        kind = next(field.type for field in msgspec.structs.fields(kind) if field.name == name)
+    if "unknown field" in problem:
+        return "one of " + ", ".join(field.name for field in msgspec.structs.fields(kind))
+    return " or ".join(map(str, get_args(kind))) if get_origin(kind) is Literal else None
+
+
+def load_scenario(path: Path) -> Scenario:
+    """
+    Read a scenario file.
+
+    :raises UsageError: It is no TOML, or a key is unknown or has a wrong value; the text names file, key and what was
+        expected.
+    :raises OSError: It cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8: {error}") from None
+    scenario = _decode(text, Scenario, str(path))
+    check_scenario(scenario)
+    return scenario
+
+
+def check_scenario(scenario: Scenario) -> None:
+    """
+    Check what the types cannot say.
+
+    :raises UsageError: Too little memory; the text says how much.
+    """
+    if scenario.guest.memory < 64 * MIB:
+        raise UsageError(
+            f"guest.memory: {format_size(scenario.guest.memory)} is too small, expected at least 64 MiB",
+            value=scenario.guest.memory,
+        )
+
+
+def workload_names() -> list[str]:
+    """List the named workloads."""
+    folder = resources.files("ramblock.run") / "workloads"
+    return sorted(
+        Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def load_workload(name: str) -> Workload:
+    """
+    Load a named workload.
+
+    :raises UsageError: There is none of that name; the text lists them.
+    """
+    names = workload_names()
+    if name not in names:
+        raise UsageError(
+            f"workload {name!r} is neither one of {', '.join(names)} nor a file",
+            value=name,
+            expected=", ".join(names),
+        )
+    file = resources.files("ramblock.run") / "workloads" / f"{name}.toml"
+    return _decode(file.read_text(encoding="utf-8"), Workload, f"workload {name}")
