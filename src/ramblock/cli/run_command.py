@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import msgspec
 
@@ -23,7 +24,14 @@ __all__ = ["start"]
 def start(arguments: argparse.Namespace) -> int:
     """Run the job; return the exit code."""
     scenario = _scenario(arguments)
-    run = Run(scenario, arguments.trace)
+    try:
+        run = Run(scenario, arguments.trace)
+    except OSError as error:
+        if Path(error.filename or "") != arguments.trace:
+            raise
+        raise UsageError(
+            f"--trace {arguments.trace}: {error.strerror}", value=str(arguments.trace)
+        ) from error
     with _progress(quiet=arguments.quiet) as progress:
         report = run.execute(progress)
     if arguments.json:
@@ -68,5 +76,5 @@ def _scenario(arguments: argparse.Namespace) -> Scenario:
         if getattr(arguments, name) is not None:
             run = msgspec.structs.replace(run, **{name: getattr(arguments, name)})
     scenario = Scenario(guest=guest, devices=devices, run=run)
-    check_scenario(scenario)
+    check_scenario(scenario, "command line")
     return scenario

@@ -131,6 +131,12 @@ def _print_refusals(console: Console, report: RunReport) -> None:
         )
     if rows:
         _print_rows(console, "Refused or put back", rows)
+    if report.injected:
+        _print_rows(
+            console,
+            "Faults on purpose",
+            [(kind, f"{count:,}", "") for kind, count in report.injected.items()],
+        )
 
 
 def _print_doubts(console: Console, report: RunReport) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 
 from ramblock.errors import UsageError
@@ -30,6 +31,8 @@ class FaultPlan:
     fail_attribute: set[int] = field(default_factory=set)
     fail_free: set[int] = field(default_factory=set)
     armed: bool = False
+    happened: Counter[str] = field(default_factory=Counter)
+    """What has failed so far, by kind."""
     _attributes: int = 0
     _frees: int = 0
 
@@ -65,17 +68,17 @@ class FaultPlan:
         if self.armed:
             self._attributes += 1
             if self._attributes in self.fail_attribute:
-                raise _refusal("attribute", self._attributes)
+                raise self._refusal("attribute", self._attributes)
 
     def free(self) -> None:
         """Count a free; raise if it is to fail."""
         if self.armed:
             self._frees += 1
             if self._frees in self.fail_free:
-                raise _refusal("free", self._frees)
+                raise self._refusal("free", self._frees)
 
-
-def _refusal(kind: str, number: int) -> OSError:
-    return OSError(
-        errno.ENOMEM, f"{kind} call {number} was told to fail ({os.strerror(errno.ENOMEM)})"
-    )
+    def _refusal(self, kind: str, number: int) -> OSError:
+        self.happened[kind] += 1
+        return OSError(
+            errno.ENOMEM, f"{kind} call {number} was told to fail ({os.strerror(errno.ENOMEM)})"
+        )

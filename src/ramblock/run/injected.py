@@ -22,16 +22,27 @@ class InjectedTarget:
         self._inner: DmaTarget = inner
         self._name = repr(inner)
         self._plan = plan
+        self._faulty: FaultyTarget | None = None
 
     def arm(self) -> None:
         """Count from now on."""
         plan = self._plan
-        self._inner = FaultyTarget(
+        self._inner = self._faulty = FaultyTarget(
             self._inner,
             fail_map=plan.fail_map,
             fail_unmap=plan.fail_unmap,
             short_unmap=plan.short_unmap,
         )
+
+    def account(self) -> None:
+        """Add to the plan's account what has failed here."""
+        plan, faulty = self._plan, self._faulty
+        if faulty is not None:
+            plan.happened["map"] = sum(number <= faulty.map_calls for number in plan.fail_map)
+            plan.happened["unmap"] = sum(number <= faulty.unmap_calls for number in plan.fail_unmap)
+            plan.happened["short unmap"] = sum(
+                number <= faulty.unmap_calls for number in plan.short_unmap
+            )
 
     @property
     def capabilities(self) -> DmaCapabilities:

@@ -331,6 +331,8 @@ class Run:
         attached = not self._scenario.run.uncoordinated and not memory.poisoned
         watching_ns = self._verifier.spent_ns()
         self._verifier.compare(shared, tables, attached=attached)
+        if self._injected is not None:
+            self._injected.account()
         state = "".join(f"{gpa:x}+{size:x}\n" for gpa, size in shared)
         report = RunReport(
             scenario=self._scenario,
@@ -354,6 +356,7 @@ class Run:
                 for iommu in self._iommus
                 if isinstance(iommu.inner, PinnedIommu)
             ),
+            injected=dict(+self._faults.happened),
             state_hash=hashlib.sha256(state.encode()).hexdigest()[:16],
             elapsed_ns=elapsed,
             watching_ns=watching_ns,

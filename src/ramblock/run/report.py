@@ -41,6 +41,8 @@ class RunReport:
     not_freed_bytes: int
     orphaned_bytes: int
     """Freed while mapped: devices reach them and the guest does not; without coordination only."""
+    injected: dict[str, int]
+    """Faults on purpose that came about, by kind."""
     state_hash: str
     """Of the ranges that are shared at the end."""
     elapsed_ns: int
@@ -123,6 +125,7 @@ class RunReport:
                 "conversions_ns": tally.conversion_ns,
                 "verifier_ns": self.watching_ns,
             },
+            "injected": self.injected,
             "state_hash": self.state_hash,
             "poisoned": self.poisoned,
             "in_doubt": [

@@ -38,6 +38,9 @@ Weight = Annotated[int, msgspec.Meta(ge=0)]
 
 S = TypeVar("S")
 
+# The workloads' zones have to fit.
+_LEAST_MEMORY = 64 * MIB
+
 
 class Size(int):
     """A number of bytes that may be written as ``"4G"`` or as a plain number."""
@@ -175,19 +178,21 @@ def load_scenario(path: Path) -> Scenario:
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8: {error}") from None
     scenario = _decode(text, Scenario, str(path))
-    check_scenario(scenario)
+    check_scenario(scenario, str(path))
     return scenario
 
 
-def check_scenario(scenario: Scenario) -> None:
+def check_scenario(scenario: Scenario, where: str) -> None:
     """
     Check what the types cannot say.
 
+    :param where: The file or the command line, for the message.
     :raises UsageError: Too little memory; the text says how much.
     """
-    if scenario.guest.memory < 64 * MIB:
+    if scenario.guest.memory < _LEAST_MEMORY:
         raise UsageError(
-            f"guest.memory: {format_size(scenario.guest.memory)} is too small, expected at least 64 MiB",
+            f"{where}: guest.memory: {format_size(scenario.guest.memory)} is too small,"
+            f" expected at least {format_size(_LEAST_MEMORY)}",
             value=scenario.guest.memory,
         )
 
