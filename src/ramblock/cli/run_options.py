@@ -23,7 +23,7 @@ violation.
 
 _EPILOG = """\
 examples:
-  ramblock run                              a 4 GiB guest, two devices, 24,000 requests
+  ramblock run                              a 4 GiB guest, two devices, 26,000 requests
   ramblock run --uncoordinated              the same without the mechanism: stale mappings
   ramblock run --inject unmap:short:40      a device that does not let go: poison
   ramblock run examples/budget.toml --seed 7 --json
@@ -68,7 +68,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--workload", metavar="NAME|TRACE", help="linux (default), firmware, fragmenter, or a trace"
     )
     guest.add_argument(
-        "--conversions", type=positive, metavar="N", help="requests in all (default: 24000)"
+        "--conversions", type=positive, metavar="N", help="requests in all (default: 26000)"
     )
     guest.add_argument(
         "--seed", type=int, metavar="N", help="same seed, same requests (default: 1)"

@@ -78,7 +78,7 @@ class Devices(_Strict, frozen=True):
 class Job(_Strict, frozen=True):
     """How long to run, and what to do to it."""
 
-    conversions: Positive = 24_000
+    conversions: Positive = 26_000
     seed: int = 1
     workload: str = "linux"
     """A named workload, or the path of a trace written by ``--trace``."""
