@@ -3,8 +3,8 @@
 A bitmap that takes memory only where something is set.
 
 Theory of operation. The bits are cut into chunks of 2**15 (one chunk of 4 KiB pages describes 128 MiB). A chunk that is
-absent is all zeros. A chunk that is all ones after a range operation is the one shared, immutable :data:`_ONES`: filling
-or emptying a terabyte costs a dictionary entry per 128 MiB, and nothing is ever searched outside the range asked for.
+absent is all zeros. A chunk that one operation fills is the one shared, immutable :data:`_ONES`: filling or emptying a
+terabyte costs a dictionary entry per 128 MiB, and nothing is ever searched outside the range asked for.
 Every cost depends on the range, on what is set inside it, and not on the length of the bitmap.
 
 Positions are bits, half-open. Callers pass ranges that lie inside the bitmap; the layers above check what comes from
@@ -212,14 +212,18 @@ class SparseBitmap:
     def save(self, start: int, end: int) -> SavedBits:
         """Copy the bits of the range, for :meth:`restore`."""
         return [
-            (index, low, chunk[low:high]) for index, chunk, low, high in self._pieces(start, end)
+            # All ones are shared here too: the copy of a full terabyte costs what the terabyte costs.
+            (index, low, _ONES if chunk is _ONES and high - low == _CHUNK_BITS else chunk[low:high])
+            for index, chunk, low, high in self._pieces(start, end)
         ]
 
     def restore(self, start: int, end: int, saved: SavedBits) -> None:
         """Make the range again what :meth:`save` copied. Doing it twice is the same as doing it once."""
         self.clear(start, end)
         for index, low, bits in saved:
-            if bits.any():
+            if bits is _ONES:
+                self._chunks[index] = _ONES
+            elif bits.any():
                 chunk = self._chunks.get(index)
                 if chunk is None:
                     chunk = bitarray(_CHUNK_BITS)

@@ -2,7 +2,8 @@
 """DMA targets, and the mapper that drives them."""
 
 from ramblock.dma.mapper import Mapper
-from ramblock.dma.soft import FaultRecord, Mapping, SoftIommu
+from ramblock.dma.mapping_table import Mapping
+from ramblock.dma.soft import FaultRecord, SoftIommu
 from ramblock.dma.target import DmaCapabilities, DmaTarget, HostRange, MappingPolicy
 
 __all__ = [

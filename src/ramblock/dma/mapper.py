@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from ramblock.bitmap import SparseBitmap
 from ramblock.dma.target import DmaTarget, HostRange, MappingPolicy
 from ramblock.errors import DmaError, MappingLimitError, UsageError, describe_range
+from ramblock.logs import Sparingly
 from ramblock.memory.section import RamSection
 from ramblock.units import PAGE_SIZE
 
@@ -86,6 +87,8 @@ class Mapper:
         self.unmap_calls = 0
         self.listeners: list[SectionMapper] = []
         self._warned = False
+        self._log_refusal = Sparingly(_log)
+        self._log_nearly = Sparingly(_log)
 
     @property
     def limit(self) -> int | None:
@@ -103,7 +106,7 @@ class Mapper:
             return
         needed = self.entries + extra
         if needed > limit:
-            _log.warning(
+            self._log_refusal(
                 "refused: %d mappings needed, limit %d, target %r", needed, limit, self.target
             )
             raise MappingLimitError(
@@ -113,19 +116,20 @@ class Mapper:
             )
         nearly = needed >= limit * _NEARLY_USED_UP
         if nearly and not self._warned:
-            _log.warning(
+            self._log_nearly(
                 "%d of %d mappings will be in use on target %r", needed, limit, self.target
             )
         self._warned = nearly
 
-    def check_section(self, section: RamSection, granularity: int) -> None:
+    def check_section(self, section: RamSection, granularity: int | None) -> None:
         """
         Check that the target can map any granule of *section*.
 
+        :param granularity: What can change of it, in bytes; None: nothing, the block has no sources.
         :raises UsageError: Page size above *granularity*, misaligned, or outside the target's IOVA ranges.
         """
         unit = self.page_size
-        if granularity < unit:
+        if granularity is not None and granularity < unit:
             raise UsageError(
                 f"the target maps pages of {unit:#x} bytes, {section!r} changes by {granularity:#x}",
                 value=unit,
@@ -183,6 +187,10 @@ class SectionMapper:
         self.pages = section.size // PAGE_SIZE
         self.mapped = SparseBitmap(self.pages)
         self.starts = SparseBitmap(self.pages)
+        #: What was reported as in doubt.
+        self.uncertain = SparseBitmap(self.pages)
+        #: An undo began and did not end: interrupted, maybe more than once. What is mapped here is not known then.
+        self.unsettled = False
         self._doubt = doubt
         self._step = mapper.page_size // PAGE_SIZE if mapper.policy is MappingPolicy.PAGE else None
         mapper.listeners.append(self)
@@ -212,6 +220,38 @@ class SectionMapper:
         start, end = self._pages(section)
         if self.mapped.count(start, end):
             self._unmap(start, end)
+
+    def let_go(self) -> None:
+        """
+        Unmap all that the target lets go of: for closing, and for a poisoned memory.
+
+        What it does not let go of is in doubt, and what was in doubt stays so.
+        """
+        uncertain = list(self.uncertain.runs(0, self.pages))
+        certain = SparseBitmap(self.pages)
+        certain.restore(0, self.pages, self.mapped.save(0, self.pages))
+        for start, end in uncertain:
+            certain.clear(start, end)
+        for run in list(certain.runs(0, self.pages)):
+            for start, end in list(self._pieces(*run)):
+                problem = self._try_unmap(start, end)
+                if problem is None:
+                    self._erase(start, end)
+                else:
+                    self._report(start, end, problem)
+        for run in uncertain:
+            for start, end in list(self._pieces(*run)):
+                self._try_unmap(start, end)
+
+    def _try_unmap(self, start: int, end: int) -> str | None:
+        """Unmap pages; say what went wrong, if anything did."""
+        size = (end - start) * PAGE_SIZE
+        self.budget.unmap_calls += 1
+        try:
+            removed = self.target.unmap(self._iova(start), size)
+        except Exception as error:
+            return f"unmap failed: {error!r}"
+        return None if removed >= size else f"unmap removed {removed:#x} of {size:#x} bytes"
 
     def entries_to_populate(self, sections: Iterable[RamSection]) -> int:
         """How many entries *sections* need."""
@@ -293,7 +333,9 @@ class SectionMapper:
                 position += step
             self._record(start, end)
         except BaseException as error:
+            self.unsettled = True
             self._unmap_after_failure(start, position, min(position + step, end), error)
+            self.unsettled = False
             raise
 
     def _unmap_after_failure(
@@ -301,7 +343,8 @@ class SectionMapper:
     ) -> None:
         """[start, position) is mapped for certain, [position, in_flight_end) perhaps: unmap both."""
         self._erase(start, in_flight_end)
-        self.budget.recount()
+        if not _is_refusal(error):
+            self.budget.recount()
         step = self._step or position - start
         pieces = (
             range(start, position, step)
@@ -361,16 +404,10 @@ class SectionMapper:
         if not self.budget.exact:
             yield start, end
             return
+        step = self._step
+        assert step is not None  # policy RUN needs a target that is not exact
         for run_start, run_end in self.mapped.runs(start, end):
-            piece = run_start
-            for mapping, _ in self.starts.runs(run_start, run_end) if self._step != 1 else ():
-                if mapping > piece:
-                    yield piece, mapping
-                    piece = mapping
-            if self._step == 1:
-                yield from ((page, page + 1) for page in range(run_start, run_end))
-            else:
-                yield piece, run_end
+            yield from ((page, page + step) for page in range(run_start, run_end, step))
 
     def _unmap(self, start: int, end: int) -> None:
         """Unmap what is mapped of [start, end), and note it."""
@@ -396,9 +433,11 @@ class SectionMapper:
             position = in_flight_end
             self._erase(start, end)
         except BaseException as error:
+            self.unsettled = True
             runs = SparseBitmap(self.pages)
             runs.restore(start, end, saved)
             self._map_after_failure(runs, start, position, in_flight_end, error)
+            self.unsettled = False
             raise
 
     def _map_after_failure(
@@ -415,17 +454,18 @@ class SectionMapper:
         [start, position) is unmapped for certain, [position, in_flight_end) perhaps.
         """
         if isinstance(error, _ShortUnmapError):
-            self._report(position, in_flight_end, str(error))
+            self._report_runs(runs, position, in_flight_end, str(error))
         elif not _is_refusal(error) and position < in_flight_end:
             # Not known whether it happened: make sure it has. A short answer shows when the pages are mapped again.
             problem = self._unmap_until_empty(position, in_flight_end)
             if problem is None:
                 position = in_flight_end
             else:
-                self._report(position, in_flight_end, problem)
+                self._report_runs(runs, position, in_flight_end, problem)
         if position > start:
             self._erase(start, position)
-        self.budget.recount()
+        if not _is_refusal(error):
+            self.budget.recount()
         for run_start, run_end in list(runs.runs(start, position)) if position > start else []:
             try:
                 self._map(run_start, run_end)
@@ -444,10 +484,15 @@ class SectionMapper:
             )
         return None
 
+    def _report_runs(self, runs: SparseBitmap, start: int, end: int, reason: str) -> None:
+        """Put those pages of [start, end) into doubt that were mapped (*runs*)."""
+        for run_start, run_end in list(runs.runs(start, end)):
+            self._report(run_start, run_end, reason)
+
     def _report(self, start: int, end: int, reason: str) -> None:
         """Put [start, end) into doubt. The books call it mapped, so that a later detach tries to unmap it."""
-        self.mapped.set(start, end)
-        self.starts.set(start, start + 1)
+        self._record(start, end)
+        self.uncertain.set(start, end)
         self.budget.recount()
         self._doubt(self._part(start, end), self, reason)
 

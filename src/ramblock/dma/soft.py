@@ -16,41 +16,17 @@ from collections import deque
 from threading import Lock
 from typing import NamedTuple
 
-from sortedcontainers import SortedDict
-
+from ramblock.dma.mapping_table import Mapping, MappingTable
 from ramblock.dma.target import DmaCapabilities, HostRange
-from ramblock.errors import DmaError, IommuFault, UsageError, describe_range
+from ramblock.errors import DmaError, IommuFault, describe_range
 from ramblock.memory.backing import read_fd, write_fd
 from ramblock.memory.host_calls import write_own_memory
-from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_granularity, check_range
+from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_granularity, check_positive, check_range
 
 __all__ = ["FaultRecord", "Mapping", "SoftIommu"]
 
 # Enough to look at, not enough for a device that faults forever to fill memory with.
 _FAULTS_KEPT = 1024
-
-
-class Mapping(NamedTuple):
-    """One entry of the IOMMU's table."""
-
-    iova: int
-    size: int
-    memory: HostRange
-    writable: bool
-
-    @property
-    def end(self) -> int:
-        """First IOVA behind it."""
-        return self.iova + self.size
-
-    def part(self, start: int, end: int) -> Mapping:
-        """Cut out the piece ``[start, end)``."""
-        skip = start - self.iova
-        fd, offset, address, _ = self.memory
-        size = end - start
-        return Mapping(
-            start, size, HostRange(fd, offset + skip, address + skip, size), self.writable
-        )
 
 
 class FaultRecord(NamedTuple):
@@ -83,17 +59,13 @@ class SoftIommu:
         iova_ranges: tuple[tuple[int, int], ...] | None = None,
     ) -> None:
         check_granularity(page_size, "page size of the IOMMU")
-        if max_mappings is not None and max_mappings <= 0:
-            raise UsageError(
-                f"max_mappings {max_mappings} is not positive",
-                value=max_mappings,
-                expected="at least 1",
-            )
+        if max_mappings is not None:
+            check_positive(max_mappings, "max_mappings")
         self._capabilities = DmaCapabilities(
             page_size, max_mappings, cut and not exact, exact, iova_ranges
         )
         self._lock = Lock()
-        self._table: SortedDict[int, Mapping] = SortedDict()
+        self._table = MappingTable()
         #: The latest faults; older ones are forgotten, but counted.
         self.faults: deque[FaultRecord] = deque(maxlen=_FAULTS_KEPT)
         #: Faults since the beginning.
@@ -121,17 +93,13 @@ class SoftIommu:
         ):
             raise _refusal("map", iova, size, errno.EINVAL, "outside the IOVA ranges")
         with self._lock:
-            other = self._first_overlap(iova, iova + size)
-            if other is not None:
-                raise _refusal(
-                    "map",
-                    iova,
-                    size,
-                    errno.EEXIST,
-                    f"{describe_range(other.iova, other.size)} is mapped",
-                )
+            first, last = self._table.overlapping(iova, iova + size)
+            if first < last:
+                other = self._table.mappings[first]
+                text = f"{describe_range(other.iova, other.size)} is mapped"
+                raise _refusal("map", iova, size, errno.EEXIST, text)
             self._check_room("map", iova, size, 1)
-            self._table[iova] = Mapping(iova, size, memory, writable)
+            self._table.replace(first, first, [Mapping(iova, size, memory, writable)])
 
     def unmap(self, iova: int, size: int) -> int:
         """
@@ -144,7 +112,8 @@ class SoftIommu:
         self._check("unmap", iova, size)
         end = iova + size
         with self._lock:
-            hit = self._overlapping(iova, end)
+            position, behind = self._table.overlapping(iova, end)
+            hit = self._table.mappings[position:behind]
             if self._capabilities.exact and (len(hit) != 1 or hit[0][:2] != (iova, size)):
                 raise _refusal("unmap", iova, size, errno.ENOENT, "not one whole mapping")
             if not hit:
@@ -160,11 +129,8 @@ class SoftIommu:
                 text = f"it would cut {describe_range(cut.iova, cut.size)}"
                 raise _refusal("unmap", iova, size, errno.EINVAL, text)
             self._check_room("unmap", iova, size, len(rest) - len(hit))
-            for mapping in hit:
-                del self._table[mapping.iova]
-            for mapping in rest:
-                self._table[mapping.iova] = mapping
-        return min(last.end, end) - max(first.iova, iova) - _gaps(hit)
+            self._table.replace(position, behind, rest)
+        return sum(mapping.size for mapping in hit) - sum(mapping.size for mapping in rest)
 
     def close(self) -> None:
         """Unmap everything; every later access faults."""
@@ -174,7 +140,7 @@ class SoftIommu:
     def mappings(self) -> list[Mapping]:
         """List the mappings, ascending."""
         with self._lock:
-            return list(self._table.values())
+            return list(self._table.mappings)
 
     def _check(self, call: str, iova: int, size: int) -> None:
         if size <= 0 or iova < 0 or iova + size > ADDRESS_LIMIT:
@@ -194,28 +160,6 @@ class SoftIommu:
             raise _refusal(
                 call, iova, size, errno.ENOSPC, f"{len(self._table)} of {limit} mappings in use"
             )
-
-    def _first_overlap(self, start: int, end: int) -> Mapping | None:
-        table = self._table
-        index = table.bisect_right(start)
-        if index:
-            before: Mapping = table.peekitem(index - 1)[1]
-            if before.end > start:
-                return before
-        if index < len(table):
-            behind: Mapping = table.peekitem(index)[1]
-            if behind.iova < end:
-                return behind
-        return None
-
-    def _overlapping(self, start: int, end: int) -> list[Mapping]:
-        first = self._first_overlap(start, end)
-        if first is None:
-            return []
-        return [
-            self._table[iova]
-            for iova in self._table.irange(first.iova, end, inclusive=(True, False))
-        ]
 
     # -- the device's side ----------------------------------------------------------------------------------------
 
@@ -251,37 +195,27 @@ class SoftIommu:
         """Where the bytes are; all of them, or a fault."""
         parts: list[HostRange] = []
         position, end = iova, iova + size
-        table = self._table
-        index = table.bisect_right(position) - 1
-        while position < end:
-            mapping: Mapping | None = table.peekitem(index)[1] if 0 <= index < len(table) else None
-            if (
-                mapping is None
-                or not mapping.iova <= position < mapping.end
-                or (write and not mapping.writable)
-            ):
-                self.fault_count += 1
-                self.faults.append(FaultRecord(iova, size, write))
-                verb = "write to" if write else "read from"
-                raise IommuFault(
-                    f"device {verb} {describe_range(iova, size)}: {position:#x} may not be reached",
-                    iova=iova,
-                    size=size,
-                    write=write,
-                )
+        first, last = self._table.overlapping(iova, end)
+        for mapping in self._table.mappings[first:last]:
+            if mapping.iova > position or (write and not mapping.writable):
+                break
             stop = min(end, mapping.end)
             parts.append(mapping.part(position, stop).memory)
             position = stop
-            index += 1
+        if position < end:
+            self.fault_count += 1
+            self.faults.append(FaultRecord(iova, size, write))
+            verb = "write to" if write else "read from"
+            raise IommuFault(
+                f"device {verb} {describe_range(iova, size)}: {position:#x} may not be reached",
+                iova=iova,
+                size=size,
+                write=write,
+            )
         return parts
 
     def __repr__(self) -> str:
         return f"<SoftIommu at {id(self):#x}: {len(self._table)} mappings>"
-
-
-def _gaps(mappings: list[Mapping]) -> int:
-    """Bytes between the mappings of an ascending list."""
-    return mappings[-1].iova - mappings[0].iova - sum(mapping.size for mapping in mappings[:-1])
 
 
 def _refusal(call: str, iova: int, size: int, number: int, text: str) -> DmaError:
@@ -292,7 +226,8 @@ def _read_host(memory: HostRange) -> bytes:
     if memory.fd is not None:
         # Not through the mapping: a load from a hole would allocate it.
         return read_fd(memory.fd, memory.offset, memory.size)
-    return ctypes.string_at(memory.address, memory.size)
+    # Not string_at(): it takes a C int, and cuts off what is larger without a word.
+    return (ctypes.c_char * memory.size).from_address(memory.address).raw
 
 
 def _write_host(memory: HostRange, data: bytes) -> None:

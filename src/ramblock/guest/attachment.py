@@ -3,15 +3,22 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 
 from ramblock.dma.mapper import Doubt, Mapper, SectionMapper
+from ramblock.dma.target import DmaTarget
 from ramblock.memory.coordination import DiscardHold
 from ramblock.memory.membership import Membership, MembershipGroup
+from ramblock.memory.notification import Registration
 from ramblock.memory.section import RamSection
 from ramblock.memory.transaction import Step
 
 __all__ = ["ATTACH", "DETACH", "Attachment"]
+
+
+def _keep(_: Mapper) -> None:
+    """Do nothing: that it can be called with the mapper keeps the mapper alive."""
 
 
 class Attachment:
@@ -32,6 +39,7 @@ class Attachment:
         self._attachments = attachments
         self._doubt = doubt
         self._listeners: dict[RamSection, SectionMapper] = {}
+        self._anchor: weakref.finalize[..., DmaTarget] | None = None
         self._group = MembershipGroup()
 
     def admit(self, section: RamSection) -> Membership:
@@ -41,14 +49,31 @@ class Attachment:
         :raises UsageError: The target cannot map it.
         """
         manager = section.block.discard_manager
-        self.mapper.check_section(section, manager.min_granularity)
+        self.mapper.check_section(section, manager.min_granularity if manager.sources else None)
         listener = SectionMapper(self.mapper, section, self._doubt)
         self._listeners[section] = listener
         return manager.check_in(listener, section)
 
-    def membership(self, section: RamSection) -> Membership:
-        """Look up the membership of the listener for *section*."""
-        return section.block.discard_manager.membership(self._listeners[section])
+    def membership(self, section: RamSection) -> Membership | None:
+        """
+        Look up the membership of the listener for *section*.
+
+        None where there is none: an unmap that was interrupted at its very end leaves a listener that is in no list.
+        """
+        manager = section.block.discard_manager
+        listener = self._listeners.get(section)
+        if listener is None or not manager.has_listener(listener):
+            return None
+        return manager.membership(listener)
+
+    def departure(self, section: RamSection) -> Membership:
+        """
+        Make the membership for leaving on a poisoned memory.
+
+        Registered or not: after an undo that failed a listener may be in no list and still hold pages.
+        """
+        registration = Registration.of(self._listeners[section], section)
+        return Membership(section.block.discard_manager, registration)
 
     def abandon(self, section: RamSection) -> None:
         """Forget the listener for *section*; nothing happens if there is none."""
@@ -60,6 +85,19 @@ class Attachment:
         """Make listeners for all *sections*; raises UsageError or MappingLimitError, and nothing has changed."""
         self._group = MembershipGroup(self.admit(section) for section in sections)
         self._group.reserve()
+
+    def hold_blocks(self) -> None:
+        """Let the target keep the mapper, and so the blocks, alive: a device must not outlive the memory it reaches."""
+        try:
+            self._anchor = weakref.finalize(self.mapper.target, _keep, self.mapper)
+        except TypeError:
+            return  # it cannot be watched, for instance because it has __slots__
+        self._anchor.atexit = False
+
+    def let_blocks_go(self) -> None:
+        """Undo :meth:`hold_blocks`, once nothing is mapped any more."""
+        if self._anchor is not None:
+            self._anchor.detach()
 
     def gather(self) -> None:
         """Find the listeners of all sections, to make them leave."""
@@ -93,7 +131,7 @@ class Attachment:
 
     def force_out(self) -> None:
         """Unmap what the target lets go of, and stop watching; the rest is noted as in doubt."""
-        self.gather()
+        self._group = MembershipGroup(self.departure(section) for section in self._listeners)
         self._group.leave_regardless()
         self.strike()
 

@@ -13,6 +13,7 @@ Only then is the side that is no longer used freed, which cannot be undone and i
     to private                      to shared
       unmap      <-> map again        attribute  <-> set back
       attribute  <-> set back         map        <-> unmap again
+      account    <-> still in use     account    <-> still in use
       state      <-> flip back        state      <-> flip back
       --- committed ---               --- committed ---
       free the shared side            free the private side
@@ -24,6 +25,7 @@ handles one block. The undo runs the right-hand column from below.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from ramblock.errors import describe_range
@@ -89,6 +91,16 @@ class ConversionPiece:
             gpa = self.section.gpa + offset - self.section.offset
             self.vm.set_memory_attributes(gpa, size, self.to is not PageState.PRIVATE)
 
+    def expect_free(self) -> None:
+        """Put the side that will not be used any more on the account of what is to be freed."""
+        private = self.to is PageState.SHARED
+        section = self.section
+        section.block.expect_free(section.offset, section.size, shared=not private, private=private)
+
+    def keep(self) -> None:
+        """Undo :meth:`expect_free`: both sides are used as before."""
+        self.section.block.keep_used(self.section.offset, self.section.size)
+
     def flip(self) -> None:
         """Change the page states."""
         self.change.flip()
@@ -97,11 +109,20 @@ class ConversionPiece:
         """Undo :meth:`flip`."""
         self.change.flip_back()
 
+    def settle(self) -> None:
+        """Make the states what was asked for: the rest of the piece is, and cannot be put back."""
+        self.change.settle()
+
+    def settle_in_doubt(self) -> None:
+        """:meth:`settle`, where some listeners may hold the pages and the others were told to let go of them."""
+        self.change.doubt("could not be unmapped everywhere")
+        self.change.settle()
+
     def free(self) -> int:
         """Free the side that is no longer used; return the bytes that are not freed."""
         section = self.section
         block = section.block
-        block.keep_needed(section.offset, section.size)
+        block.keep_used(section.offset, section.size)
         if self.to is PageState.PRIVATE:
             return block.free_shared(section.offset, section.size)
         return block.free_private(section.offset, section.size)
@@ -112,13 +133,20 @@ class ConversionPiece:
 
 _UNMAP = Step("unmap", ConversionPiece.tell, ConversionPiece.take_back)
 # When pages cannot be unmapped again the attribute stays shared, and so does the state: that is what is true then.
-_MAP = Step("map", ConversionPiece.tell, ConversionPiece.take_back, stuck=ConversionPiece.flip)
-_ATTRIBUTE = Step("attribute", ConversionPiece.set_attribute, ConversionPiece.put_attribute_back)
-_STATE = Step("state", ConversionPiece.flip, ConversionPiece.flip_back)
+_MAP = Step(
+    "map", ConversionPiece.tell, ConversionPiece.take_back, stuck=ConversionPiece.settle_in_doubt
+)
+_SHARED = Step("attribute", ConversionPiece.set_attribute, ConversionPiece.put_attribute_back)
+# When the attribute cannot be made shared again nothing may be mapped again: the pages are private for every device.
+_PRIVATE = replace(_SHARED, stuck=ConversionPiece.settle)
+_ACCOUNT = Step("account", ConversionPiece.expect_free, ConversionPiece.keep)
+_STATE = Step(
+    "state", ConversionPiece.flip, ConversionPiece.flip_back, stuck=ConversionPiece.settle
+)
 
 STEPS = {
-    PageState.PRIVATE: (_UNMAP, _ATTRIBUTE, _STATE),
-    PageState.SHARED: (_ATTRIBUTE, _MAP, _STATE),
+    PageState.PRIVATE: (_UNMAP, _PRIVATE, _ACCOUNT, _STATE),
+    PageState.SHARED: (_SHARED, _MAP, _ACCOUNT, _STATE),
 }
 
 

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
 from ramblock.dma.mapper import Mapper
 from ramblock.dma.target import DmaTarget, MappingPolicy
 from ramblock.errors import (
+    BusyError,
     ConversionError,
     ConversionInterrupted,
     PoisonedError,
@@ -22,21 +23,30 @@ from ramblock.guest.conversion import STEPS, ConversionPiece, ConversionResult, 
 from ramblock.guest.placement import PLACE, REMOVE, PlacedSection
 from ramblock.guest.sections import SectionMap
 from ramblock.guest.vm import NoVm, Vm
+from ramblock.logs import Sparingly
 from ramblock.memory.attributes import PageState, check_state
 from ramblock.memory.block import RamBlock
-from ramblock.memory.coordination import DiscardCoordinator
-from ramblock.memory.guard import Guard, InDoubt
+from ramblock.memory.coordination import DiscardCoordinator, DiscardHold
+from ramblock.memory.guard import Guard, InDoubt, Moved
 from ramblock.memory.notification import reserve
 from ramblock.memory.runs import merge_adjacent
 from ramblock.memory.section import RamSection
 from ramblock.memory.transaction import Failure, Step, run_transaction
-from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_range
+from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_positive, check_range
 
 __all__ = ["GuestMemory"]
 
 _log = logging.getLogger(__name__)
 
 P = TypeVar("P")
+T = TypeVar("T")
+
+
+def _check_unplaced(block: RamBlock) -> None:
+    if block.placement is not None:
+        raise UsageError(f"block {block.name!r} is in another guest memory already", value=block)
+    if block.closed:
+        raise UsageError(f"block {block.name!r} is closed", value=block)
 
 
 class GuestMemory:
@@ -54,6 +64,9 @@ class GuestMemory:
         self._guard = Guard()
         self._sections = SectionMap()
         self._attachments: list[Attachment] = []
+        self._log_failure = Sparingly(_log)
+        # What each block's own guard held when it came here, by the block's id.
+        self._adopted: dict[int, list[DiscardHold]] = {}
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
@@ -150,26 +163,38 @@ class GuestMemory:
         :param size: In bytes; None: to the end of the block.
         :param readonly: Devices may not write to it.
         :raises UsageError: Unaligned, outside the block or the address space, overlapping another section in guest
-            addresses or (with private backing) in the block, or the block is in another memory; nothing has changed.
+            addresses or (with private backing) in the block, or the block is closed or in another memory; nothing has
+            changed.
         :raises BusyError: The block's users and this memory's contradict each other about discards; nothing has changed.
         :raises MappingLimitError: A mapper has no room for it; nothing has changed.
         :raises OSError: The VM or a target refused; everything is as before.
         :raises PoisonedError: This memory or the block is poisoned, or this call poisoned it.
         """
-        length = block.size - offset if size is None else size
-        check_range(offset, length, limit=block.size, align=PAGE_SIZE, what=f"block {block.name!r}")
+        if not isinstance(block, RamBlock):
+            raise UsageError(f"{block!r} is not a RAM block", value=block, expected="a RamBlock")
+        what = f"block {block.name!r}"
+        length = size
+        if length is None:
+            check_range(offset, 1, limit=block.size, align=1, what=what)
+            length = block.size - offset
+        check_range(offset, length, limit=block.size, align=PAGE_SIZE, what=what)
         check_range(gpa, length, limit=ADDRESS_LIMIT, align=PAGE_SIZE, what="guest addresses")
         section = RamSection(block, offset, length, gpa, readonly)
-        with self._guard.entered("map"):
-            self._sections.check_free(section)
-            adopted = self._adopt(block)
-            try:
-                self._place(section)
-            except BaseException:
-                if adopted:
-                    self._release(block)
-                raise
+        if block.placement is not None and block.placement is not self:
+            # Before our lock is taken: two memories that each try the other's block would wait forever.
+            block.placement.release_unplaced(block)
+        self._run("map", self._map, section)
         return section
+
+    def _map(self, section: RamSection) -> None:
+        block = section.block
+        self._sections.check_free(section)
+        try:
+            self._adopt(block)
+            self._place(section)
+        except BaseException:
+            self._release_unplaced(block)
+            raise
 
     def unmap(self, section: RamSection) -> None:
         """
@@ -181,24 +206,34 @@ class GuestMemory:
         :raises OSError: The VM or a target refused; everything is as before.
         :raises PoisonedError: This call poisoned the memory.
         """
-        with self._guard.entered("unmap", even_poisoned=True):
-            if section not in self._sections:
-                raise UsageError(f"{section!r} is not mapped here", value=section)
-            placed = self._placed(section)
-            if self._guard.poisoned:
-                placed.force_out(poisoned=True)
-            else:
-                placed.gather()
-                self._run(REMOVE, (placed,), "unmap")
-                placed.abandon()
-            if not self._sections.of_block(section.block):
-                self._release(section.block)
+        self._run("unmap", self._unmap, section, even_poisoned=True)
+
+    def _unmap(self, section: RamSection) -> None:
+        if section not in self._sections:
+            raise UsageError(f"{section!r} is not mapped here", value=section)
+        placed = self._placed(section)
+        if self._guard.poisoned:
+            placed.force_out(poisoned=True)
+        else:
+            placed.gather()
+            self._transact(REMOVE, (placed,), "unmap")
+            placed.abandon()
+        self._release_unplaced(section.block)
+
+    def release_unplaced(self, block: RamBlock) -> None:
+        """Let *block* go if it has no section here any more (an unmap was interrupted at its very end)."""
+        self._run("map", self._release_unplaced, block, even_poisoned=True)
+
+    def _release_unplaced(self, block: RamBlock) -> None:
+        if block.placement is self and not self._sections.of_block(block):
+            self._release(block)
 
     def forget(self, block: RamBlock) -> None:
         """Drop every section of *block*, whatever listeners say. For ``RamBlock.close``, which holds the lock."""
         for section in self._sections.of_block(block):
             self._placed(section).force_out(poisoned=self._guard.poisoned)
         # The block keeps this guard: its doubts are noted here.
+        self._adopted.pop(id(block), None)
         block.placement = None
 
     def _placed(self, section: RamSection) -> PlacedSection:
@@ -208,34 +243,33 @@ class GuestMemory:
         placed = self._placed(section)
         try:
             placed.prepare()
-            self._run(PLACE, (placed,), "map")
+            self._transact(PLACE, (placed,), "map")
         except BaseException:
             if not self._guard.poisoned:
                 placed.abandon()
             raise
 
-    def _adopt(self, block: RamBlock) -> bool:
-        """Bring *block* under this memory's lock; whether it was not before."""
+    def _adopt(self, block: RamBlock) -> None:
+        """Bring *block* under this memory's lock, if it is not there."""
         if block.placement is self:
-            return False
-        if block.placement is not None:
-            # Looked at before its lock is taken: two memories that each try the other's block would wait forever.
-            raise UsageError(
-                f"block {block.name!r} is in another guest memory already", value=block
-            )
-        own = block.enter("map")
-        try:
-            self._guard.adopt(own)
-            block.guard = self._guard
-            block.placement = self
-        finally:
-            own.leave()
-        return True
+            return
+        _check_unplaced(block)
+        # Its own guard is taken inside ours. Nobody takes them the other way round: a block's own guard knows no memory.
+        moved = block.guard.run("map", self._adopt_under, block, home=block)
+        if isinstance(moved, Moved):
+            raise BusyError(f"block {block.name!r} is being placed by somebody else")
+
+    def _adopt_under(self, block: RamBlock) -> None:
+        _check_unplaced(block)
+        self._adopted[id(block)] = self._guard.adopt(block.guard)
+        block.placement = self
+        block.guard = self._guard
 
     def _release(self, block: RamBlock) -> None:
         """Give *block* a guard of its own again."""
         guard = Guard()
-        guard.take_over(self._guard, block, block.holds)
+        holds = [*self._adopted.pop(id(block), ()), *block.holds]
+        self._guard.leave_with(guard, block, holds)
         block.placement = None
         block.guard = guard
 
@@ -260,24 +294,29 @@ class GuestMemory:
         :raises DmaError: The target refused; what it had mapped is unmapped again.
         :raises PoisonedError: This memory is poisoned, or this call poisoned it.
         """
-        if max_mappings is not None and max_mappings <= 0:
+        if max_mappings is not None:
+            check_positive(max_mappings, "max_mappings")
+        if not hasattr(target, "capabilities"):
             raise UsageError(
-                f"max_mappings {max_mappings} is not positive",
-                value=max_mappings,
-                expected="at least 1",
+                f"{target!r} is not a DMA target", value=target, expected="a DmaTarget"
             )
-        with self._guard.entered("attach"):
-            if any(attachment.mapper.target is target for attachment in self._attachments):
-                raise UsageError(f"{target!r} is attached already", value=target)
-            mapper = Mapper(target, policy, max_mappings)
-            hold = self._guard.discards.forbid_uncoordinated(f"DMA mapper of {target!r}")
-            attachment = Attachment(self._attachments, mapper, hold, self._guard.doubt)
-            try:
-                attachment.prepare(self._sections)
-                self._run(ATTACH, (attachment,), "attach")
-            except BaseException:
-                hold.release()
-                raise
+        return self._run("attach", self._attach, target, policy, max_mappings)
+
+    def _attach(self, target: DmaTarget, policy: MappingPolicy, max_mappings: int | None) -> Mapper:
+        if any(attachment.mapper.target is target for attachment in self._attachments):
+            raise UsageError(f"{target!r} is attached already", value=target)
+        mapper = Mapper(target, policy, max_mappings)
+        hold = self._guard.discards.forbid_uncoordinated(f"DMA mapper of {target!r}")
+        attachment = Attachment(self._attachments, mapper, hold, self._guard.doubt)
+        try:
+            attachment.prepare(self._sections)
+            attachment.hold_blocks()
+            self._transact(ATTACH, (attachment,), "attach")
+        except BaseException:
+            hold.release()
+            if not self._guard.poisoned:
+                attachment.let_blocks_go()
+            raise
         return mapper
 
     def detach(self, mapper: Mapper) -> None:
@@ -290,20 +329,33 @@ class GuestMemory:
         :raises DmaError: The target refused; everything is mapped as before and *mapper* is still attached.
         :raises PoisonedError: This call poisoned the memory.
         """
-        with self._guard.entered("detach", even_poisoned=True):
-            attachment = next(
-                (entry for entry in self._attachments if entry.mapper is mapper), None
-            )
-            if attachment is None:
-                raise UsageError(f"{mapper!r} is not attached here", value=mapper)
-            if self._guard.poisoned:
-                attachment.force_out()
-            else:
-                attachment.gather()
-                self._run(DETACH, (attachment,), "detach")
-            attachment.hold.release()
+        self._run("detach", self._detach, mapper, even_poisoned=True)
 
-    def _run(self, steps: Sequence[Step[P]], pieces: Sequence[P], operation: str) -> None:
+    def _detach(self, mapper: Mapper) -> None:
+        attachment = next((entry for entry in self._attachments if entry.mapper is mapper), None)
+        if attachment is None:
+            raise UsageError(f"{mapper!r} is not attached here", value=mapper)
+        if self._guard.poisoned:
+            attachment.force_out()
+        else:
+            attachment.gather()
+            self._transact(DETACH, (attachment,), "detach")
+            attachment.let_blocks_go()
+        attachment.hold.release()
+
+    def _run(
+        self,
+        operation: str,
+        work: Callable[..., T],
+        *arguments: object,
+        even_poisoned: bool = False,
+    ) -> T:
+        """Call ``work(*arguments)`` with the lock held."""
+        result = self._guard.run(operation, work, *arguments, even_poisoned=even_poisoned)
+        assert not isinstance(result, Moved)  # a memory keeps its guard
+        return result
+
+    def _transact(self, steps: Sequence[Step[P]], pieces: Sequence[P], operation: str) -> None:
         failure = run_transaction(self._guard, steps, pieces)
         if failure is not None:
             failure.reraise(self._guard, operation)
@@ -324,27 +376,25 @@ class GuestMemory:
         :raises PoisonedError: This memory is poisoned, or this call poisoned it: see :meth:`in_doubt`.
         :raises KeyboardInterrupt: While freeing; the conversion is done then.
         """
-        guard = self._guard
-        guard.enter("convert")
-        try:
-            check_state(to)
-            check_range(gpa, size, limit=ADDRESS_LIMIT, align=PAGE_SIZE, what="conversion")
-            pieces = self._plan(gpa, size, to)
-            calls = self._calls()
-            if pieces:
-                failure = run_transaction(guard, STEPS[to], pieces)
-                if failure is not None:
-                    self._raise_failure(failure, gpa, size, to)
-                for piece in pieces:
-                    piece.attributes.observe(piece.change, piece.section.offset, piece.section.size)
-            not_freed = free_unused(pieces)
-            changed = sum(piece.change.changed_bytes for piece in pieces)
-            map_calls, unmap_calls = self._calls()
-            return ConversionResult(
-                gpa, size, to, changed, map_calls - calls[0], unmap_calls - calls[1], not_freed
-            )
-        finally:
-            guard.leave()
+        return self._run("convert", self._convert, gpa, size, to)
+
+    def _convert(self, gpa: int, size: int, to: PageState) -> ConversionResult:
+        check_state(to)
+        check_range(gpa, size, limit=ADDRESS_LIMIT, align=PAGE_SIZE, what="conversion")
+        pieces = self._plan(gpa, size, to)
+        calls = self._calls()
+        if pieces:
+            failure = run_transaction(self._guard, STEPS[to], pieces)
+            if failure is not None:
+                self._raise_failure(failure, gpa, size, to)
+        not_freed = free_unused(pieces)
+        for piece in pieces:
+            piece.attributes.observe(piece.change, piece.section.offset, piece.section.size)
+        changed = sum(piece.change.changed_bytes for piece in pieces)
+        map_calls, unmap_calls = self._calls()
+        return ConversionResult(
+            gpa, size, to, changed, map_calls - calls[0], unmap_calls - calls[1], not_freed
+        )
 
     def _plan(self, gpa: int, size: int, to: PageState) -> list[ConversionPiece]:
         """List the pieces in which something changes, checked against the budgets."""
@@ -394,9 +444,10 @@ class GuestMemory:
             raise cause
         else:
             text = f"{where} failed; nothing has changed"
-        _log.log(
-            logging.CRITICAL if kind is PoisonedError else logging.WARNING, "%s: %r", text, cause
-        )
+        if kind is PoisonedError:
+            _log.critical("%s: %r", text, cause)
+        else:
+            self._log_failure("%s: %r", text, cause)
         raise kind(text, gpa=gpa, size=size, to=to, step=failure.step, target=target) from cause
 
     def __repr__(self) -> str:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ramblock.guest.attachment import Attachment
 from ramblock.guest.sections import SectionMap
@@ -30,6 +30,9 @@ class PlacedSection:
         self._attachments = attachments
         self._section = section
         self._group = MembershipGroup()
+        # What may have happened: an undo does only what it has to, and a VM may refuse to remove what it never had.
+        self._attributes_touched = False
+        self._slot_touched = False
 
     def prepare(self) -> MembershipGroup:
         """Make a listener for each attached mapper; raises UsageError or MappingLimitError, and nothing has changed."""
@@ -47,11 +50,14 @@ class PlacedSection:
         return self._group
 
     def set_attributes(self) -> None:
-        """Private for a block with private backing, but for what is shared already; ordinary RAM has none."""
+        """Private for a block with private backing, but for what is shared already; ordinary RAM needs none."""
         section = self._section
         attributes = section.block.attributes
         if attributes is None:
+            if self._sections.may_be_private(section):
+                self._vm.set_memory_attributes(section.gpa, section.size, MAKE_SHARED)
             return
+        self._attributes_touched = True
         self._vm.set_memory_attributes(section.gpa, section.size, MAKE_PRIVATE)
         for offset, size in attributes.ranges(section.offset, section.size):
             self._vm.set_memory_attributes(section.gpa + offset - section.offset, size, MAKE_SHARED)
@@ -61,15 +67,46 @@ class PlacedSection:
         if self._section.block.attributes is not None:
             self._vm.set_memory_attributes(self._section.gpa, self._section.size, MAKE_SHARED)
 
+    def unset_attributes(self) -> None:
+        """
+        Undo :meth:`set_attributes`, for a section that the guest never saw.
+
+        Where the VM refuses, nobody is harmed: nothing is there. But the next section there has to set them.
+        """
+        if self._attributes_touched:
+            try:
+                self.reset_attributes()
+            except OSError as error:
+                self._sections.note_private(self._section)
+                _log.warning("%r: attributes are not reset: %s", self._section, error)
+
     def add_slot(self) -> None:
         """Let the guest see the section."""
         if self._slots is not None:
-            self._slots.add_memory_slot(self._section)
+            self._touch_slot(self._slots.add_memory_slot)
 
     def remove_slot(self) -> None:
         """Hide the section from the guest."""
         if self._slots is not None:
-            self._slots.remove_memory_slot(self._section)
+            self._touch_slot(self._slots.remove_memory_slot)
+
+    def unadd_slot(self) -> None:
+        """Undo :meth:`add_slot`, if it may have happened."""
+        if self._slot_touched:
+            self.remove_slot()
+
+    def unremove_slot(self) -> None:
+        """Undo :meth:`remove_slot`, if it may have happened."""
+        if self._slot_touched:
+            self.add_slot()
+
+    def _touch_slot(self, call: Callable[[RamSection], None]) -> None:
+        self._slot_touched = True
+        try:
+            call(self._section)
+        except Exception:
+            self._slot_touched = False  # a refusal: the VM did nothing
+            raise
 
     def join(self) -> None:
         """Map what is populated, in every target."""
@@ -87,6 +124,10 @@ class PlacedSection:
         """Undo :meth:`leave`."""
         self._group.unleave()
 
+    def stay_unmapped(self) -> None:
+        """Where the VM does not take the section back, for any of the steps behind :meth:`leave`."""
+        self._group.stay_in_doubt("unmapped, and the VM does not take it back")
+
     def enlist(self) -> None:
         """Note the section as the guest's."""
         self.strike()
@@ -103,27 +144,44 @@ class PlacedSection:
 
     def force_out(self, *, poisoned: bool) -> None:
         """Take the section out whatever anybody says; what could not be unmapped is noted as in doubt."""
-        self.gather().leave_regardless()
+        MembershipGroup(
+            attachment.departure(self._section) for attachment in self._attachments
+        ).leave_regardless()
         self.strike()
         self.abandon()
         try:
             self.remove_slot()
+        except Exception as error:
+            # The guest still sees the memory, as a device would: the block must keep it.
+            self._section.block.guard.doubt(
+                self._section, self._vm, f"the VM keeps its slot: {error!r}"
+            )
+        else:
             if not poisoned:
-                self.reset_attributes()
-        except OSError as error:
-            _log.error("%r: the VM keeps it: %s", self._section, error)
+                self._attributes_touched = True
+                self.unset_attributes()
 
 
 #: "From the first moment": attributes are private before the slot lets the guest see the pages.
 PLACE = (
-    Step("attribute", PlacedSection.set_attributes, PlacedSection.reset_attributes),
-    Step("slot", PlacedSection.add_slot, PlacedSection.remove_slot),
+    Step("attribute", PlacedSection.set_attributes, PlacedSection.unset_attributes),
+    Step("slot", PlacedSection.add_slot, PlacedSection.unadd_slot),
     Step("map", PlacedSection.join, PlacedSection.unjoin),
     Step("list", PlacedSection.enlist, PlacedSection.strike),
 )
 REMOVE = (
     Step("unmap", PlacedSection.leave, PlacedSection.unleave),
-    Step("slot", PlacedSection.remove_slot, PlacedSection.add_slot),
-    Step("attribute", PlacedSection.reset_attributes, PlacedSection.set_attributes),
+    Step(
+        "slot",
+        PlacedSection.remove_slot,
+        PlacedSection.unremove_slot,
+        stuck=PlacedSection.stay_unmapped,
+    ),
+    Step(
+        "attribute",
+        PlacedSection.reset_attributes,
+        PlacedSection.set_attributes,
+        stuck=PlacedSection.stay_unmapped,
+    ),
     Step("list", PlacedSection.strike, PlacedSection.enlist),
 )

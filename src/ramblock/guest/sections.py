@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_right
 from collections.abc import Iterator
 
 from ramblock.errors import UsageError, describe_range
@@ -17,13 +17,19 @@ def _gpa(section: RamSection) -> int:
 
 
 class SectionMap:
-    """Disjoint sections, ascending. Small: a guest has a few, whatever its size."""
+    """
+    Disjoint sections, ascending. Small: a guest has a few, whatever its size.
+
+    Each change makes a new tuple, so that readers need no lock.
+    """
 
     def __init__(self) -> None:
-        self._sections: list[RamSection] = []
+        self._sections: tuple[RamSection, ...] = ()
+        # Guest addresses where the attributes of an earlier section could not be reset.
+        self._private: list[tuple[int, int]] = []
 
     def __iter__(self) -> Iterator[RamSection]:
-        return iter(tuple(self._sections))
+        return iter(self._sections)
 
     def __contains__(self, section: object) -> bool:
         return section in self._sections
@@ -52,18 +58,26 @@ class SectionMap:
 
     def add(self, section: RamSection) -> None:
         """Add a section that :meth:`check_free` has passed."""
-        insort(self._sections, section, key=_gpa)
+        self._sections = tuple(sorted((*self._sections, section), key=_gpa))
 
     def discard(self, section: RamSection) -> None:
         """Take a section out, if it is there."""
-        if section in self._sections:
-            self._sections.remove(section)
+        self._sections = tuple(other for other in self._sections if other != section)
+
+    def note_private(self, section: RamSection) -> None:
+        """Note that the attributes of *section*, which is not there any more, may still be private."""
+        self._private.append((section.gpa, section.gpa_end))
+
+    def may_be_private(self, section: RamSection) -> bool:
+        """Whether the attributes of a section that is to be placed may be private from an earlier one."""
+        return any(start < section.gpa_end and section.gpa < end for start, end in self._private)
 
     def find(self, gpa: int) -> RamSection | None:
         """Find the section at *gpa*, if any."""
-        index = bisect_right(self._sections, gpa, key=_gpa) - 1
-        if index >= 0 and gpa < self._sections[index].gpa_end:
-            return self._sections[index]
+        sections = self._sections
+        index = bisect_right(sections, gpa, key=_gpa) - 1
+        if index >= 0 and gpa < sections[index].gpa_end:
+            return sections[index]
         return None
 
     def pieces(self, gpa: int, size: int) -> list[RamSection]:

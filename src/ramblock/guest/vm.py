@@ -30,10 +30,18 @@ class MemorySlots(Protocol):
     """A VM that also has memory slots: what makes a section visible to the guest."""
 
     def add_memory_slot(self, section: RamSection) -> None:
-        """Let the guest see *section*."""
+        """
+        Let the guest see *section*.
+
+        :raises OSError: Refused: the guest does not see it.
+        """
 
     def remove_memory_slot(self, section: RamSection) -> None:
-        """Take *section* away from the guest."""
+        """
+        Take *section* away from the guest.
+
+        :raises OSError: Refused: the guest still sees it.
+        """
 
 
 class NoVm:

@@ -104,18 +104,18 @@ class RamBlockAttributes(BitmapSource):
         :raises PoisonedError: The block is poisoned, or this call poisoned it.
         :raises Exception: Whatever a listener raised when it refused; nothing has changed.
         """
-        block = self.block
-        guard = block.enter("state_change")
-        try:
-            change = self.plan(offset, size, to)
-            if change.notification is not None:
-                reserve((change.notification,))
-                failure = run_transaction(guard, CHANGE_STEPS, (change,))
-                if failure is not None:
-                    failure.reraise(guard, "state_change")
+        self.block.run("state_change", self._state_change, offset, size, to)
+
+    def _state_change(self, offset: int, size: int, to: PageState) -> None:
+        change = self.plan(offset, size, to)
+        if change.notification is not None:
+            reserve((change.notification,))
+            guard = self.block.guard
+            failure = run_transaction(guard, CHANGE_STEPS, (change,))
+            if failure is not None:
+                failure.reraise(guard, "state_change")
+            self.block.keep_used(offset, size)
             self.observe(change, offset, size)
-        finally:
-            guard.leave()
 
     def plan(self, offset: int, size: int, to: PageState) -> BitmapChange:
         """Check the range and find out what would change; the lock is held by the caller."""

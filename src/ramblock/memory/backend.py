@@ -8,12 +8,15 @@ from enum import Enum
 
 from ramblock.errors import UsageError
 from ramblock.memory.backing import AnonymousBacking, MemfdBacking, SharedBacking
-from ramblock.units import ADDRESS_LIMIT, GIB, MIB, PAGE_SIZE, check_range
+from ramblock.units import GIB, MIB, PAGE_SIZE, check_range
 
 __all__ = ["BackendKind", "HostMemoryBackend"]
 
 #: hugetlb page sizes of x86-64 (arch/x86/mm/hugetlbpage.c).
 HUGE_PAGE_SIZES = (2 * MIB, GIB)
+
+# The last offset into a file that there is: loff_t is signed.
+_SIZE_LIMIT = (1 << 63) - 1
 
 
 class BackendKind(Enum):
@@ -53,7 +56,7 @@ class HostMemoryBackend:
         check_range(
             0,
             self.size,
-            limit=ADDRESS_LIMIT,
+            limit=_SIZE_LIMIT,
             align=self.page_size,
             what=f"{self.kind.value} memory",
         )

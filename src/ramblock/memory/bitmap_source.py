@@ -91,6 +91,12 @@ class BitmapChange:
         ):
             yield low << shift, high << shift
 
+    @property
+    def byte_span(self) -> tuple[int, int]:
+        """First byte that changes, and first byte behind the last; only if something changes."""
+        start, end = self._span
+        return start << self.source.shift, end << self.source.shift
+
     def changed_runs(self) -> Iterator[tuple[int, int]]:
         """Yield what changes as (offset, size), ascending; only while the bits are as they were."""
         if self.notification is not None:
@@ -132,6 +138,26 @@ class BitmapChange:
             source.bits.clear(*self._span)
         else:
             source.bits.set(*self._span)
+        self._recount()
+
+    def settle(self) -> None:
+        """Make the bits what was asked for, wherever :meth:`flip` and :meth:`flip_back` were left."""
+        if self.notification is None:
+            return
+        source = self.source
+        if self.populate:
+            source.bits.set(*self._span)
+        else:
+            source.bits.clear(*self._span)
+        self._recount()
+
+    def doubt(self, reason: str) -> None:
+        """Note what changes as in doubt for all listeners; only while the bits are as they were."""
+        if self.notification is not None:
+            self.notification.doubt(reason)
+
+    def _recount(self) -> None:
+        source = self.source
         source.populated_bytes = source.bits.count(0, source.bits.length) << source.shift
 
     def __repr__(self) -> str:
@@ -144,5 +170,6 @@ class BitmapChange:
 #: Listeners, then bits.
 CHANGE_STEPS = (
     Step("notify", BitmapChange.tell, BitmapChange.take_back),
-    Step("state", BitmapChange.flip, BitmapChange.flip_back),
+    # The listeners stay told then.
+    Step("state", BitmapChange.flip, BitmapChange.flip_back, stuck=BitmapChange.settle),
 )

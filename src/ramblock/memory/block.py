@@ -4,24 +4,27 @@
 from __future__ import annotations
 
 import logging
-import weakref
+from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ramblock.errors import UsageError
 from ramblock.memory.attributes import RamBlockAttributes
 from ramblock.memory.backend import HostMemoryBackend
 from ramblock.memory.backing import PrivateBacking, SharedBacking, StandInPrivate, check_private
+from ramblock.memory.bitmap_source import BitmapSource
 from ramblock.memory.coordination import DiscardHold
 from ramblock.memory.discard_manager import RamDiscardManager
-from ramblock.memory.guard import Guard
+from ramblock.memory.guard import Guard, Moved
 from ramblock.memory.reclaim import Reclaimer
-from ramblock.memory.runs import Runs, complement, intersect
+from ramblock.memory.runs import Runs, complement, intersect, merge_adjacent
 from ramblock.units import PAGE_SIZE, check_range, format_size
 
 __all__ = ["Placement", "RamBlock"]
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Placement(Protocol):
@@ -29,6 +32,13 @@ class Placement(Protocol):
 
     def forget(self, block: RamBlock) -> None:
         """Drop every section of *block*, whatever listeners say; the lock is held by the caller."""
+
+    def release_unplaced(self, block: RamBlock) -> None:
+        """Let *block* go if it has no section any more."""
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and "\0" not in name
 
 
 class RamBlock:
@@ -64,7 +74,7 @@ class RamBlock:
             self.size,
             shared.page_size,
             shared.discard,
-            self._any_populated,
+            self._used_shared,
         )
         self._free_private: Reclaimer | None = None
         if private is not None:
@@ -73,7 +83,7 @@ class RamBlock:
                 self.size,
                 PAGE_SIZE,
                 private.discard,
-                lambda _offset, _size: True,
+                self._used_privately,
             )
             self.attributes = RamBlockAttributes(self)
             self.discard_manager.insert_source(self.attributes)
@@ -102,6 +112,8 @@ class RamBlock:
         cls, name: str, backend: HostMemoryBackend, *, private: PrivateBacking | str | None = None
     ) -> RamBlock:
         """Make a block from a description of host memory; otherwise like :meth:`create`."""
+        if not _is_name(name):
+            raise UsageError(f"{name!r} is not a name", value=name, expected="text without NUL")
         if private is None:
             return cls(name, backend.allocate(name), None, owns_private=False)
         if private == "stand-in":
@@ -178,14 +190,20 @@ class RamBlock:
         :return: Bytes that still wait.
         :raises PoisonedError: The block is poisoned, and keeps its pages.
         """
-        guard = self.enter("free_pending")
-        try:
-            waiting = self._free_shared.free_pending()
-            return waiting + (
-                self._free_private.free_pending() if self._free_private is not None else 0
-            )
-        finally:
-            guard.leave()
+        return self.run("free_pending", self._free_all_pending)
+
+    def _free_all_pending(self) -> int:
+        waiting = self._free_shared.free_pending()
+        return waiting + (
+            self._free_private.free_pending() if self._free_private is not None else 0
+        )
+
+    def expect_free(self, offset: int, size: int, *, shared: bool, private: bool) -> None:
+        """Put what a commit will leave unused on the account. Lock held by the caller; :meth:`keep_used` undoes it."""
+        if shared:
+            self._free_shared.expect(offset, size)
+        if private and self._free_private is not None:
+            self._free_private.expect(offset, size)
 
     def free_shared(self, offset: int, size: int) -> int:
         """Free the shared side of a range that is not populated; return the bytes not freed. Lock held by the caller."""
@@ -196,82 +214,101 @@ class RamBlock:
         assert self._free_private is not None
         return self._free_private.free(offset, size)
 
-    def keep_needed(self, offset: int, size: int) -> None:
+    def keep_used(self, offset: int, size: int) -> None:
         """After a change: what is in use again does not wait to be freed any more. Lock held by the caller."""
-        if not self.not_freed_bytes:
-            return
-        end = offset + size
-        for start, stop in self.discard_manager.populated_runs(offset, end):
-            self._free_shared.keep(start, stop - start)
+        self._free_shared.keep_used(offset, size)
         if self._free_private is not None:
-            for start, stop in self._used_privately(offset, end):
-                self._free_private.keep(start, stop - start)
+            self._free_private.keep_used(offset, size)
+
+    def _used_shared(self, start: int, end: int) -> Runs:
+        """
+        Yield what is in use on the shared side: shared, and plugged where virtio-mem has a say.
+
+        Other sources are not asked: what they withhold from devices the guest may still use.
+        """
+        runs: Runs = iter(((start, end),))
+        for source in self.discard_manager.sources:
+            if isinstance(source, BitmapSource):
+                runs = intersect(runs, source)
+        return merge_adjacent(runs)
 
     def _used_privately(self, start: int, end: int) -> Runs:
-        """Private pages that the other sources call populated: where the guest has its private memory."""
+        """Yield what is in use on the private side: private, and plugged where virtio-mem has a say."""
         attributes = self.attributes
-        assert attributes is not None
+        assert attributes is not None  # the caller has a private side
         runs = complement(
             ((offset, offset + size) for offset, size in attributes.ranges(start, end - start)),
             start,
             end,
         )
         for source in self.discard_manager.sources:
-            if source is not attributes:
+            if isinstance(source, BitmapSource) and source is not attributes:
                 runs = intersect(runs, source)
-        return runs
-
-    def _any_populated(self, offset: int, size: int) -> bool:
-        return next(self.discard_manager.populated_runs(offset, offset + size), None) is not None
+        return merge_adjacent(runs)
 
     # -- locking and life -----------------------------------------------------------------------------------------
 
-    def enter(self, operation: str, *, even_poisoned: bool = False) -> Guard:
+    def run(
+        self,
+        operation: str,
+        work: Callable[..., T],
+        *arguments: object,
+        even_poisoned: bool = False,
+    ) -> T:
         """
-        Take the lock that the block is under, which placing the block can change; the caller calls ``leave`` on it.
+        Call ``work(*arguments)`` under the lock that the block is under, which placing the block can change.
 
         :raises BusyError: A listener called back in.
         :raises PoisonedError: Unless *even_poisoned*.
         :raises UsageError: The block is closed.
         """
         while True:
-            guard = self.guard
-            guard.enter(operation, even_poisoned=even_poisoned)
-            if guard is self.guard and not self._closed:
-                return guard
-            guard.leave()
-            self._check_open()
+            result: T | Moved = self.guard.run(
+                operation, self._run_open, work, arguments, even_poisoned=even_poisoned, home=self
+            )
+            if not isinstance(result, Moved):
+                return result
+
+    def _run_open(self, work: Callable[..., T], arguments: tuple[object, ...]) -> T:
+        self._check_open()
+        result: T = work(*arguments)
+        return result
 
     def close(self) -> None:
         """
         Unregister the listeners, leave the guest memory, and give the memory back. Twice is the same as once.
 
         It never refuses because of listeners: one that cannot let go poisons, and then, as for any poisoned block, the
-        pages stay alive as long as the target that may reach them.
+        pages stay alive, since a target may reach them. Interrupted by Ctrl-C it poisons too; close it again.
 
         :raises BusyError: Called by a listener from inside an operation; nothing has changed.
         """
-        if self._closed:
-            return
-        guard = self.enter("close", even_poisoned=True)
+        try:
+            self.run("close", self._close, even_poisoned=True)
+        except UsageError:
+            if not self._closed:
+                raise
+
+    def _close(self) -> None:
+        guard = self.guard
         try:
             if self.placement is not None:
                 self.placement.forget(self)
             for registration in self.discard_manager.registrations:
                 self.discard_manager.drop_listener(registration.listener)
-            self._closed = True
-            for hold in self.holds:
-                hold.release()
-            targets = guard.doubts_of(self)
-        finally:
-            guard.leave()
-        if targets:
+        except BaseException as error:
+            guard.poison(f"closing block {self.name!r} was interrupted: {error!r}")
+            raise
+        self._closed = True
+        for hold in self.holds:
+            hold.release()
+        if guard.doubts_of(self):
             _log.critical(
                 "block %r is closed poisoned; its %s stay allocated",
                 self.name,
                 format_size(self.size),
             )
-            _keep_alive(self._shared, targets)
+            _kept.append(self._shared)
         else:
             self._shared.close()
         if isinstance(self._own_private, StandInPrivate):
@@ -292,25 +329,6 @@ class RamBlock:
         return f"<RamBlock {self.name!r}: {format_size(self.size)}>"
 
 
-# Shared sides of closed poisoned blocks, and the targets that may still reach each. Not a leak: the alternative is a
-# device that writes into memory that belongs to somebody else by then.
-_kept: dict[int, tuple[SharedBacking, set[int]]] = {}
-
-
-def _keep_alive(backing: SharedBacking, targets: list[object]) -> None:
-    """Keep *backing* until the last of *targets* is gone."""
-    key = id(backing)
-    _kept[key] = backing, {id(target) for target in targets}
-    for target in {id(target): target for target in targets}.values():
-        try:
-            weakref.finalize(target, _target_gone, key, id(target)).atexit = False
-        except TypeError:
-            continue  # it cannot be watched: the pages stay until the process ends
-
-
-def _target_gone(key: int, target: int) -> None:
-    backing, targets = _kept[key]
-    targets.discard(target)
-    if not targets:
-        del _kept[key]
-        backing.close()
+# Shared sides of closed poisoned blocks, until the process ends. Not a leak: the alternative is a device that writes into
+# memory that belongs to somebody else by then, and no object whose life could be watched tells when it no longer can.
+_kept: list[SharedBacking] = []

@@ -50,10 +50,11 @@ class DiscardHold:
     def release(self) -> None:
         """Give the claim back."""
         if self._coordinator is not None:
-            self._coordinator._holds.remove(self)  # noqa: SLF001 - a hold and its coordinator are one thing
+            self._coordinator.drop(self)
             self._coordinator = None
 
-    def _move(self, coordinator: DiscardCoordinator) -> None:
+    def move(self, coordinator: DiscardCoordinator) -> None:
+        """Go over to another coordinator; the two of them keep the lists."""
         self._coordinator = coordinator
 
     def __enter__(self) -> DiscardHold:
@@ -109,28 +110,35 @@ class DiscardCoordinator:
         self._holds.append(hold)
         return hold
 
+    def drop(self, hold: DiscardHold) -> None:
+        """Forget *hold*; nothing happens if it is not held here."""
+        self._holds = [other for other in self._holds if other is not hold]
+
     def _check(self, owner: str, kind: HoldKind) -> None:
         for other in self._holds:
             if other.kind in _CONFLICTS[kind]:
                 raise BusyError(f"{owner} {kind.value}, but {other.owner} {other.kind.value}")
 
-    def adopt(self, other: DiscardCoordinator) -> None:
+    def adopt(self, other: DiscardCoordinator) -> list[DiscardHold]:
         """
         Take over all claims of *other*, whose block is being placed here.
 
+        :return: What was taken over.
         :raises BusyError: One of them contradicts one of ours. Nothing has moved.
         """
         for hold in other._holds:
             self._check(hold.owner, hold.kind)
-        self._transfer(other, other._holds)
+        holds = list(other._holds)
+        self._transfer(other, holds)
+        return holds
 
     def give_back(self, other: DiscardCoordinator, holds: list[DiscardHold]) -> None:
         """Hand *holds* to *other*, whose block leaves."""
-        other._transfer(self, [hold for hold in holds if hold in self._holds])
+        other._transfer(self, [hold for hold in self._holds if hold in holds])
 
     def _transfer(self, giver: DiscardCoordinator, holds: list[DiscardHold]) -> None:
         moving = list(holds)
         for hold in moving:
-            hold._move(self)  # noqa: SLF001 - a hold and its coordinator are one thing
-        self._holds += moving
+            hold.move(self)
+        self._holds = [*self._holds, *moving]
         giver._holds = [hold for hold in giver._holds if hold not in moving]

@@ -11,12 +11,13 @@ one asks for ranges, lets a listener refuse a discard, and puts everything back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, cast
+from functools import partial
+from typing import TYPE_CHECKING
 
 from ramblock.errors import BusyError, UsageError
 from ramblock.memory.membership import JOIN, LEAVE, Membership
 from ramblock.memory.notification import Change, Notification, Registration, reserve
-from ramblock.memory.protocols import BudgetedListener, Listener, Source
+from ramblock.memory.protocols import Listener, Source
 from ramblock.memory.runs import Runs, complement, intersect, merge_adjacent, populated_in
 from ramblock.memory.section import RamSection
 from ramblock.memory.transaction import Step, run_transaction
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["RamDiscardManager"]
 
 _TELL = (Step("notify", Notification.tell, Notification.take_back),)
+
+
+def _nothing() -> None:
+    """For a source that does not want to hear when it is added or removed."""
 
 
 class RamDiscardManager:
@@ -113,11 +118,7 @@ class RamDiscardManager:
         :raises MappingLimitError: A mapper could not cut its mappings that often.
         :raises Exception: Whatever a listener raised when it refused; the source is not there and all is as before.
         """
-        guard = self.block.enter("add_source")
-        try:
-            self.insert_source(source)
-        finally:
-            guard.leave()
+        self.block.run("add_source", self.insert_source, source)
 
     def insert_source(self, source: Source) -> None:
         """:meth:`add_source`, for a caller that holds the lock."""
@@ -138,9 +139,14 @@ class RamDiscardManager:
             # The notification joins the sources that are there; so this says only what the new one lacks.
             return complement(populated_in(source, start, end), start, end)
 
-        self._change_sources(
-            newly_discarded, (*self._sources, source), populate=False, operation="add_source"
-        )
+        getattr(source, "on_adding", _nothing)()
+        try:
+            self._change_sources(
+                newly_discarded, (*self._sources, source), populate=False, operation="add_source"
+            )
+        except BaseException:
+            getattr(source, "on_removed", _nothing)()
+            raise
 
     def remove_source(self, source: Source) -> None:
         """
@@ -150,30 +156,25 @@ class RamDiscardManager:
         :raises MappingLimitError: A mapper has no room for what becomes populated.
         :raises Exception: Whatever a listener raised when it refused; the source is still there and all is as before.
         """
-        guard = self.block.enter("remove_source")
-        try:
-            if not any(source is other for other in self._sources):
-                raise UsageError(
-                    f"{source!r} is not a source of block {self.block.name!r}", value=source
-                )
-            if source is self.block.attributes:
-                raise UsageError(
-                    f"the page attributes of block {self.block.name!r} cannot be removed",
-                    value=source,
-                )
+        self.block.run("remove_source", self._remove_source, source)
 
-            def newly_populated(start: int, end: int) -> Runs:
-                return complement(populated_in(source, start, end), start, end)
-
-            remaining = tuple(other for other in self._sources if other is not source)
-            self._change_sources(
-                newly_populated, remaining, populate=True, operation="remove_source"
+    def _remove_source(self, source: Source) -> None:
+        if not any(source is other for other in self._sources):
+            raise UsageError(
+                f"{source!r} is not a source of block {self.block.name!r}", value=source
             )
-            on_removed = getattr(source, "on_removed", None)
-            if on_removed is not None:
-                on_removed()
-        finally:
-            guard.leave()
+        if source is self.block.attributes:
+            raise UsageError(
+                f"the page attributes of block {self.block.name!r} cannot be removed",
+                value=source,
+            )
+
+        def newly_populated(start: int, end: int) -> Runs:
+            return complement(populated_in(source, start, end), start, end)
+
+        remaining = tuple(other for other in self._sources if other is not source)
+        self._change_sources(newly_populated, remaining, populate=True, operation="remove_source")
+        getattr(source, "on_removed", _nothing)()
 
     def _change_sources(
         self,
@@ -201,6 +202,7 @@ class RamDiscardManager:
         )
         if failure is not None:
             failure.reraise(guard, operation)
+        self.block.keep_used(0, self.block.size)
 
     # -- what sources call ------------------------------------------------------------------------------------------
 
@@ -228,28 +230,32 @@ class RamDiscardManager:
 
     def _notify(self, source: Source, offset: int, size: int, *, populate: bool) -> None:
         operation = "notify_populate" if populate else "notify_discard"
-        guard = self.block.enter(operation)
-        try:
-            if not any(source is other for other in self._sources):
-                raise UsageError(
-                    f"{source!r} is not a source of block {self.block.name!r}", value=source
-                )
-            check_range(
-                offset,
-                size,
-                limit=self.block.size,
-                align=source.granularity,
-                what=f"block {self.block.name!r}",
+        work = partial(self._notify_locked, operation, populate=populate)
+        self.block.run(operation, work, source, offset, size)
+
+    def _notify_locked(
+        self, operation: str, source: Source, offset: int, size: int, *, populate: bool
+    ) -> None:
+        if not any(source is other for other in self._sources):
+            raise UsageError(
+                f"{source!r} is not a source of block {self.block.name!r}", value=source
             )
-            notification = self.notification(
-                source, Change(offset, offset + size, None, hollow=True), populate=populate
-            )
-            reserve((notification,))
-            failure = run_transaction(guard, _TELL, (notification,))
-            if failure is not None:
-                failure.reraise(guard, operation)
-        finally:
-            guard.leave()
+        check_range(
+            offset,
+            size,
+            limit=self.block.size,
+            align=source.granularity,
+            what=f"block {self.block.name!r}",
+        )
+        notification = self.notification(
+            source, Change(offset, offset + size, None, hollow=True), populate=populate
+        )
+        reserve((notification,))
+        guard = self.block.guard
+        failure = run_transaction(guard, _TELL, (notification,))
+        if failure is not None:
+            failure.reraise(guard, operation)
+        self.block.keep_used(offset, size)
 
     def notification(self, source: Source, change: Change, *, populate: bool) -> Notification:
         """Build the notification of *change*, made by *source*; the lock is held by the caller."""
@@ -270,15 +276,15 @@ class RamDiscardManager:
         :raises Exception: Whatever the listener raised when it refused; it has heard the discard of what it was told
             before, and is not registered.
         """
-        guard = self.block.enter("register_listener")
-        try:
-            membership = self.check_in(listener, section)
-            reserve((membership.replay,))
-            failure = run_transaction(guard, JOIN, (membership,))
-            if failure is not None:
-                failure.reraise(guard, "register_listener")
-        finally:
-            guard.leave()
+        self.block.run("register_listener", self._register, listener, section)
+
+    def _register(self, listener: Listener, section: RamSection) -> None:
+        membership = self.check_in(listener, section)
+        reserve((membership.replay,))
+        guard = self.block.guard
+        failure = run_transaction(guard, JOIN, (membership,))
+        if failure is not None:
+            failure.reraise(guard, "register_listener")
 
     def check_in(self, listener: Listener, section: RamSection) -> Membership:
         """Check that *listener* may register for *section*; the lock is held by the caller."""
@@ -294,9 +300,7 @@ class RamDiscardManager:
             align=PAGE_SIZE,
             what=f"section of {self.block.name!r}",
         )
-        budgeted = cast("BudgetedListener", listener) if hasattr(listener, "budget") else None
-        sparse = bool(getattr(listener, "sparse_discard", False))
-        return Membership(self, Registration(listener, section, sparse, budgeted))
+        return Membership(self, Registration.of(listener, section))
 
     def unregister_listener(self, listener: Listener) -> None:
         """
@@ -304,15 +308,24 @@ class RamDiscardManager:
 
         :raises UsageError: It is not registered.
         :raises Exception: Whatever it raised: it may still use the range. It stays registered and holds all it held.
+            On a poisoned block it goes all the same, and what it did not let go is in doubt.
         """
         # Only takes away, so it also works on a poisoned block: that is how a target is detached from one.
-        guard = self.block.enter("unregister_listener", even_poisoned=True)
-        try:
-            failure = run_transaction(guard, LEAVE, (self.membership(listener),))
-            if failure is not None:
-                failure.reraise(guard, "unregister_listener")
-        finally:
-            guard.leave()
+        self.block.run("unregister_listener", self._unregister, listener, even_poisoned=True)
+
+    def _unregister(self, listener: Listener) -> None:
+        guard = self.block.guard
+        if guard.poisoned:
+            # Nothing is put back on a poisoned block: that would make pages reachable.
+            self.drop_listener(listener)
+            return
+        failure = run_transaction(guard, LEAVE, (self.membership(listener),))
+        if failure is not None:
+            failure.reraise(guard, "unregister_listener")
+
+    def has_listener(self, listener: Listener) -> bool:
+        """Whether *listener* is registered."""
+        return self._find(listener) is not None
 
     def membership(self, listener: Listener) -> Membership:
         """Look up the membership of a registered *listener*; UsageError if there is none."""

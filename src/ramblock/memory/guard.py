@@ -13,23 +13,43 @@ second Ctrl-C during the undo), the mark is still there for the next caller to f
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from enum import Enum
 from threading import Lock, get_ident
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from ramblock.errors import BusyError, PoisonedError, describe_range
 from ramblock.events import Observer, StateChanged
 from ramblock.memory.coordination import DiscardCoordinator, DiscardHold
 from ramblock.memory.section import RamSection
 
-__all__ = ["Guard", "InDoubt"]
+__all__ = ["MOVED", "Guard", "HasGuard", "InDoubt", "Moved"]
 
 _log = logging.getLogger(__name__)
 
+_ABANDONED = "an operation was interrupted while it was being undone"
+
+
+T = TypeVar("T")
+
+
+class Moved(Enum):
+    """Told instead of a result when a block has come under another guard meanwhile."""
+
+    MOVED = "moved"
+
+
+MOVED = Moved.MOVED
+
+
+class HasGuard(Protocol):
+    """A block, as far as a guard has to know."""
+
+    guard: Guard
+
 
 class InDoubt(NamedTuple):
-    """A range that a target may or may not still reach."""
+    """A range where a target may reach what is not populated, or not reach what is."""
 
     gpa: int
     """Guest physical address, in bytes."""
@@ -52,46 +72,50 @@ class Guard:
         self.transaction_open = False
         self.observer: Observer | None = None
 
-    def enter(self, operation: str, *, even_poisoned: bool = False) -> None:
+    def run(
+        self,
+        operation: str,
+        work: Callable[..., T],
+        *arguments: object,
+        even_poisoned: bool = False,
+        home: HasGuard | None = None,
+    ) -> T | Moved:
         """
-        Take the lock for *operation*; pair it with :meth:`leave` in a ``finally``.
+        Call ``work(*arguments)`` with the lock held.
 
-        :raises BusyError: This thread holds it already: a listener, source or target called back in.
-        :raises PoisonedError: Unless *even_poisoned*. The lock is free again.
+        The lock is taken and given back by a ``with`` on the lock itself, and its owner is noted by bare assignments:
+        nowhere in between can Ctrl-C strike, so it can neither leave the lock taken nor give back somebody else's.
+
+        :param operation: For messages.
+        :param even_poisoned: For what only takes away.
+        :param home: What has to be under this guard still when the lock is held.
+        :return: What *work* returns; ``MOVED``, and nothing was called, if *home* is under another guard by now.
+        :raises BusyError: This thread holds the lock already: a listener, source or target called back in.
+        :raises PoisonedError: Unless *even_poisoned*; nothing was called.
         """
         me = get_ident()
         if self._owner == me:
             raise BusyError(
                 f"{operation} was called from inside {self._operation}, which holds the memory's lock"
             )
-        try:
-            self._lock.acquire()
+        with self._lock:
             self._owner = me
-            self._operation = operation
-            if not even_poisoned and (self.transaction_open or self._reason is not None):
-                raise self.poisoned_error(operation)
-        except BaseException:
-            self._release(me)
-            raise
+            try:
+                if home is not None and home.guard is not self:
+                    return MOVED
+                self._operation = operation
+                self._check_poison(operation, even_poisoned=even_poisoned)
+                return work(*arguments)
+            finally:
+                self._owner = None
 
-    def leave(self) -> None:
-        """Give the lock back."""
-        self._owner = None
-        self._lock.release()
-
-    def _release(self, me: int) -> None:
-        # An interrupt can hit between acquire() and the note of the owner; nobody else can hold it then.
-        if self._owner == me or (self._owner is None and self._lock.locked()):
-            self.leave()
-
-    @contextmanager
-    def entered(self, operation: str, *, even_poisoned: bool = False) -> Iterator[None]:
-        """:meth:`enter` and :meth:`leave` as a context, for calls that happen seldom."""
-        self.enter(operation, even_poisoned=even_poisoned)
-        try:
-            yield
-        finally:
-            self.leave()
+    def _check_poison(self, operation: str, *, even_poisoned: bool) -> None:
+        if self.transaction_open:
+            # Nobody was inside, so whoever opened it died. Noted before a detach or close opens and ends its own.
+            self.poison(_ABANDONED)
+            self.transaction_open = False
+        if not even_poisoned and self._reason is not None:
+            raise self.poisoned_error(operation)
 
     @property
     def poisoned(self) -> bool:
@@ -100,9 +124,11 @@ class Guard:
 
     def poison(self, reason: str) -> None:
         """Poison; the first reason is the one that is kept."""
-        if self._reason is None:
+        first = self._reason is None
+        if first:
             self._reason = reason
-        _log.critical("poisoned: %s", reason)
+        # What comes after the first can be many; in_doubt() has it.
+        _log.log(logging.CRITICAL if first else logging.DEBUG, "poisoned: %s", reason)
 
     def doubt(self, section: RamSection, listener: object, reason: str) -> None:
         """Poison, and note that *listener* (or the target it drives) may or may not still reach *section*."""
@@ -113,13 +139,20 @@ class Guard:
 
     def poisoned_error(self, operation: str) -> PoisonedError:
         """Build the error that every changing call raises from now on."""
-        reason = self._reason or "an operation was interrupted while it was being undone"
+        reason = self._reason or _ABANDONED
         return PoisonedError(f"{operation}: the memory is poisoned: {reason}", step="poisoned")
 
     @property
     def doubt_count(self) -> int:
         """How many doubts were ever noted."""
         return len(self._doubts)
+
+    def doubted_since(self, count: int, block: object, start: int, end: int) -> bool:
+        """Whether a page of ``[start, end)`` of *block* came into doubt when *count* doubts were noted already."""
+        return any(
+            section.block is block and section.offset < end and start < section.end
+            for section, _ in self._doubts[count:]
+        )
 
     def doubts_of(self, block: object) -> list[object]:
         """List the targets that may still reach a page of *block*."""
@@ -129,8 +162,9 @@ class Guard:
         """List what may still be reached, by target, ascending, without overlaps."""
         result: list[InDoubt] = []
         by_target: dict[int, list[RamSection]] = {}
-        targets = {id(target): target for _, target in self._doubts}
-        for section, target in self._doubts:
+        doubts = list(self._doubts)  # another thread may add some
+        targets = {id(target): target for _, target in doubts}
+        for section, target in doubts:
             by_target.setdefault(id(target), []).append(section)
         for key, sections in by_target.items():
             start = end = -1
@@ -144,19 +178,21 @@ class Guard:
             result.append(InDoubt(start, end - start, targets[key]))
         return result
 
-    def adopt(self, other: Guard) -> None:
-        """Take over poison, doubts and holds of a block's own guard. Raises before anything is taken."""
-        self.discards.adopt(other.discards)
-        self._doubts += other._doubts
-        if other.poisoned:
-            self.poison(other._reason or "an operation was interrupted while it was being undone")
+    def adopt(self, other: Guard) -> list[DiscardHold]:
+        """
+        Take over the holds of a block's own guard, which is not poisoned.
 
-    def take_over(self, other: Guard, block: object, holds: list[DiscardHold]) -> None:
-        """Take from *other* what concerns *block*, which leaves it: its doubts, its holds, and the poison."""
-        other.discards.give_back(self.discards, holds)
-        self._doubts = [doubt for doubt in other._doubts if doubt[0].block is block]
-        if other.poisoned:
-            self._reason = other._reason
+        :return: What was taken over, for :meth:`leave_with`.
+        :raises BusyError: A hold contradicts one of ours; nothing is taken.
+        """
+        return self.discards.adopt(other.discards)
+
+    def leave_with(self, other: Guard, block: object, holds: list[DiscardHold]) -> None:
+        """Give a block that goes to *other* what concerns it: its *holds*, its doubts, and the poison."""
+        self.discards.give_back(other.discards, holds)
+        other._doubts = [doubt for doubt in self._doubts if doubt[0].block is block]
+        if self.poisoned:
+            other._reason = self._reason or _ABANDONED
 
     def observe(self, event: StateChanged) -> None:
         """Hand *event* to the observer, if there is one."""
@@ -164,4 +200,5 @@ class Guard:
             try:
                 self.observer(event)
             except Exception:
+                # Ctrl-C is not an observer's failure: it goes on to the caller, whose work is done.
                 _log.exception("the observer failed on %r", event)

@@ -68,21 +68,30 @@ class Membership:
         self.enroll()
 
     def part(self) -> None:
-        """Undo joining and enrolling."""
+        """Undo joining and enrolling; one that may still hold something stays on the list, for closing to tell it."""
+        try:
+            self.unjoin()
+        except BaseException:
+            self.reinstate()
+            raise
         self.strike()
-        self.unjoin()
 
     def rejoin(self) -> None:
         """Undo leaving and striking."""
         self.reinstate()
         self.unleave()
 
+    def stay_in_doubt(self, reason: str) -> None:
+        """Put the listener back on the list without telling it what it left."""
+        self.reinstate()
+        self._farewell.doubt(reason)
+
 
 class MembershipGroup:
     """Several listeners that join or leave together: all of them, or none."""
 
-    def __init__(self, members: Iterable[Membership] = ()) -> None:
-        self._members = list(members)
+    def __init__(self, members: Iterable[Membership | None] = ()) -> None:
+        self._members = [member for member in members if member is not None]
 
     def reserve(self) -> None:
         """Check the budgets for all of them joining; MappingLimitError if one is too small."""
@@ -107,6 +116,11 @@ class MembershipGroup:
     def unleave(self) -> None:
         """Undo :meth:`leave`, however far it came."""
         self._all_of(Membership.rejoin)
+
+    def stay_in_doubt(self, reason: str) -> None:
+        """Put each back on its manager's list without telling it what it left."""
+        for member in self._members:
+            member.stay_in_doubt(reason)
 
     def leave_regardless(self) -> None:
         """Make each leave whatever it says; what it refuses to let go is noted as in doubt."""

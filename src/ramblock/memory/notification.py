@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ramblock.memory.protocols import Budget, BudgetedListener, Listener, Source
 from ramblock.memory.runs import Runs, intersect, merge_adjacent
@@ -31,6 +31,12 @@ class Registration(NamedTuple):
     section: RamSection
     sparse: bool
     budgeted: BudgetedListener | None
+
+    @classmethod
+    def of(cls, listener: Listener, section: RamSection) -> Registration:
+        """Find out what *listener* can do."""
+        budgeted = cast("BudgetedListener", listener) if hasattr(listener, "budget") else None
+        return cls(listener, section, bool(getattr(listener, "sparse_discard", False)), budgeted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,7 @@ class Notification:
 
     __slots__ = (
         "_at",
+        "_block",
         "_change",
         "_doubts_before",
         "_guard",
@@ -86,6 +93,7 @@ class Notification:
         populate: bool,
         only: Registration | None = None,
     ) -> None:
+        self._block = manager.block
         self._guard = manager.block.guard
         self._registrations = manager.registrations if only is None else (only,)
         self._change = change
@@ -144,8 +152,9 @@ class Notification:
                 self._in_flight = section
                 try:
                     notify(section)
-                except BaseException:
-                    self._refused = True
+                except BaseException as error:
+                    # Ctrl-C inside a listener is not its answer: it may have done what it was told.
+                    self._refused = isinstance(error, Exception)
                     self.refused_by = getattr(listener, "target", listener)
                     raise
             self._told.append(registration)
@@ -155,38 +164,65 @@ class Notification:
         """
         Undo what :meth:`tell` did, latest listener first; those that heard nothing hear nothing now.
 
-        A listener that raised holds what it held before that call. When the exception came from elsewhere (Ctrl-C just
-        before or after the call), the call in flight may have been made, and is reversed too. Every listener is put
-        back even if an earlier one fails to; each failure is noted as a doubt and poisons.
+        A listener that raised holds what it held before that call. An interrupt (Ctrl-C before, in or after the call) is
+        no answer: the call in flight may have been made, and is reversed too, run by run. Every listener is put back even
+        if an earlier one fails to; each failure is noted as a doubt and poisons.
 
         :raises BaseException: The last failure, after all of them; a RuntimeError when it was in telling that a listener
             reported pages in doubt. Steps before this one must not be undone then: the pages may be reachable.
         """
         failure: BaseException | None = None
         current, in_flight = self._at, self._in_flight
-        if current is not None and current not in self._told:
-            if in_flight is not None and not self._refused:
-                failure = self._reverse_one(current, in_flight)
-            if in_flight is not None:
-                failure = self._reverse(current, until=in_flight) or failure
+        told_already = bool(self._told) and current is self._told[-1]
+        unsettled = [
+            entry for entry in self._registrations if entry.budgeted and entry.budgeted.unsettled
+        ]
+        for registration in unsettled:
+            self._doubt_all(registration, "interrupted while it was put back")
+        if current in unsettled:
+            current = None
+        if current is not None and in_flight is not None and not told_already:
+            until = in_flight.offset if self._refused else in_flight.end
+            failure = self._reverse(current, until)
         for registration in reversed(self._told):
-            failure = self._reverse(registration, until=None) or failure
+            failure = self._reverse(registration, None) or failure
         self._told.clear()
         self._at = self._in_flight = None
         self._refused = False
         if failure is not None:
             raise failure
-        if self._guard.doubt_count > self._doubts_before:
+        change = self._change
+        if self._guard.doubted_since(self._doubts_before, self._block, change.start, change.end):
             raise RuntimeError("a listener may still reach pages of this change")
+
+    def doubt(self, reason: str) -> None:
+        """Note what changes as in doubt for every listener, whatever it was told."""
+        for registration in self._registrations:
+            try:
+                for section in self._exact(registration.section):
+                    self._guard.doubt(section, registration.listener, reason)
+            except Exception:  # a source that does not answer
+                self._doubt_all(registration, reason)
+
+    def _doubt_all(self, registration: Registration, reason: str) -> None:
+        """Note all that may change for one listener as in doubt."""
+        section, change = registration.section, self._change
+        start, end = max(change.start, section.offset), min(change.end, section.end)
+        if start < end:
+            self._guard.doubt(section.part(start, end), registration.listener, reason)
 
     def tell_regardless(self) -> None:
         """
         Tell the discard of everything to every listener, whatever they raise; what is refused is noted as in doubt.
 
-        A sparse listener hears of its whole section: after a failure it may hold what is not populated any more.
+        One with a budget lets go of all it holds, and a sparse one hears of its whole section: after a failure they may
+        hold what is not populated any more.
         """
         for registration in self._registrations:
             section = registration.section
+            if registration.budgeted is not None:
+                registration.budgeted.let_go()
+                continue
             for part in (section,) if registration.sparse else self._exact(section):
                 try:
                     registration.listener.notify_discard(part)
@@ -195,20 +231,24 @@ class Notification:
                         part, registration.listener, f"could not be discarded: {error!r}"
                     )
 
-    def _reverse(
-        self, registration: Registration, until: RamSection | None
-    ) -> BaseException | None:
-        """Tell one listener the opposite of all runs before *until*."""
+    def _reverse(self, registration: Registration, until: int | None) -> BaseException | None:
+        """Tell one listener the opposite of all runs that begin before *until*; None: of all."""
         failure: BaseException | None = None
         sections = (
             self._discards(registration)
             if self._populate and until is None
             else self._exact(registration.section)
         )
-        for section in sections:
-            if until is not None and section.offset >= until.offset:
-                break
-            failure = self._reverse_one(registration, section) or failure
+        try:
+            for section in sections:
+                if until is not None and section.offset >= until:
+                    break
+                failure = self._reverse_one(registration, section) or failure
+        except (
+            BaseException
+        ) as error:  # a source that does not answer; the other listeners have to be put back too
+            self._doubt_all(registration, f"a source could not be asked: {error!r}")
+            failure = error
         return failure
 
     def _reverse_one(self, registration: Registration, section: RamSection) -> BaseException | None:

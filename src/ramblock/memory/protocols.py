@@ -16,8 +16,8 @@ class Source(Protocol):
     Something that knows which parts of a block are populated (QEMU: RamDiscardSource).
 
     A source may also have ``ranges(offset, size) -> Iterator[(offset, size)]``, the populated runs inside the range,
-    ascending; without it, ``is_populated`` is asked granule by granule. And it may have ``on_removed()``, called under the
-    lock once it was removed from the block.
+    ascending; without it, ``is_populated`` is asked granule by granule. And it may have ``on_adding()``, called under the
+    lock before it is added, where raising refuses, and ``on_removed()``, called once it was removed, or when adding it failed.
     """
 
     @property
@@ -58,6 +58,11 @@ class BudgetedListener(Listener, Protocol):
 
     budget: Budget
     granularity: int
+    unsettled: bool
+    """An undo of its own was interrupted: what it holds is not known."""
+
+    def let_go(self) -> None:
+        """Let go of all it holds, as far as it can; report the rest as in doubt."""
 
     def entries_to_populate(self, sections: Iterable[RamSection]) -> int:
         """How many entries more *sections* need."""

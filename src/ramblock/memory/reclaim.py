@@ -2,9 +2,13 @@
 """
 Freeing one side of a block, with an account of what could not be freed.
 
-Freeing comes after the commit: a failure cannot undo anything, so it is noted and tried again when something else is freed.
+Freeing comes after the commit: a failure cannot undo anything, so it stays on the account, where it was put before the
+commit, and is tried again when something else is freed.
 Huge pages are freed whole: a part that nobody needs waits, accounted, until the rest of its huge page is not needed
 either (QEMU skips hugetlbfs here, and holds such memory twice).
+
+What waits may come into use again in many ways (a conversion, a plug, a source that comes, goes or changes its mind). So
+what is in use is not remembered but asked, each time before something that has waited is freed.
 """
 
 from __future__ import annotations
@@ -12,10 +16,11 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from itertools import islice
 
 from ramblock.bitmap import SparseBitmap
 from ramblock.errors import describe_range
+from ramblock.logs import Sparingly
+from ramblock.memory.runs import Runs, complement
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["Reclaimer"]
@@ -34,7 +39,7 @@ class Reclaimer:
     :param size: Of the block, in bytes.
     :param page_size: What can be freed at once, in bytes.
     :param discard: Frees whole pages of it; raises on failure.
-    :param needed: Whether any part of a page is in use on this side.
+    :param used: The runs inside [start, end) that are in use on this side, ascending.
     """
 
     def __init__(
@@ -43,36 +48,48 @@ class Reclaimer:
         size: int,
         page_size: int,
         discard: Callable[[int, int], None],
-        needed: Callable[[int, int], bool],
+        used: Callable[[int, int], Runs],
     ) -> None:
         self._name = name
         self._page_size = page_size
         self._discard = discard
-        self._needed = needed
+        self._used = used
         self._pending = SparseBitmap(size // PAGE_SIZE)
-        self._failed: deque[tuple[int, int]] = deque()
+        # What is being freed, or is to be tried again.
+        self._queue: deque[tuple[int, int]] = deque()
+        self._log_failure = Sparingly(_log)
         #: Bytes that nobody needs and that are still there.
         self.not_freed_bytes = 0
 
-    def keep(self, offset: int, size: int) -> None:
-        """Take the range off the account: it is in use again, and must not be freed."""
+    def keep_used(self, offset: int, size: int) -> None:
+        """Take off the account what of the range is in use again."""
         if self.not_freed_bytes:
-            self._settle(offset, offset + size)
+            for start, end in self._used_pages(offset, offset + size):
+                self._settle(start, end)
+
+    def expect(self, offset: int, size: int) -> None:
+        """
+        Put ``[offset, offset + size)`` on the account: it is about to be of no use on this side.
+
+        Called before the commit, so that an interrupt between the commit and :meth:`free` loses nothing.
+        :meth:`keep_used` takes it back.
+        """
+        self._wait(offset, offset + size)
+        self._queue.append((offset, offset + size))
 
     def free(self, offset: int, size: int) -> int:
         """
-        Free ``[offset, offset + size)``, which nobody needs any more.
+        Free ``[offset, offset + size)``, which :meth:`expect` was told of and nobody needs any more.
 
         :return: How many bytes of it are not freed now; they are on the account and freed later.
         :raises BaseException: Only an interrupt; the range is on the account then.
         """
         end = offset + size
-        if self._page_size == PAGE_SIZE:
-            self._free(offset, end)
-        else:
-            self._free_huge(offset, end)
-        if self._failed:
-            self._retry()
+        earlier = len(self._queue) - 1
+        if self._free_pages(offset, end):
+            self._queue.pop()
+        if earlier:
+            self._retry(earlier)
         if not self.not_freed_bytes:
             return 0
         return self._pending.count(offset // PAGE_SIZE, end // PAGE_SIZE) * PAGE_SIZE
@@ -83,37 +100,39 @@ class Reclaimer:
 
         :return: Bytes that still wait, among them the parts of huge pages that are partly in use.
         """
-        for _ in range(len(self._failed)):
-            self._retry()
+        earlier = len(self._queue)
+        for start, end in list(self._unused(0, self._pending.length * PAGE_SIZE)):
+            if not self._free_pages(start, end):
+                self._queue.append((start, end))
+        for _ in range(earlier):
+            self._queue.popleft()  # what failed again stands behind them
         return self.not_freed_bytes
 
-    def _free(self, start: int, end: int) -> None:
-        """Free whole pages of this side; on failure note them."""
+    def _free(self, start: int, end: int) -> bool:
+        """Free whole pages of this side; whether that worked."""
         try:
             self._discard(start, end - start)
-        except BaseException as error:
-            self._wait(start, end)
-            self._failed.append((start, end))
-            _log.warning(
+        except Exception as error:
+            self._log_failure(
                 "%s: %s is not freed yet: %s", self._name, describe_range(start, end - start), error
             )
-            if not isinstance(error, Exception):
-                raise
-        else:
-            if self.not_freed_bytes:
-                self._settle(start, end)
+            return False
+        self._settle(start, end)
+        return True
 
-    def _free_huge(self, start: int, end: int) -> None:
+    def _free_huge(self, start: int, end: int) -> bool:
+        """Free the huge pages of which nothing is in use; the rest stays on the account. Whether that worked."""
         unit = self._page_size
-        self._wait(start, end)
+        worked = True
         whole_start, whole_end = -(-start // unit) * unit, end // unit * unit
         edges = {start // unit * unit, (end - 1) // unit * unit}
         for edge in sorted(edges):
             inside = whole_start <= edge and edge + unit <= whole_end
-            if not inside and not self._needed(edge, unit):
-                self._free(edge, edge + unit)
+            if not inside and next(self._used(edge, edge + unit), None) is None:
+                worked = self._free(edge, edge + unit) and worked
         if whole_start < whole_end:
-            self._free(whole_start, whole_end)
+            worked = self._free(whole_start, whole_end) and worked
+        return worked
 
     def _wait(self, start: int, end: int) -> None:
         self.not_freed_bytes += self._pending.set(start // PAGE_SIZE, end // PAGE_SIZE) * PAGE_SIZE
@@ -123,20 +142,30 @@ class Reclaimer:
             self._pending.clear(start // PAGE_SIZE, end // PAGE_SIZE) * PAGE_SIZE
         )
 
-    def _retry(self) -> None:
-        for _ in range(min(_RETRIES, len(self._failed))):
-            start, end = self._failed.popleft()
-            # Only what still waits: the rest has come back into use, or was freed since.
-            runs = self._pending.runs(start // PAGE_SIZE, end // PAGE_SIZE)
-            for run_start, run_end in islice(runs, _RETRIES):
-                self._free_waiting(run_start * PAGE_SIZE, run_end * PAGE_SIZE)
-                done = run_end * PAGE_SIZE
-                if done < end and self._pending.count(done // PAGE_SIZE, end // PAGE_SIZE):
-                    self._failed.append((done, end))
-                    break
+    def _retry(self, waiting: int) -> None:
+        """Try again the oldest of the *waiting* failures, one run of each."""
+        for _ in range(min(_RETRIES, waiting)):
+            start, end = self._queue[0]
+            run = next(self._unused(start, end), None)
+            if run is not None:
+                if not self._free_pages(*run):
+                    self._queue.append(run)
+                if run[1] < end:
+                    self._queue.append((run[1], end))
+            # Only now: an interrupt above leaves one entry too many, not one too few.
+            self._queue.popleft()
 
-    def _free_waiting(self, start: int, end: int) -> None:
+    def _unused(self, start: int, end: int) -> Runs:
+        """Yield what still waits of a range: the rest has come back into use, or was freed since."""
+        for first, last in self._pending.runs(start // PAGE_SIZE, end // PAGE_SIZE):
+            run = first * PAGE_SIZE, last * PAGE_SIZE
+            yield from complement(self._used_pages(*run), *run)
+
+    def _used_pages(self, start: int, end: int) -> Runs:
+        for first, last in self._used(start, end):
+            yield first // PAGE_SIZE * PAGE_SIZE, -(-last // PAGE_SIZE) * PAGE_SIZE
+
+    def _free_pages(self, start: int, end: int) -> bool:
         if self._page_size == PAGE_SIZE:
-            self._free(start, end)
-        else:
-            self._free_huge(start, end)
+            return self._free(start, end)
+        return self._free_huge(start, end)

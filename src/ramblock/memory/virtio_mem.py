@@ -7,10 +7,25 @@ from ramblock.errors import UsageError, describe_range
 from ramblock.memory.bitmap_source import CHANGE_STEPS, BitmapChange, BitmapSource
 from ramblock.memory.block import RamBlock
 from ramblock.memory.notification import reserve
-from ramblock.memory.transaction import run_transaction
+from ramblock.memory.transaction import Step, run_transaction
 from ramblock.units import PAGE_SIZE, check_granularity, check_range
 
 __all__ = ["VirtioMem"]
+
+
+def _expect_free(change: BitmapChange) -> None:
+    start, end = change.byte_span
+    change.source.block.expect_free(start, end - start, shared=True, private=True)
+
+
+def _keep(change: BitmapChange) -> None:
+    start, end = change.byte_span
+    change.source.block.keep_used(start, end - start)
+
+
+# Both backings are put on the account before the commit, so that an interrupt behind it loses nothing.
+_NOTIFY, _STATE = CHANGE_STEPS
+_UNPLUG_STEPS = (_NOTIFY, Step("account", _expect_free, _keep), _STATE)
 
 
 class VirtioMem(BitmapSource):
@@ -36,19 +51,12 @@ class VirtioMem(BitmapSource):
                 expected=f"at least {PAGE_SIZE:#x}, and a divisor of the block's size",
             )
         super().__init__(block, block_size)
-        guard = block.enter("virtio-mem")
-        try:
-            hold = guard.discards.require_coordinated(f"virtio-mem on block {block.name!r}")
-            try:
-                block.discard_manager.insert_source(self)
-            except BaseException:
-                hold.release()
-                raise
-            block.holds.append(hold)
-            self._hold = hold
-            self._free(0, block.size)
-        finally:
-            guard.leave()
+        block.run("virtio-mem", self._appear)
+
+    def _appear(self) -> None:
+        self.block.discard_manager.insert_source(self)
+        self.block.expect_free(0, self.block.size, shared=True, private=True)
+        self._free(0, self.block.size)
 
     @property
     def block_size(self) -> int:
@@ -69,18 +77,17 @@ class VirtioMem(BitmapSource):
         :raises PoisonedError: The block is poisoned, or this call poisoned it.
         :raises Exception: Whatever a listener raised when it refused; nothing has changed.
         """
-        guard = self.block.enter("plug")
-        try:
-            self._check(offset, size)
-            if self.bits.count(offset >> self.shift, (offset + size) >> self.shift):
-                raise UsageError(
-                    f"{self._name(offset, size)} is plugged already, at least in part",
-                    value=(offset, size),
-                )
-            self._change(offset, size, populate=True)
-            self.block.keep_needed(offset, size)
-        finally:
-            guard.leave()
+        self.block.run("plug", self._plug, offset, size)
+
+    def _plug(self, offset: int, size: int) -> None:
+        self._check(offset, size)
+        if self.bits.count(offset >> self.shift, (offset + size) >> self.shift):
+            raise UsageError(
+                f"{self._name(offset, size)} is plugged already, at least in part",
+                value=(offset, size),
+            )
+        self._change(offset, size, populate=True)
+        self.block.keep_used(offset, size)
 
     def unplug(self, offset: int, size: int) -> None:
         """
@@ -91,18 +98,17 @@ class VirtioMem(BitmapSource):
         :raises PoisonedError: The block is poisoned, or this call poisoned it; the memory is kept.
         :raises Exception: Whatever a listener raised when it refused; nothing has changed.
         """
-        guard = self.block.enter("unplug")
-        try:
-            self._check(offset, size)
-            if not self.is_populated(offset, size):
-                raise UsageError(
-                    f"{self._name(offset, size)} is unplugged already, at least in part",
-                    value=(offset, size),
-                )
-            self._change(offset, size, populate=False)
-            self._free(offset, size)
-        finally:
-            guard.leave()
+        self.block.run("unplug", self._unplug, offset, size)
+
+    def _unplug(self, offset: int, size: int) -> None:
+        self._check(offset, size)
+        if not self.is_populated(offset, size):
+            raise UsageError(
+                f"{self._name(offset, size)} is unplugged already, at least in part",
+                value=(offset, size),
+            )
+        self._change(offset, size, populate=False)
+        self._free(offset, size)
 
     def unplug_all(self) -> None:
         """
@@ -110,32 +116,41 @@ class VirtioMem(BitmapSource):
 
         Raises what :meth:`unplug` raises, with the same state left.
         """
-        guard = self.block.enter("unplug_all")
-        try:
-            self._check_present()
-            if self.populated_bytes:
-                self._change(0, self.block.size, populate=False)
-                self._free(0, self.block.size)
-        finally:
-            guard.leave()
+        self.block.run("unplug_all", self._unplug_all)
+
+    def _unplug_all(self) -> None:
+        self._check_present()
+        if self.populated_bytes:
+            self._change(0, self.block.size, populate=False)
+            self._free(0, self.block.size)
+
+    def on_adding(self) -> None:
+        """Claim that discards will happen; the discard manager calls it before the device becomes a source."""
+        block = self.block
+        self._hold = block.guard.discards.require_coordinated(f"virtio-mem on block {block.name!r}")
+        block.holds.append(self._hold)
 
     def on_removed(self) -> None:
-        """Let go of the claim; the discard manager calls it when the device was taken out of the block."""
+        """Let go of the claim; the discard manager calls it when the device is no source any more."""
         self._hold.release()
+        self.block.holds.remove(self._hold)
 
     def _change(self, offset: int, size: int, *, populate: bool) -> None:
         change = BitmapChange(self, offset, size, populate=populate)
         assert change.notification is not None  # the callers have checked that something changes
         reserve((change.notification,))
         guard = self.block.guard
-        failure = run_transaction(guard, CHANGE_STEPS, (change,))
+        steps = CHANGE_STEPS if populate else _UNPLUG_STEPS
+        failure = run_transaction(guard, steps, (change,))
         if failure is not None:
             failure.reraise(guard, "plug" if populate else "unplug")
 
     def _free(self, offset: int, size: int) -> None:
-        self.block.free_shared(offset, size)
-        if self.block.private is not None:
-            self.block.free_private(offset, size)
+        try:
+            self.block.free_shared(offset, size)
+        finally:  # an interrupt must not lose the other side
+            if self.block.private is not None:
+                self.block.free_private(offset, size)
 
     def _check(self, offset: int, size: int) -> None:
         self._check_present()
