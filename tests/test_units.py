@@ -81,7 +81,7 @@ def test_a_range_passes_if_and_only_if_it_is_good(
     start: int, size: int, limit: int, shift: int
 ) -> None:
     align = 1 << shift
-    good = 0 <= start and size > 0 and start + size <= limit
+    good = start >= 0 and size > 0 and start + size <= limit
     good = good and start % align == 0 and size % align == 0
     if good:
         check(start, size, limit=limit, align=align)
@@ -97,14 +97,14 @@ def test_good_granularity(granularity: int) -> None:
 
 @pytest.mark.parametrize("granularity", [0, -1, -4096, 3, 4097, 12288, *NOT_INTS])
 def test_bad_granularity(granularity: object) -> None:
-    with pytest.raises(UsageError, match="thing: granularity .* is not a power of two"):
+    with pytest.raises(UsageError, match=r"thing: granularity .* is not a power of two"):
         check_granularity(granularity, "thing")  # type: ignore[arg-type]  # hostile on purpose
 
 
 @pytest.mark.parametrize("number", [0, -1, *NOT_INTS])
 def test_not_positive(number: object) -> None:
     check_positive(1, "thing")
-    with pytest.raises(UsageError, match="thing .* is not a positive number"):
+    with pytest.raises(UsageError, match=r"thing .* is not a positive number"):
         check_positive(number, "thing")  # type: ignore[arg-type]  # hostile on purpose
 
 

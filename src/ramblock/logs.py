@@ -30,6 +30,5 @@ class Sparingly:
         self.count += 1
         if self.count >= self._next:
             self._next *= 10
-            self._logger.log(
-                self._level, f"{message} (number %d of its kind)", *arguments, self.count
-            )
+            text = message % arguments
+            self._logger.log(self._level, "%s (number %d of its kind)", text, self.count)

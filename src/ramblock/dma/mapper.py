@@ -195,6 +195,11 @@ class SectionMapper:
         self._step = mapper.page_size // PAGE_SIZE if mapper.policy is MappingPolicy.PAGE else None
         mapper.listeners.append(self)
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the target may still reach what it was told to let go of."""
+        return self.unsettled or self.uncertain.span(0, self.pages, value=True) is not None
+
     # -- what the discard manager calls ---------------------------------------------------------------------------
 
     def notify_populate(self, section: RamSection) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from ramblock.dma.mapper import Doubt, Mapper, SectionMapper
 from ramblock.dma.target import DmaTarget
+from ramblock.memory.backing import SharedBacking
 from ramblock.memory.coordination import DiscardHold
 from ramblock.memory.membership import Membership, MembershipGroup
 from ramblock.memory.notification import Registration
@@ -15,10 +16,6 @@ from ramblock.memory.section import RamSection
 from ramblock.memory.transaction import Step
 
 __all__ = ["ATTACH", "DETACH", "Attachment"]
-
-
-def _keep(_: Mapper) -> None:
-    """Do nothing: that it can be called with the mapper keeps the mapper alive."""
 
 
 class Attachment:
@@ -39,6 +36,8 @@ class Attachment:
         self._attachments = attachments
         self._doubt = doubt
         self._listeners: dict[RamSection, SectionMapper] = {}
+        # By listener. Nothing in here leads back to the target: else neither would ever go.
+        self._reachable: dict[int, SharedBacking] = {}
         self._anchor: weakref.finalize[..., DmaTarget] | None = None
         self._group = MembershipGroup()
 
@@ -52,6 +51,7 @@ class Attachment:
         self.mapper.check_section(section, manager.min_granularity if manager.sources else None)
         listener = SectionMapper(self.mapper, section, self._doubt)
         self._listeners[section] = listener
+        self._reachable[id(listener)] = section.block.shared
         return manager.check_in(listener, section)
 
     def membership(self, section: RamSection) -> Membership | None:
@@ -80,6 +80,8 @@ class Attachment:
         listener = self._listeners.pop(section, None)
         if listener is not None:
             self.mapper.remove(listener)
+            if not listener.in_doubt:
+                del self._reachable[id(listener)]
 
     def prepare(self, sections: Iterable[RamSection]) -> None:
         """Make listeners for all *sections*; raises UsageError or MappingLimitError, and nothing has changed."""
@@ -87,9 +89,9 @@ class Attachment:
         self._group.reserve()
 
     def hold_blocks(self) -> None:
-        """Let the target keep the mapper, and so the blocks, alive: a device must not outlive the memory it reaches."""
+        """Let the target keep alive what it reaches, also where nobody holds or closes the blocks any more."""
         try:
-            self._anchor = weakref.finalize(self.mapper.target, _keep, self.mapper)
+            self._anchor = weakref.finalize(self.mapper.target, self._reachable.clear)
         except TypeError:
             return  # it cannot be watched, for instance because it has __slots__
         self._anchor.atexit = False

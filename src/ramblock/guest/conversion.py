@@ -97,9 +97,13 @@ class ConversionPiece:
         section = self.section
         section.block.expect_free(section.offset, section.size, shared=not private, private=private)
 
-    def keep(self) -> None:
-        """Undo :meth:`expect_free`: both sides are used as before."""
-        self.section.block.keep_used(self.section.offset, self.section.size)
+    def unexpect_free(self) -> None:
+        """Undo :meth:`expect_free`."""
+        private = self.to is PageState.SHARED
+        section = self.section
+        section.block.unexpect_free(
+            section.offset, section.size, shared=not private, private=private
+        )
 
     def flip(self) -> None:
         """Change the page states."""
@@ -139,7 +143,7 @@ _MAP = Step(
 _SHARED = Step("attribute", ConversionPiece.set_attribute, ConversionPiece.put_attribute_back)
 # When the attribute cannot be made shared again nothing may be mapped again: the pages are private for every device.
 _PRIVATE = replace(_SHARED, stuck=ConversionPiece.settle)
-_ACCOUNT = Step("account", ConversionPiece.expect_free, ConversionPiece.keep)
+_ACCOUNT = Step("account", ConversionPiece.expect_free, ConversionPiece.unexpect_free)
 _STATE = Step(
     "state", ConversionPiece.flip, ConversionPiece.flip_back, stuck=ConversionPiece.settle
 )

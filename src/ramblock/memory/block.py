@@ -127,6 +127,11 @@ class RamBlock:
     # -- memory ---------------------------------------------------------------------------------------------------
 
     @property
+    def shared(self) -> SharedBacking:
+        """The shared backing itself."""
+        return self._shared
+
+    @property
     def fd(self) -> int | None:
         """Descriptor of the shared backing; None for anonymous memory."""
         return self._shared.fd
@@ -199,11 +204,18 @@ class RamBlock:
         )
 
     def expect_free(self, offset: int, size: int, *, shared: bool, private: bool) -> None:
-        """Put what a commit will leave unused on the account. Lock held by the caller; :meth:`keep_used` undoes it."""
+        """Put what a commit will leave unused on the account. Lock held by the caller."""
         if shared:
             self._free_shared.expect(offset, size)
         if private and self._free_private is not None:
             self._free_private.expect(offset, size)
+
+    def unexpect_free(self, offset: int, size: int, *, shared: bool, private: bool) -> None:
+        """Undo :meth:`expect_free`."""
+        if shared:
+            self._free_shared.unexpect(offset, size)
+        if private and self._free_private is not None:
+            self._free_private.unexpect(offset, size)
 
     def free_shared(self, offset: int, size: int) -> int:
         """Free the shared side of a range that is not populated; return the bytes not freed. Lock held by the caller."""

@@ -10,7 +10,7 @@ that :meth:`Notification.take_back` undoes exactly what was told, whether a list
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -119,19 +119,23 @@ class Notification:
             runs = intersect(runs, source)
         return merge_adjacent(runs)
 
-    def _exact(self, section: RamSection) -> Iterator[RamSection]:
-        for start, end in self._runs(section):
-            yield section.part(start, end)
+    def _exact(self, section: RamSection) -> Iterable[RamSection]:
+        """List the runs of the change in *section*; lazily where there can be many."""
+        change = self._change
+        if change.runs is None and not self._others:
+            start, end = max(change.start, section.offset), min(change.end, section.end)
+            return (section.part(start, end),) if start < end else ()
+        return (section.part(start, end) for start, end in self._runs(section))
 
-    def _discards(self, registration: Registration) -> Iterator[RamSection]:
-        """Yield what a listener hears as discards: its runs, or one range around them."""
+    def _discards(self, registration: Registration) -> Iterable[RamSection]:
+        """List what a listener hears as discards: its runs, or one range around them."""
         section = registration.section
         if not (registration.sparse and self._change.hollow):
-            yield from self._exact(section)
-            return
+            return self._exact(section)
         first = next(self._runs(section), None)
-        if first is not None:
-            yield section.part(first[0], min(self._change.end, section.end))
+        return (
+            () if first is None else (section.part(first[0], min(self._change.end, section.end)),)
+        )
 
     def tell(self) -> None:
         """

@@ -69,13 +69,22 @@ class Reclaimer:
 
     def expect(self, offset: int, size: int) -> None:
         """
-        Put ``[offset, offset + size)`` on the account: it is about to be of no use on this side.
+        Put what is in use of ``[offset, offset + size)`` on the account: it is about to be of no use on this side.
 
         Called before the commit, so that an interrupt between the commit and :meth:`free` loses nothing.
-        :meth:`keep_used` takes it back.
+        :meth:`unexpect` takes it back.
         """
-        self._wait(offset, offset + size)
+        for start, end in self._used_pages(offset, offset + size):
+            self._wait(start, end)
         self._queue.append((offset, offset + size))
+
+    def unexpect(self, offset: int, size: int) -> None:
+        """Undo :meth:`expect`, whether it happened or not: all is in use as before."""
+        self.keep_used(offset, size)
+        end = offset + size
+        waiting = self._pending.count(offset // PAGE_SIZE, end // PAGE_SIZE)
+        if not waiting and self._queue and self._queue[-1] == (offset, end):
+            self._queue.pop()
 
     def free(self, offset: int, size: int) -> int:
         """
@@ -86,7 +95,8 @@ class Reclaimer:
         """
         end = offset + size
         earlier = len(self._queue) - 1
-        if self._free_pages(offset, end):
+        # It is not the last when more than one range was expected; then a later call finds nothing left of it.
+        if self._free_pages(offset, end) and self._queue[-1] == (offset, end):
             self._queue.pop()
         if earlier:
             self._retry(earlier)
@@ -112,7 +122,11 @@ class Reclaimer:
         """Free whole pages of this side; whether that worked."""
         try:
             self._discard(start, end - start)
-        except Exception as error:
+        except BaseException as error:
+            # All of it, though nothing may have been there: what is on this side is not known to anybody else.
+            self._wait(start, end)
+            if not isinstance(error, Exception):
+                raise
             self._log_failure(
                 "%s: %s is not freed yet: %s", self._name, describe_range(start, end - start), error
             )

@@ -61,9 +61,16 @@ class RamSection:
 
         The caller has clipped the range to this section.
         """
-        return RamSection(
-            self.block, start, end - start, self.gpa + start - self.offset, self.readonly
-        )
+        # Without the checks of a new section, which a part of a checked one passes: they are a fifth of a 4 KiB state
+        # change, and a part is made for every run that a listener hears of.
+        part = object.__new__(RamSection)
+        fill = object.__setattr__
+        fill(part, "block", self.block)
+        fill(part, "offset", start)
+        fill(part, "size", end - start)
+        fill(part, "gpa", self.gpa + start - self.offset)
+        fill(part, "readonly", self.readonly)
+        return part
 
     def __repr__(self) -> str:
         inside = describe_range(self.offset, self.size)

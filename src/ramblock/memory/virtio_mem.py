@@ -18,14 +18,14 @@ def _expect_free(change: BitmapChange) -> None:
     change.source.block.expect_free(start, end - start, shared=True, private=True)
 
 
-def _keep(change: BitmapChange) -> None:
+def _unexpect_free(change: BitmapChange) -> None:
     start, end = change.byte_span
-    change.source.block.keep_used(start, end - start)
+    change.source.block.unexpect_free(start, end - start, shared=True, private=True)
 
 
 # Both backings are put on the account before the commit, so that an interrupt behind it loses nothing.
 _NOTIFY, _STATE = CHANGE_STEPS
-_UNPLUG_STEPS = (_NOTIFY, Step("account", _expect_free, _keep), _STATE)
+_UNPLUG_STEPS = (_NOTIFY, Step("account", _expect_free, _unexpect_free), _STATE)
 
 
 class VirtioMem(BitmapSource):
@@ -54,9 +54,15 @@ class VirtioMem(BitmapSource):
         block.run("virtio-mem", self._appear)
 
     def _appear(self) -> None:
-        self.block.discard_manager.insert_source(self)
-        self.block.expect_free(0, self.block.size, shared=True, private=True)
-        self._free(0, self.block.size)
+        block = self.block
+        block.expect_free(0, block.size, shared=True, private=True)
+        try:
+            block.discard_manager.insert_source(self)
+        except BaseException:
+            if not any(source is self for source in block.discard_manager.sources):
+                block.unexpect_free(0, block.size, shared=True, private=True)
+            raise
+        self._free(0, block.size)
 
     @property
     def block_size(self) -> int:

@@ -1,0 +1,590 @@
+"""
+Every call at an edge of a small guest fails once, in every way, and then a second one while the first is put right.
+
+What has to hold is in injection.py. Here are the operations and the guests they are done to.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from injection import (
+    BASE,
+    CUT,
+    CUT_PAGE,
+    EXACT,
+    NO_CUT,
+    PAGE,
+    PRIVATE,
+    SHARED,
+    Expected,
+    Guest,
+    Kind,
+    Layout,
+    Scenario,
+    Setup,
+    TargetKind,
+    Way,
+    counts,
+    explore,
+    model_of,
+    place_in_model,
+    refusal_for_lack_of_room,
+    run_case,
+)
+from ramblock import PageState, VirtioMem
+from ramblock.errors import MappingLimitError
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet() -> Iterator[None]:
+    """Each poisoning is logged as critical; thousands of them are only slow."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def number_of_cases(request: pytest.FixtureRequest) -> Iterator[None]:
+    counts.clear()
+    yield
+    told = ", ".join(f"{number} {what}" for what, number in sorted(counts.items()))
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.ensure_newline()
+        reporter.write_line(f"failure injection: {counts.total()} cases ({told})")
+
+
+# -- conversions ------------------------------------------------------------------------------------------------------
+
+ALL_SHARED = ((0, 8, SHARED),)
+
+CONVERSIONS: dict[str, tuple[Layout, int, int, PageState]] = {
+    "share one page": ((), 2, 3, SHARED),
+    "share across blocks": ((), 3, 5, SHARED),
+    "share everything": ((), 0, 8, SHARED),
+    "share a mixture": (((1, 2, SHARED), (4, 6, SHARED)), 0, 8, SHARED),
+    "share what is partly shared": (((0, 2, SHARED), (6, 8, SHARED)), 1, 7, SHARED),
+    "share what is shared in one block": (((4, 8, SHARED),), 2, 6, SHARED),
+    "make one page private": (ALL_SHARED, 2, 3, PRIVATE),
+    "make private across blocks": (ALL_SHARED, 3, 5, PRIVATE),
+    "make everything private": (ALL_SHARED, 0, 8, PRIVATE),
+    "make a mixture private": (
+        ((1, 2, SHARED), (2, 4, SHARED), (5, 7, SHARED)),
+        0,
+        8,
+        PRIVATE,
+    ),
+    "make private across mappings": (((0, 2, SHARED), (2, 4, SHARED)), 1, 3, PRIVATE),
+    "make private what is private in one block": (((0, 4, SHARED),), 2, 6, PRIVATE),
+}
+
+PAIRS_OF_TARGETS = {
+    "cut": (CUT, CUT),
+    "no-cut": (NO_CUT, NO_CUT),
+    "exact": (EXACT, EXACT),
+    "cut, exact": (CUT, EXACT),
+    "cut by page, no-cut": (CUT_PAGE, NO_CUT),
+}
+
+
+def conversion(
+    layout: Layout,
+    first: int,
+    last: int,
+    to: PageState,
+    *,
+    setup: Setup | None = None,
+    targets: Sequence[TargetKind] = (CUT, CUT),
+    depth: int = 2,
+    few: bool = False,
+) -> Scenario:
+    gpa, size = BASE + first * PAGE, (last - first) * PAGE
+    return Scenario(
+        setup=Setup(targets=targets, layout=layout) if setup is None else setup,
+        act=lambda guest: guest.memory.convert(gpa, size, to),
+        change=lambda expected: expected.model.convert(gpa, size, to),
+        conversion=(gpa, size, to),
+        depth=depth,
+        few=few,
+    )
+
+
+@pytest.mark.parametrize("targets", PAIRS_OF_TARGETS.values(), ids=PAIRS_OF_TARGETS)
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_conversion_with_one_failure(name: str, targets: Sequence[TargetKind]) -> None:
+    explore(conversion(*CONVERSIONS[name], targets=targets, depth=1))
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_conversion_with_two_failures(name: str) -> None:
+    explore(conversion(*CONVERSIONS[name]))
+
+
+@pytest.mark.parametrize("targets", [(NO_CUT, NO_CUT), (EXACT, EXACT), (CUT, EXACT)], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "share one page",
+        "share across blocks",
+        "make one page private",
+        "make private across blocks",
+        "make private across mappings",
+    ],
+)
+def test_conversion_by_page_with_two_failures(name: str, targets: Sequence[TargetKind]) -> None:
+    explore(conversion(*CONVERSIONS[name], targets=targets, few=True))
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_conversion_with_a_listener_of_somebody_elses(name: str) -> None:
+    layout, *rest = CONVERSIONS[name]
+    explore(
+        conversion(
+            layout, *rest, setup=Setup(targets=(CUT,), layout=layout, listener=True), few=True
+        )
+    )
+
+
+PAGES = [page * PAGE for page in range(5)]
+
+
+@pytest.mark.parametrize("has_ranges", [True, False])
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_conversion_with_a_source_of_somebody_elses(name: str, has_ranges: bool) -> None:
+    layout, *rest = CONVERSIONS[name]
+    setup = Setup(
+        targets=(CUT, EXACT),
+        layout=layout,
+        source={PAGES[1], PAGES[2], PAGES[4]},
+        source_has_ranges=has_ranges,
+    )
+    explore(conversion(layout, *rest, setup=setup, depth=1))
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_conversion_with_virtio_mem(name: str) -> None:
+    layout, *rest = CONVERSIONS[name]
+    setup = Setup(targets=(CUT, EXACT), layout=layout, virtio_mem={PAGES[1], PAGES[2], PAGES[4]})
+    explore(conversion(layout, *rest, setup=setup, depth=1))
+
+
+# -- the other operations ---------------------------------------------------------------------------------------------
+
+
+def explore_on(
+    act: Callable[[Guest], object],
+    change: Callable[[Expected], None],
+    setup: Setup,
+    *,
+    depth: int = 2,
+    frees: bool = True,
+) -> None:
+    explore(Scenario(setup=setup, act=act, change=change, depth=depth, few=True, frees=frees))
+
+
+GUESTS: dict[str, tuple[Sequence[TargetKind], Layout]] = {
+    "all shared, cut": ((CUT, CUT), ALL_SHARED),
+    "mixture, cut": ((CUT, CUT), ((0, 2, SHARED), (2, 3, SHARED), (5, 8, SHARED))),
+    "mixture, exact": ((EXACT, CUT), ((0, 1, SHARED), (2, 4, SHARED))),
+}
+each_guest = pytest.mark.parametrize(("targets", "layout"), GUESTS.values(), ids=GUESTS)
+
+HALF = {PAGES[1], PAGES[3]}
+
+
+@each_guest
+@pytest.mark.parametrize("has_ranges", [True, False])
+def test_add_source(targets: Sequence[TargetKind], layout: Layout, has_ranges: bool) -> None:
+    def change(expected: Expected) -> None:
+        expected.model.blocks["a"].sources["other"] = set(HALF)
+
+    explore_on(
+        lambda guest: guest.blocks["a"].discard_manager.add_source(guest.source),
+        change,
+        Setup(
+            targets=targets,
+            layout=layout,
+            new_source=HALF,
+            source_has_ranges=has_ranges,
+            listener=True,
+        ),
+        depth=1,
+        frees=False,
+    )
+
+
+@each_guest
+def test_add_source_with_two_failures(targets: Sequence[TargetKind], layout: Layout) -> None:
+    def change(expected: Expected) -> None:
+        expected.model.blocks["a"].sources["other"] = set(HALF)
+
+    explore_on(
+        lambda guest: guest.blocks["a"].discard_manager.add_source(guest.source),
+        change,
+        Setup(targets=targets[:1], layout=layout, new_source=HALF),
+        frees=False,
+    )
+
+
+@each_guest
+def test_remove_source(targets: Sequence[TargetKind], layout: Layout) -> None:
+    def change(expected: Expected) -> None:
+        del expected.model.blocks["a"].sources["other"]
+
+    explore_on(
+        lambda guest: guest.blocks["a"].discard_manager.remove_source(guest.source),
+        change,
+        Setup(targets=targets[:1], layout=layout, source=HALF, listener=True),
+        frees=False,
+    )
+
+
+@each_guest
+@pytest.mark.parametrize("populate", [True, False])
+def test_a_source_that_changes(
+    targets: Sequence[TargetKind], layout: Layout, populate: bool
+) -> None:
+    def act(guest: Guest) -> None:
+        manager = guest.blocks["a"].discard_manager
+        before = set(guest.source.populated)
+        notify = manager.notify_populate if populate else manager.notify_discard
+        if populate:
+            guest.source.populated |= set(PAGES[1:4])
+        else:
+            guest.source.populated -= set(PAGES[1:4])
+        try:
+            notify(guest.source, PAGE, 3 * PAGE)
+        except BaseException:
+            guest.source.populated = before
+            raise
+
+    def change(expected: Expected) -> None:
+        pages = expected.model.blocks["a"].sources["other"]
+        if populate:
+            pages |= set(PAGES[1:4])
+        else:
+            pages -= set(PAGES[1:4])
+
+    explore_on(
+        act,
+        change,
+        Setup(
+            targets=targets[:1],
+            layout=layout,
+            source=set() if populate else set(PAGES),
+            listener=True,
+        ),
+        frees=False,
+    )
+
+
+@each_guest
+def test_virtio_mem_comes(targets: Sequence[TargetKind], layout: Layout) -> None:
+    explore_on(
+        lambda guest: VirtioMem(guest.blocks["a"], PAGE),
+        lambda expected: expected.model.add_virtio_mem("a"),
+        Setup(targets=targets, layout=layout),
+    )
+
+
+def virtio_mem_of(guest: Guest) -> VirtioMem:
+    assert guest.virtio_mem is not None
+    return guest.virtio_mem
+
+
+@each_guest
+def test_plug(targets: Sequence[TargetKind], layout: Layout) -> None:
+    explore_on(
+        lambda guest: virtio_mem_of(guest).plug(PAGE, 3 * PAGE),
+        lambda expected: expected.model.plug("a", PAGE, 3 * PAGE),
+        Setup(targets=targets, layout=layout, virtio_mem={PAGES[4]}),
+    )
+
+
+@each_guest
+def test_unplug(targets: Sequence[TargetKind], layout: Layout) -> None:
+    explore_on(
+        lambda guest: virtio_mem_of(guest).unplug(2 * PAGE, 2 * PAGE),
+        lambda expected: expected.model.unplug("a", 2 * PAGE, 2 * PAGE),
+        Setup(targets=targets, layout=layout, virtio_mem=set(PAGES)),
+    )
+
+
+@each_guest
+def test_unplug_all(targets: Sequence[TargetKind], layout: Layout) -> None:
+    explore_on(
+        lambda guest: virtio_mem_of(guest).unplug_all(),
+        lambda expected: expected.model.unplug("a", 0, 5 * PAGE),
+        Setup(targets=targets, layout=layout, virtio_mem={PAGES[1], PAGES[2], PAGES[4]}),
+    )
+
+
+@each_guest
+def test_attach(targets: Sequence[TargetKind], layout: Layout) -> None:
+    def change(expected: Expected) -> None:
+        expected.attached[1] = True
+
+    explore_on(
+        lambda guest: guest.attach(1),
+        change,
+        Setup(targets=(targets[1], targets[0]), attached=1, layout=layout),
+    )
+
+
+@each_guest
+def test_detach(targets: Sequence[TargetKind], layout: Layout) -> None:
+    def change(expected: Expected) -> None:
+        expected.attached[0] = False
+
+    explore_on(
+        lambda guest: guest.memory.detach(guest.memory.mappers[0]),
+        change,
+        Setup(targets=targets, layout=layout),
+    )
+
+
+@pytest.mark.parametrize("ordinary", [False, True])
+@pytest.mark.parametrize("targets", [(CUT, CUT), (EXACT, NO_CUT)], ids=str)
+def test_map(targets: Sequence[TargetKind], ordinary: bool) -> None:
+    setup = (
+        Setup(targets=targets, place=("a",), ordinary=("b",))
+        if ordinary
+        else Setup(targets=targets, place=("a",), states={"b": {0, 2 * PAGE, 3 * PAGE}})
+    )
+    explore_on(
+        lambda guest: guest.place("b"),
+        lambda expected: place_in_model(expected.model, "b"),
+        setup,
+    )
+
+
+@pytest.mark.parametrize("ordinary", [False, True])
+@pytest.mark.parametrize("targets", [(CUT, CUT), (EXACT, NO_CUT)], ids=str)
+def test_unmap(targets: Sequence[TargetKind], ordinary: bool) -> None:
+    setup = (
+        Setup(targets=targets, ordinary=("b",))
+        if ordinary
+        else Setup(targets=targets, layout=((4, 5, SHARED), (6, 8, SHARED)))
+    )
+    explore_on(
+        lambda guest: guest.memory.unmap(guest.sections["b"]),
+        lambda expected: expected.model.unmap(BASE + 4 * PAGE),
+        setup,
+    )
+
+
+@each_guest
+def test_register_listener(targets: Sequence[TargetKind], layout: Layout) -> None:
+    def change(expected: Expected) -> None:
+        expected.listening = True
+
+    explore_on(
+        lambda guest: guest.blocks["a"].discard_manager.register_listener(
+            guest.listener, guest.section("a")
+        ),
+        change,
+        Setup(targets=targets[:1], layout=layout),
+    )
+
+
+@each_guest
+def test_unregister_listener(targets: Sequence[TargetKind], layout: Layout) -> None:
+    def change(expected: Expected) -> None:
+        expected.listening = False
+
+    explore_on(
+        lambda guest: guest.blocks["a"].discard_manager.unregister_listener(guest.listener),
+        change,
+        Setup(targets=targets[:1], layout=layout, listener=True),
+    )
+
+
+@pytest.mark.parametrize("to", PageState)
+def test_state_change_of_a_block_in_no_guest(to: PageState) -> None:
+    def act(guest: Guest) -> None:
+        attributes = guest.blocks["a"].attributes
+        assert attributes is not None
+        attributes.state_change(PAGE, 3 * PAGE, to)
+
+    explore_on(
+        act,
+        lambda expected: expected.model.state_change("a", PAGE, 3 * PAGE, to),
+        Setup(place=(), states={"a": {PAGES[1], PAGES[3], PAGES[4]}}, listener=True),
+        frees=False,
+    )
+
+
+# -- budgets ----------------------------------------------------------------------------------------------------------
+
+
+def layouts(first: int, last: int) -> Iterator[Layout]:
+    """Every way to have pages [first, last) mapped: which, and which of them with the page before in one mapping."""
+    if first == last:
+        yield ()
+        return
+    for rest in layouts(first + 1, last):
+        yield rest
+        yield ((first, first + 1, SHARED), *rest)
+        if rest and rest[0][0] == first + 1:
+            yield ((first, *rest[0][1:]), *rest[1:])
+
+
+#: One failure of each sort that has the most to put back, or looks with a map of its own whether something is mapped.
+STRAINS = {
+    Kind.MAP: Way.INTERRUPT_BEFORE,
+    Kind.UNMAP: Way.INTERRUPT_AFTER,
+    Kind.FLIP: Way.INTERRUPT_AFTER,
+    Kind.ATTRIBUTE: Way.REFUSE,
+}
+
+
+def try_every_limit(make: Callable[[int], Scenario], entries: int) -> None:
+    """
+    From what is mapped already upwards: refused with nothing done, until the first limit that holds.
+
+    There it has to succeed, and to be put back after each failure that strains the budget most. The target counts too, so a
+    budget that was too small for an undo would poison.
+    """
+    limit = max(entries, 1)
+    while (needed := refusal_for_lack_of_room(make(limit))) is not None:
+        counts["refused"] += 1
+        assert needed > limit
+        if needed > limit + 1:
+            # It knew better than to ask for one more.
+            assert refusal_for_lack_of_room(make(needed - 1)) == needed
+        limit = needed
+    scenario = make(limit)
+    calls = run_case(scenario, ())
+    for number, call in enumerate(calls, 1):
+        if call.kind in STRAINS:
+            run_case(scenario, ((number, STRAINS[call.kind]),))
+
+
+def limited(kind: TargetKind, limit: int) -> TargetKind:
+    return kind._replace(max_mappings=limit)
+
+
+RANGES = [(first, last) for first in range(4) for last in range(first + 1, 5)]
+
+
+@pytest.mark.parametrize("to", PageState)
+def test_budget_of_a_conversion(to: PageState) -> None:
+    for layout in layouts(0, 4):
+        for first, last in RANGES:
+            try_every_limit(
+                lambda limit, layout=layout, first=first, last=last: conversion(  # type: ignore[misc]
+                    layout, first, last, to, targets=(limited(CUT, limit),)
+                ),
+                len(layout),
+            )
+
+
+@pytest.mark.parametrize("to", PageState)
+def test_budget_of_a_conversion_across_blocks(to: PageState) -> None:
+    for left in layouts(2, 4):
+        for right in layouts(4, 6):
+            layout = (*left, *right)
+            for first, last in ((2, 6), (3, 5), (3, 6)):
+                try_every_limit(
+                    lambda limit, layout=layout, first=first, last=last: conversion(  # type: ignore[misc]
+                        layout, first, last, to, targets=(limited(CUT, limit), EXACT)
+                    ),
+                    len(layout),
+                )
+
+
+@pytest.mark.parametrize("kind", [CUT_PAGE, NO_CUT, EXACT], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("to", PageState)
+def test_budget_of_a_conversion_by_page(kind: TargetKind, to: PageState) -> None:
+    for layout in layouts(2, 5):
+        pages = sum(last - first for first, last, _ in layout)
+        try_every_limit(
+            lambda limit, layout=layout: conversion(  # type: ignore[misc]
+                layout, 2, 5, to, targets=(limited(kind, limit),)
+            ),
+            pages,
+        )
+
+
+SOURCES = [
+    {page for bit, page in enumerate(PAGES[1:4]) if number >> bit & 1} for number in range(8)
+]
+
+
+def test_budget_of_adding_a_source() -> None:
+    for layout in layouts(0, 3):
+        for populated in SOURCES:
+
+            def change(expected: Expected, populated: set[int] = populated) -> None:
+                expected.model.blocks["a"].sources["other"] = populated
+
+            try_every_limit(
+                lambda limit, layout=layout, populated=populated, change=change: Scenario(  # type: ignore[misc]
+                    setup=Setup(
+                        targets=(limited(CUT, limit),), layout=layout, new_source=populated
+                    ),
+                    act=lambda guest: guest.blocks["a"].discard_manager.add_source(guest.source),
+                    change=change,
+                    frees=False,
+                ),
+                len(layout),
+            )
+
+
+def test_budget_of_removing_a_source() -> None:
+    def change(expected: Expected) -> None:
+        del expected.model.blocks["a"].sources["other"]
+
+    for layout in layouts(0, 3):
+        for populated in SOURCES:
+            setup = Setup(targets=(), layout=layout, source=populated)
+            mapped = sorted(model_of(setup).populated())
+            entries = sum(page - PAGE not in mapped for page in mapped)
+            try_every_limit(
+                lambda limit, layout=layout, populated=populated: Scenario(  # type: ignore[misc]
+                    setup=Setup(targets=(limited(CUT, limit),), layout=layout, source=populated),
+                    act=lambda guest: guest.blocks["a"].discard_manager.remove_source(guest.source),
+                    change=change,
+                    frees=False,
+                ),
+                max(entries, len(layout)),
+            )
+
+
+def test_budget_of_attaching_and_of_placing() -> None:
+    def attached(expected: Expected) -> None:
+        expected.attached[0] = True
+
+    for layout in layouts(0, 4):
+        shared = {PAGES[1 + page] for first, last, _ in layout for page in range(first, last)}
+        try_every_limit(
+            lambda limit, shared=shared: Scenario(  # type: ignore[misc]
+                setup=Setup(targets=(limited(CUT, limit),), attached=0, states={"a": shared}),
+                act=lambda guest: guest.attach(0),
+                change=attached,
+            ),
+            0,
+        )
+        try_every_limit(
+            lambda limit, shared=shared: Scenario(  # type: ignore[misc]
+                setup=Setup(targets=(limited(CUT, limit),), place=("b",), states={"a": shared}),
+                act=lambda guest: guest.place("a"),
+                change=lambda expected: place_in_model(expected.model, "a"),
+            ),
+            0,
+        )
+
+
+def test_the_operators_budget_counts_like_the_targets() -> None:
+    scenario = conversion(
+        (), 1, 3, SHARED, setup=Setup(targets=(NO_CUT, limited(EXACT, 5)), max_mappings=1)
+    )
+    guest = scenario.build()
+    with pytest.raises(MappingLimitError) as caught:
+        scenario.act(guest)
+    assert (caught.value.limit, caught.value.needed) == (1, 2)
+    assert [mapper.limit for mapper in guest.memory.mappers] == [1, 1]

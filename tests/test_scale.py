@@ -1,0 +1,108 @@
+"""
+A guest of 16 TiB costs what is shared of it, not what it could share.
+
+No time is asserted here: what a conversion costs beside the size of the guest is measured in benchmarks/.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from ramblock import PageState, RamBlock, RamSection
+from ramblock.units import GIB, MIB, PAGE_SIZE, TIB
+
+# In a process of its own: what this one holds after the other tests says nothing.
+_GUEST = """
+import json, resource, sys
+from ramblock import GuestMemory, PageState, RamBlock
+from ramblock.dma import SoftIommu
+
+GIB, TIB = 1 << 30, 1 << 40
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+before = resident()
+memory = GuestMemory()
+block = RamBlock.create("ram", 16 * TIB, private="stand-in")
+memory.map(block, 0)
+iommu = SoftIommu()
+mapper = memory.attach(iommu)
+pieces = int(sys.argv[1])
+size = GIB // pieces
+for number in range(pieces):
+    memory.convert(number * (16 * TIB // pieces), size, PageState.SHARED)
+memory.convert(5 * size, 4096, PageState.SHARED)
+shared = list(memory.ranges(PageState.SHARED))
+private = sum(size for _, size in memory.ranges(PageState.PRIVATE))
+late = memory.attach(SoftIommu())
+print(json.dumps({
+    "resident": resident(),
+    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "gained": resident() - before,
+    "runs": len(shared),
+    "private": private,
+    "entries": mapper.entries,
+    "late_entries": late.entries,
+    "late_calls": late.map_calls,
+    "allocated": block.allocated_bytes(),
+}))
+"""
+
+
+def _guest(pieces: int) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", _GUEST, str(pieces)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=250,
+    )
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def test_sixteen_terabytes_with_one_gigabyte_shared_in_one_piece() -> None:
+    guest = _guest(1)
+    assert guest["peak"] < 300 * MIB
+    assert guest["gained"] < 16 * MIB
+    assert guest["runs"] == 2
+    assert guest["private"] == 16 * TIB - GIB - PAGE_SIZE
+    assert guest["late_entries"] == guest["late_calls"] == 2
+    assert guest["allocated"] == 0, "converting touches no memory"
+
+
+def test_sixteen_terabytes_with_one_gigabyte_shared_in_fragments() -> None:
+    """16,384 pieces of 64 KiB, one per GiB: the worst that 1 GiB can do to 16 TiB."""
+    guest = _guest(16384)
+    assert guest["peak"] < 300 * MIB + 3 * 16384 * 8192, "at most the chunks of three bitmaps"
+    assert guest["runs"] >= 16384
+    assert guest["entries"] == guest["late_entries"] == guest["late_calls"]
+
+
+class _Counting:
+    def __init__(self) -> None:
+        self.sections: list[RamSection] = []
+
+    def notify_populate(self, section: RamSection) -> None:
+        self.sections.append(section)
+
+    def notify_discard(self, section: RamSection) -> None:
+        """Closing tells it."""
+
+
+def test_a_replay_of_ten_runs_is_ten_calls() -> None:
+    with RamBlock.create("ram", 16 * TIB, private="stand-in") as block:
+        attributes = block.attributes
+        assert attributes is not None
+        places = [number * TIB + 3 * MIB for number in range(10)]
+        for place in places:
+            attributes.state_change(place, 2 * MIB, PageState.SHARED)
+        listener = _Counting()
+        block.discard_manager.register_listener(listener, RamSection(block, 0, block.size))
+        assert [(section.offset, section.size) for section in listener.sections] == [
+            (place, 2 * MIB) for place in places
+        ]
