@@ -68,8 +68,9 @@ docs: $(VENV)/.docs ## Build the documentation into build/docs
 	@echo 'built build/docs/index.html'
 
 .PHONY: bench
-bench: $(VENV)/.bench ## Measure the numbers that the design promises
-	@$(BIN)/python benchmarks/run.py $(ARGS)
+bench: $(VENV)/.bench ## Measure the numbers that the design promises; build/bench/ gets them as JSON, Markdown, picture
+	@$(BIN)/python benchmarks/run.py --json build/bench/results.json --markdown build/bench/short.md \
+	    --plot build/bench/cost.svg $(ARGS)
 
 .PHONY: bench-quick
 bench-quick: $(VENV)/.bench ## The same with fewer rounds: does everything still run?

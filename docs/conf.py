@@ -6,7 +6,8 @@ project = "ramblock"
 copyright = "the ramblock authors"
 version = release = _version("ramblock")
 
-extensions = ["sphinx.ext.autodoc"]
+# MyST: ARCHITECTURE.md and its like are pages here too, without a second copy.
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
 html_theme = "furo"
 html_title = f"{project} {release}"
 

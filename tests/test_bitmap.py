@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from ramblock import bitmap as module
 from ramblock.bitmap import SparseBitmap
 
-CHUNK = 1 << 15
+CHUNK = module._CHUNK_BITS
 # Three chunks and a bit: a first, a middle, a last whole one, and one that the bitmap's end cuts.
 LENGTH = 3 * CHUNK + 100
 

@@ -590,11 +590,13 @@ def test_the_order(guest: Guest) -> None:
         "attribute shared: private, not mapped, shared side False, private True",
         # Told after both targets: the second of them maps already.
         "populate: private, mapped, shared side False, private True",
-        "event shared: shared, mapped, shared side False, private False",
+        # Committed, and not freed yet.
+        "event shared: shared, mapped, shared side False, private True",
         "discard: shared, not mapped, shared side True, private False",
         "attribute private: shared, not mapped, shared side True, private False",
-        "event private: private, not mapped, shared side False, private False",
+        "event private: private, not mapped, shared side True, private False",
     ]
+    assert guest.low.allocated_bytes() == 0
 
 
 def hostile_ranges() -> list[tuple[object, object]]:

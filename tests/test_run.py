@@ -417,3 +417,47 @@ def test_the_module_is_the_command() -> None:
     done = command("--help")
     assert done.returncode == 0
     assert "run a confidential guest under devices" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event": "conversion", "gpa": 0, "size": 4096, "to": "shared", "action": "dance"}',
+        '{"event": "conversion", "gpa": "zero", "size": 4096, "to": "shared"}',
+        '{"event": "conversion", "gpa": 0, "size": 4096, "to": "both"}',
+        '{"event": "conversion", "gpa": 0',
+        "\x00",
+    ],
+)
+def test_a_hostile_trace_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    execute(trace=path, conversions=5)
+    lines = path.read_text().splitlines()[:1]
+    path.write_text("\n".join([*lines, line]) + "\n")
+    done = command("run", "--workload", str(path), "-q")
+    assert done.returncode == 3, done.stderr
+    assert f"{path}:2:" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("size", -4096),
+        ("size", 1 << 50),
+        ("size", 5),
+        ("gpa", -4096),
+        ("name", "a\x00b"),
+        ("name", ""),
+    ],
+)
+def test_a_trace_cannot_describe_a_guest_that_cannot_be(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    execute(trace=path, conversions=5)
+    start = json.loads(path.read_text().splitlines()[0])
+    start["blocks"][0][key] = value
+    path.write_text(json.dumps(start) + "\n")
+    with pytest.raises(TraceError) as caught:
+        execute(workload=str(path))
+    assert caught.value.line == 1

@@ -66,7 +66,8 @@ class ConversionError(RamblockError):
     :ivar gpa: Start of the range that was asked for, in guest physical bytes; None outside a guest memory.
     :ivar size: Its size in bytes.
     :ivar to: The state that was asked for (a ``PageState``).
-    :ivar step: The step that failed: ``"unmap"``, ``"attribute"``, ``"map"`` or ``"state"``.
+    :ivar step: The step that failed: ``"unmap"``, ``"attribute"``, ``"map"``, ``"account"`` or ``"state"``; ``"poisoned"`` where
+        none was begun.
     :ivar target: The DMA target or listener that refused, where one did.
     :ivar rolled_back: True: nothing changed. False only in :class:`PoisonedError`.
     """

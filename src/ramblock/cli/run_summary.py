@@ -37,7 +37,7 @@ def _print_head(console: Console, report: RunReport) -> None:
     memory = sum(place.size for place in report.places if place.confidential)
     mode = "without coordination" if job.uncoordinated else f"one mapping per {report.policy}"
     console.print(
-        f"[bold]{format_size(memory)} guest, {len(report.devices)} devices, {mode}[/bold];"
+        f"[bold]{format_size(memory)} guest, {_count(len(report.devices), 'device')}, {mode}[/bold];"
         f" workload {job.workload}, seed {job.seed}"
     )
     seconds = report.elapsed_ns / 1e9
@@ -49,6 +49,10 @@ def _print_head(console: Console, report: RunReport) -> None:
     console.print(
         "Page states are tracked, not enforced: there is no KVM in this run.", style="dim"
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _print_requests(console: Console, report: RunReport) -> None:
@@ -173,7 +177,7 @@ def _print_verdict(console: Console, report: RunReport) -> None:
     if report.poisoned:
         console.print(
             Text(
-                "POISONED: a device may still reach pages; the guest was stopped, no page was freed.",
+                "POISONED: a device may still reach pages. They are kept; the guest was stopped.",
                 style="bold red",
             )
         )

@@ -367,14 +367,11 @@ class SectionMapper:
                 self._report(position, in_flight_end, problem)
 
     def _unmap_certain(self, start: int, end: int) -> str | None:
-        """Unmap pages that are mapped; say what went wrong, if anything did."""
-        size = (end - start) * PAGE_SIZE
+        """Unmap pages that are mapped, in an undo: the rest of it has to happen whatever comes."""
         try:
-            self.budget.unmap_calls += 1
-            removed = self.target.unmap(self._iova(start), size)
-        except BaseException as error:  # part of an undo: the rest of it has to happen
+            return self._try_unmap(start, end)
+        except BaseException as error:
             return f"unmap failed: {error!r}"
-        return None if removed >= size else f"unmap removed {removed:#x} of {size:#x} bytes"
 
     def _unmap_uncertain(self, start: int, end: int) -> str | None:
         """

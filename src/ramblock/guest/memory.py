@@ -387,9 +387,9 @@ class GuestMemory:
             failure = run_transaction(self._guard, STEPS[to], pieces)
             if failure is not None:
                 self._raise_failure(failure, gpa, size, to)
-        not_freed = free_unused(pieces)
         for piece in pieces:
             piece.attributes.observe(piece.change, piece.section.offset, piece.section.size)
+        not_freed = free_unused(pieces)
         changed = sum(piece.change.changed_bytes for piece in pieces)
         map_calls, unmap_calls = self._calls()
         return ConversionResult(

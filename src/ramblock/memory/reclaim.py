@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 
 # How many earlier failures one call tries again: the work of a request must not grow with the guest's history.
 _RETRIES = 4
+# How many failures are remembered for that; older ones stay on the account, and free_pending() finds them there.
+_QUEUE = 1024
 
 
 class Reclaimer:
@@ -56,7 +58,7 @@ class Reclaimer:
         self._used = used
         self._pending = SparseBitmap(size // PAGE_SIZE)
         # What is being freed, or is to be tried again.
-        self._queue: deque[tuple[int, int]] = deque()
+        self._queue: deque[tuple[int, int]] = deque(maxlen=_QUEUE)
         self._log_failure = Sparingly(_log)
         #: Bytes that nobody needs and that are still there.
         self.not_freed_bytes = 0
@@ -83,7 +85,7 @@ class Reclaimer:
         self.keep_used(offset, size)
         end = offset + size
         waiting = self._pending.count(offset // PAGE_SIZE, end // PAGE_SIZE)
-        if not waiting and self._queue and self._queue[-1] == (offset, end):
+        if not waiting and self._queue and self._queue and self._queue[-1] == (offset, end):
             self._queue.pop()
 
     def free(self, offset: int, size: int) -> int:
@@ -96,7 +98,7 @@ class Reclaimer:
         end = offset + size
         earlier = len(self._queue) - 1
         # It is not the last when more than one range was expected; then a later call finds nothing left of it.
-        if self._free_pages(offset, end) and self._queue[-1] == (offset, end):
+        if self._free_pages(offset, end) and self._queue and self._queue[-1] == (offset, end):
             self._queue.pop()
         if earlier:
             self._retry(earlier)
@@ -110,12 +112,10 @@ class Reclaimer:
 
         :return: Bytes that still wait, among them the parts of huge pages that are partly in use.
         """
-        earlier = len(self._queue)
+        self._queue.clear()  # the account knows all of it
         for start, end in list(self._unused(0, self._pending.length * PAGE_SIZE)):
             if not self._free_pages(start, end):
                 self._queue.append((start, end))
-        for _ in range(earlier):
-            self._queue.popleft()  # what failed again stands behind them
         return self.not_freed_bytes
 
     def _free(self, start: int, end: int) -> bool:
@@ -159,15 +159,14 @@ class Reclaimer:
     def _retry(self, waiting: int) -> None:
         """Try again the oldest of the *waiting* failures, one run of each."""
         for _ in range(min(_RETRIES, waiting)):
-            start, end = self._queue[0]
+            start, end = self._queue.popleft()
             run = next(self._unused(start, end), None)
-            if run is not None:
-                if not self._free_pages(*run):
-                    self._queue.append(run)
-                if run[1] < end:
-                    self._queue.append((run[1], end))
-            # Only now: an interrupt above leaves one entry too many, not one too few.
-            self._queue.popleft()
+            if run is None:
+                continue
+            if not self._free_pages(*run):
+                self._queue.append(run)
+            if run[1] < end:
+                self._queue.append((run[1], end))
 
     def _unused(self, start: int, end: int) -> Runs:
         """Yield what still waits of a range: the rest has come back into use, or was freed since."""

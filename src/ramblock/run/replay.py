@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -14,6 +14,7 @@ from ramblock.memory.attributes import PageState
 from ramblock.run.guest_script import Action, Request
 from ramblock.run.layout import BlockPlace
 from ramblock.run.trace_writer import TRACE_VERSION
+from ramblock.units import PAGE_SIZE
 
 __all__ = ["RecordedGuest"]
 
@@ -24,24 +25,30 @@ class _Event(msgspec.Struct):
     event: str
 
 
+# What a guest of ours can look like: a trace is not trusted to describe one that would take the host's memory.
+_Address = Annotated[int, msgspec.Meta(ge=0, multiple_of=PAGE_SIZE, le=1 << 52)]
+_Size = Annotated[int, msgspec.Meta(gt=0, multiple_of=PAGE_SIZE, le=1 << 40)]
+_Hex = Annotated[str, msgspec.Meta(pattern="^-?0x[0-9a-f]{1,32}$")]
+
+
 class _Block(msgspec.Struct):
-    name: str
-    gpa: int
-    size: int
+    name: Annotated[str, msgspec.Meta(pattern="^[ -~]{1,64}$")]
+    gpa: _Address
+    size: _Size
     confidential: bool
 
 
 class _Start(msgspec.Struct):
     version: int
-    blocks: list[_Block]
+    blocks: Annotated[list[_Block], msgspec.Meta(min_length=1, max_length=64)]
 
 
 class _Conversion(msgspec.Struct):
-    gpa: int | str
+    gpa: int | _Hex
     """A number; in hex as a string where it does not fit into 64 bits."""
-    size: int | str
+    size: int | _Hex
     to: PageState
-    action: str = Action.HOSTILE.value
+    action: Action = Action.HOSTILE
 
 
 def _number(value: int | str) -> int:
@@ -90,6 +97,4 @@ class RecordedGuest:
             for number, line in enumerate(file, 1):
                 if self._decode(line, number, _Event).event == "conversion":
                     entry = self._decode(line, number, _Conversion)
-                    yield Request(
-                        _number(entry.gpa), _number(entry.size), entry.to, Action(entry.action)
-                    )
+                    yield Request(_number(entry.gpa), _number(entry.size), entry.to, entry.action)

@@ -1,0 +1,612 @@
+"""
+Everything at once, in any order, against sets of pages.
+
+Blocks come, go, are placed, converted and plugged; sources and listeners of third parties come, go and refuse; devices of
+every kind are attached and detached and do DMA. After each step every book there is has to say the same: the model, the
+page states, each target's table, each mapper's counters, what each listener holds, the VM's attributes, and the bytes in
+memory. A checker at the edges looks at each single call in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from doubles import (
+    PAGE,
+    Heard,
+    PageSource,
+    PageSourceWithRanges,
+    RecordingListener,
+    RefusalError,
+    pages,
+)
+from ramblock import GuestMemory, Mapper, MappingPolicy, PageState, RamBlock, RamSection, VirtioMem
+from ramblock.dma import SoftIommu
+from ramblock.errors import ConversionError, IommuFault, MappingLimitError, UsageError
+from ramblock.memory import MemfdBacking, StandInPrivate
+from ramblock.testing import CheckedShared, GuestChecker, GuestModel, ModelSection, pages_of
+from ramblock.testing.strategies import TargetKind, page_ranges, page_states, target_kinds
+
+SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE
+COUNT = 8
+SIZE = COUNT * PAGE
+UNIT = 2 * PAGE
+CONFIDENTIAL = ("low", "high", "hotplug")
+NAMES = (*CONFIDENTIAL, "ordinary")
+MOST = 3  # listeners, targets, sources: enough to be several
+
+# Where blocks may appear: whole, in parts, side by side, twice, and one over the other.
+PLACES = [
+    ModelSection(block="low", offset=0, size=SIZE, gpa=0),
+    ModelSection(block="low", offset=0, size=SIZE // 2, gpa=0),
+    ModelSection(block="low", offset=SIZE // 2, size=SIZE // 2, gpa=SIZE // 2),
+    ModelSection(block="high", offset=0, size=SIZE, gpa=SIZE),
+    ModelSection(block="high", offset=2 * PAGE, size=4 * PAGE, gpa=SIZE),
+    ModelSection(block="hotplug", offset=0, size=SIZE, gpa=3 * SIZE),
+    ModelSection(block="ordinary", offset=0, size=SIZE, gpa=2 * SIZE),
+    ModelSection(block="ordinary", offset=PAGE, size=2 * PAGE, gpa=5 * SIZE),
+]
+WHOLE = [place for place in PLACES if place.size == SIZE]
+TOP = 6 * SIZE  # beyond all of them
+
+names = st.sampled_from(NAMES)
+confidential = st.sampled_from(CONFIDENTIAL)
+index = st.integers(0, MOST - 1)
+inside = page_ranges(SIZE)
+
+
+class Attached(NamedTuple):
+    kind: TargetKind
+    iommu: SoftIommu
+    mapper: Mapper
+
+
+class Listening(NamedTuple):
+    name: str
+    section: RamSection
+    listener: RecordingListener
+
+
+@dataclass
+class Refusal:
+    """Which call, of all listeners together, is refused next: once, so that what is put back can be put back."""
+
+    calls_until: int | None = None
+    happened: bool = False
+
+    def __call__(self, _: Heard) -> bool:
+        if self.calls_until is None or self.happened:
+            return False
+        self.calls_until -= 1
+        self.happened = self.calls_until < 0
+        return self.happened
+
+
+@dataclass
+class Edge:
+    """A block, and what is behind it that is not the library's to close."""
+
+    block: RamBlock
+    private: StandInPrivate | None
+    device: VirtioMem | None = None
+    sources: dict[int, PageSource] = field(default_factory=dict)
+
+
+class EverythingAgrees(RuleBasedStateMachine):
+    @initialize(
+        kinds=st.lists(target_kinds() | target_kinds(max_limit=2 * COUNT), max_size=2),
+        empty=st.sampled_from([False] * 7 + [True]),
+        plugged=st.booleans(),
+    )
+    def start(self, kinds: list[TargetKind], empty: bool, plugged: bool) -> None:
+        """Begin with a guest that runs, most of the time: what is interesting happens to a guest that does."""
+        self.checker = GuestChecker()
+        self.vm = self.checker.vm()
+        self.memory = GuestMemory(self.vm)
+        self.model = GuestModel()
+        self.edges: dict[str, Edge] = {}
+        self.attached: list[Attached] = []
+        self.listening: list[Listening] = []
+        self.refusal = Refusal()
+        self.bytes: dict[str, dict[int, int]] = {}
+        self.next_byte = 1
+        for name in NAMES:
+            self._create(name)
+        if not empty:
+            for place in WHOLE:
+                self.map(place)
+            for kind in kinds:
+                self.attach(kind)
+        if plugged:
+            self.add_virtio_mem(None)
+            self.plug_or_unplug("plug", (0, SIZE), None)
+
+    def _create(self, name: str) -> None:
+        shared = self.checker.shared(MemfdBacking(name, SIZE))
+        private = StandInPrivate(name, SIZE) if name in CONFIDENTIAL else None
+        watched = None if private is None else self.checker.private(private)
+        block = RamBlock(name, shared, watched, owns_private=False)
+        shared.block = block
+        if watched is not None:
+            watched.block = block
+        self.edges[name] = Edge(block, private)
+        self.model.add_block(name, SIZE, confidential=name in CONFIDENTIAL)
+        self.bytes[name] = {}
+
+    def teardown(self) -> None:
+        if hasattr(self, "edges"):
+            self.refusal = Refusal()
+            for edge in self.edges.values():
+                edge.block.close()
+                if edge.private is not None:
+                    edge.private.close()
+            assert all(attached.iommu.mappings() == [] for attached in self.attached)
+            self.checker.verify()
+
+    # -- what may go wrong --------------------------------------------------------------------------------------------
+
+    def _attempt(self, call: Callable[[], object], refuse_at: int | None) -> bool:
+        """Make a call that may only fail because a listener refuses or a budget is too small; tell whether it worked."""
+        self.refusal = Refusal(refuse_at)
+        try:
+            call()
+        except MappingLimitError as error:
+            limits = [attached.mapper.limit for attached in self.attached]
+            limits.append(self.new_limit)
+            assert error.limit in limits
+            assert error.needed > error.limit
+            assert not self.refusal.happened, "the budget comes before anybody is told"
+            return False
+        except ConversionError as error:
+            assert isinstance(error.__cause__, RefusalError)
+            assert error.rolled_back
+            assert self.refusal.happened
+            return False
+        except RefusalError:
+            assert self.refusal.happened
+            return False
+        finally:
+            happened = self.refusal.happened
+            self.refusal = Refusal()
+        assert not happened, "a refusal was ignored"
+        return True
+
+    new_limit: int | None = None
+
+    @contextmanager
+    def _usage_error_unless(self, allowed: bool) -> Iterator[None]:
+        if allowed:
+            yield
+        else:
+            with pytest.raises(UsageError):
+                yield
+
+    # -- blocks and sections ------------------------------------------------------------------------------------------
+
+    @rule(place=st.sampled_from(PLACES))
+    def map(self, place: ModelSection) -> None:
+        block = self.edges[place.block].block
+
+        def collides(other: ModelSection) -> bool:
+            if other.gpa < place.gpa + place.size and place.gpa < other.gpa + other.size:
+                return True
+            same = other.block == place.block in CONFIDENTIAL
+            return (
+                same
+                and other.offset < place.offset + place.size
+                and place.offset < other.offset + other.size
+            )
+
+        def call() -> None:
+            self.memory.map(block, place.gpa, offset=place.offset, size=place.size)
+
+        if any(collides(other) for other in self.model.sections):
+            with pytest.raises(UsageError):
+                call()
+        elif self._attempt(call, None):
+            self.model.map(place.block, place.gpa, offset=place.offset, size=place.size)
+
+    @rule(which=st.integers(0, len(PLACES)))
+    @precondition(lambda self: len(self.memory.sections) > 2)
+    def unmap(self, which: int) -> None:
+        placed = self.memory.sections[which % len(self.memory.sections)]
+        self.memory.unmap(placed)
+        self.model.unmap(placed.gpa)
+
+    @rule(name=names)
+    def close_a_block_and_make_it_anew(self, name: str) -> None:
+        edge = self.edges[name]
+        edge.block.close()
+        if edge.private is not None:
+            edge.private.close()
+        self.model.sections = [other for other in self.model.sections if other.block != name]
+        for listening in [each for each in self.listening if each.name == name]:
+            assert listening.listener.held == set()
+            self.listening.remove(listening)
+        # Host addresses are given out again.
+        self.checker.freed_pages.difference_update(
+            range(edge.block.address, edge.block.address + SIZE, PAGE)
+        )
+        self._create(name)
+
+    # -- states -------------------------------------------------------------------------------------------------------
+
+    # More rules than one, so that most steps are conversions.
+    @rule(where=page_ranges(2 * SIZE), to=page_states())
+    def convert_across_blocks(self, where: tuple[int, int], to: PageState) -> None:
+        self._convert(where, to, None)
+
+    @rule(where=page_ranges(SIZE, start=3 * SIZE), to=page_states())
+    def convert_what_may_be_unplugged(self, where: tuple[int, int], to: PageState) -> None:
+        self._convert(where, to, None)
+
+    @rule(where=page_ranges(2 * SIZE), to=page_states(), refuse_at=st.integers(0, 4))
+    def convert_and_be_refused(self, where: tuple[int, int], to: PageState, refuse_at: int) -> None:
+        self._convert(where, to, refuse_at)
+
+    @rule(where=page_ranges(TOP), to=page_states())
+    def convert_anything(self, where: tuple[int, int], to: PageState) -> None:
+        self._convert(where, to, None)
+
+    def _convert(self, where: tuple[int, int], to: PageState, refuse_at: int | None) -> None:
+        touched = set(range(where[0], sum(where), PAGE))
+        ordinary = {
+            page
+            for section in self.model.sections
+            if section.block == "ordinary"
+            for page in range(section.gpa, section.gpa + section.size, PAGE)
+        }
+        if not touched <= self.model.pages() - ordinary:
+            with pytest.raises(UsageError):
+                self.memory.convert(*where, to)
+            return
+        changing = touched & (self.model.private() if to is SHARED else self.model.shared())
+
+        def call() -> None:
+            result = self.memory.convert(*where, to)
+            assert result[:3] == (*where, to)
+            assert result.changed_bytes == len(changing) * PAGE
+            assert result.not_freed_bytes == 0
+
+        if self._attempt(call, refuse_at):
+            self.model.convert(*where, to)
+            if to is PRIVATE:
+                # Only where something changed was anything freed, and there all of it that is not shared any more.
+                for gpa in changing:
+                    name, offset = self.model._at(gpa)
+                    self.bytes[name].pop(offset // PAGE, None)
+
+    @rule(
+        name=confidential,
+        where=inside,
+        to=page_states(),
+        refuse_at=st.none() | st.integers(0, 4),
+    )
+    def state_change(
+        self, name: str, where: tuple[int, int], to: PageState, refuse_at: int | None
+    ) -> None:
+        """Change the states the way a VMM without ``convert`` would: with the attributes, in the right order."""
+        attributes = self.edges[name].block.attributes
+        assert attributes is not None
+        changing = {
+            page
+            for page in range(where[0], sum(where), PAGE)
+            if (page in self.model.blocks[name].shared) is (to is PRIVATE)
+        }
+        guest_pages = [
+            section.gpa + page - section.offset
+            for section in self.model.sections
+            if section.block == name
+            for page in changing
+            if section.offset <= page < section.offset + section.size
+        ]
+        if to is SHARED:
+            for gpa in guest_pages:
+                self.vm.set_memory_attributes(gpa, PAGE, False)
+        worked = self._attempt(lambda: attributes.state_change(*where, to), refuse_at)
+        if worked:
+            self.model.state_change(name, *where, to)
+        if worked is (to is PRIVATE):
+            for gpa in guest_pages:
+                self.vm.set_memory_attributes(gpa, PAGE, True)
+
+    # -- virtio-mem ---------------------------------------------------------------------------------------------------
+
+    @rule(refuse_at=st.none() | st.integers(0, 4))
+    @precondition(lambda self: self.edges["hotplug"].device is None)
+    def add_virtio_mem(self, refuse_at: int | None) -> None:
+        edge = self.edges["hotplug"]
+
+        def call() -> None:
+            edge.device = VirtioMem(edge.block, UNIT)
+
+        if self._attempt(call, refuse_at):
+            self.model.add_virtio_mem("hotplug")
+            self.bytes["hotplug"].clear()
+
+    @rule(refuse_at=st.none() | st.integers(0, 4))
+    @precondition(lambda self: self.edges["hotplug"].device is not None)
+    def remove_virtio_mem(self, refuse_at: int | None) -> None:
+        edge = self.edges["hotplug"]
+        device = edge.device
+        assert device is not None
+        if self._attempt(lambda: edge.block.discard_manager.remove_source(device), refuse_at):
+            edge.device = None
+            self.model.blocks["hotplug"].plugged = None
+
+    @rule(
+        verb=st.sampled_from(["plug", "unplug"]),
+        where=page_ranges(SIZE, granularity=UNIT),
+        refuse_at=st.none() | st.integers(0, 4),
+    )
+    @precondition(lambda self: self.edges["hotplug"].device is not None)
+    def plug_or_unplug(self, verb: str, where: tuple[int, int], refuse_at: int | None) -> None:
+        device = self.edges["hotplug"].device
+        assert device is not None
+        plugged = self.model.blocks["hotplug"].plugged
+        assert plugged is not None
+        touched = set(range(where[0], sum(where), PAGE))
+        if touched & plugged if verb == "plug" else touched - plugged:
+            with pytest.raises(UsageError):
+                getattr(device, verb)(*where)
+        elif self._attempt(lambda: getattr(device, verb)(*where), refuse_at):
+            getattr(self.model, verb)("hotplug", *where)
+            if verb == "unplug":
+                for page in touched:
+                    self.bytes["hotplug"].pop(page // PAGE, None)
+
+    @rule(refuse_at=st.none() | st.integers(0, 4))
+    @precondition(lambda self: self.edges["hotplug"].device is not None)
+    def unplug_all(self, refuse_at: int | None) -> None:
+        device = self.edges["hotplug"].device
+        assert device is not None
+        plugged = self.model.blocks["hotplug"].plugged
+        assert plugged is not None
+        if self._attempt(device.unplug_all, refuse_at):
+            if plugged:
+                self.bytes["hotplug"].clear()
+            plugged.clear()
+
+    # -- other people's sources ---------------------------------------------------------------------------------------
+
+    @rule(
+        name=names,
+        key=index,
+        kind=st.sampled_from([PageSource, PageSourceWithRanges]),
+        withheld=st.sets(st.integers(0, COUNT - 1), max_size=COUNT // 2),
+        refuse_at=st.none() | st.integers(0, 4),
+    )
+    def add_source(
+        self,
+        name: str,
+        key: int,
+        kind: type[PageSource],
+        withheld: set[int],
+        refuse_at: int | None,
+    ) -> None:
+        edge = self.edges[name]
+        if key in edge.sources:
+            return
+        source = kind(set(range(COUNT)) - withheld)
+        if self._attempt(lambda: edge.block.discard_manager.add_source(source), refuse_at):
+            edge.sources[key] = source
+            self._tell_model(name, key)
+
+    def _tell_model(self, name: str, key: int) -> None:
+        populated = self.edges[name].sources[key].populated
+        self.model.blocks[name].sources[key] = {page * PAGE for page in populated}
+
+    def _some_source(self, which: int) -> tuple[str, int, PageSource]:
+        there = [
+            (name, key, source)
+            for name, edge in self.edges.items()
+            for key, source in edge.sources.items()
+        ]
+        return there[which % len(there)]
+
+    @rule(which=st.integers(0, 20), refuse_at=st.none() | st.integers(0, 4))
+    @precondition(lambda self: any(edge.sources for edge in self.edges.values()))
+    def remove_source(self, which: int, refuse_at: int | None) -> None:
+        name, key, source = self._some_source(which)
+        edge = self.edges[name]
+        if self._attempt(lambda: edge.block.discard_manager.remove_source(source), refuse_at):
+            del edge.sources[key], self.model.blocks[name].sources[key]
+
+    @rule(which=st.integers(0, 20), where=inside, refuse_at=st.none() | st.integers(0, 4))
+    @precondition(lambda self: any(edge.sources for edge in self.edges.values()))
+    def a_source_changes(self, which: int, where: tuple[int, int], refuse_at: int | None) -> None:
+        name, key, source = self._some_source(which)
+        # A source says what it changed, and only that: as much of the range as is like its first page.
+        first = where[0] // PAGE
+        populates = first not in source.populated
+        end = first
+        while end < sum(where) // PAGE and (end in source.populated) is not populates:
+            end += 1
+        before = source.populated.copy()
+        source.populated ^= set(range(first, end))
+        manager = self.edges[name].block.discard_manager
+        notify = manager.notify_populate if populates else manager.notify_discard
+        if self._attempt(lambda: notify(source, first * PAGE, (end - first) * PAGE), refuse_at):
+            self._tell_model(name, key)
+        else:
+            source.populated = before
+
+    # -- listeners ----------------------------------------------------------------------------------------------------
+
+    @rule(name=names, where=inside, sparse=st.booleans(), refuse_at=st.none() | st.integers(0, 2))
+    @precondition(lambda self: len(self.listening) < MOST)
+    def register(
+        self, name: str, where: tuple[int, int], sparse: bool, refuse_at: int | None
+    ) -> None:
+        block = self.edges[name].block
+        listener = RecordingListener(name, sparse=sparse)
+        listener.refuse = lambda call: self.refusal(call)
+        section = RamSection(block, *where)
+        if self._attempt(
+            lambda: block.discard_manager.register_listener(listener, section), refuse_at
+        ):
+            self.listening.append(Listening(name, section, listener))
+        else:
+            assert (listener.held, listener.wrong) == (set(), [])
+
+    @rule(which=index, refuse_at=st.none() | st.integers(0, 2))
+    @precondition(lambda self: self.listening)
+    def unregister(self, which: int, refuse_at: int | None) -> None:
+        listening = self.listening[which % len(self.listening)]
+        manager = self.edges[listening.name].block.discard_manager
+        if self._attempt(lambda: manager.unregister_listener(listening.listener), refuse_at):
+            self.listening.remove(listening)
+            assert (listening.listener.held, listening.listener.wrong) == (set(), [])
+
+    # -- devices ------------------------------------------------------------------------------------------------------
+
+    @rule(kind=target_kinds() | target_kinds(max_limit=2 * COUNT))
+    @precondition(lambda self: len(self.attached) < MOST)
+    def attach(self, kind: TargetKind) -> None:
+        iommu = kind.make()
+        target = self.checker.target(iommu)
+        limits = [limit for limit in (kind.target_limit, kind.budget) if limit is not None]
+        self.new_limit = min(limits, default=None)
+
+        def call() -> None:
+            mapper = self.memory.attach(target, kind.policy, max_mappings=kind.budget)
+            self.attached.append(Attached(kind, iommu, mapper))
+
+        if not self._attempt(call, None):
+            assert iommu.mappings() == []
+        self.new_limit = None
+
+    @rule(which=index)
+    @precondition(lambda self: self.attached)
+    def detach(self, which: int) -> None:
+        attached = self.attached.pop(which % len(self.attached))
+        self.memory.detach(attached.mapper)
+        assert attached.iommu.mappings() == []
+        assert (attached.mapper.entries, attached.mapper.mapped_bytes) == (0, 0)
+
+    @rule(which=index, where=page_ranges(TOP, granularity=PAGE // 2))
+    @precondition(lambda self: self.attached)
+    def dma(self, which: int, where: tuple[int, int]) -> None:
+        """A device writes, and reads it back; or it faults, and not one byte has changed."""
+        iommu = self.attached[which % len(self.attached)].iommu
+        touched = {at // PAGE * PAGE for at in range(where[0], sum(where), PAGE // 2)}
+        if touched <= self.model.populated():
+            data = bytes([self.next_byte]) * where[1]
+            iommu.write(where[0], data)
+            assert iommu.read(*where) == data
+            for gpa in touched:
+                name, offset = self.model._at(gpa)
+                if where[0] <= gpa:  # its first byte was written
+                    self.bytes[name][offset // PAGE] = self.next_byte
+            self.next_byte = self.next_byte % 255 + 1
+        else:
+            with pytest.raises(IommuFault):
+                iommu.write(where[0], b"x" * where[1])
+
+    # -- what has to be true after each step --------------------------------------------------------------------------
+
+    @invariant()
+    def every_target_maps_what_is_populated(self) -> None:
+        populated = self.model.populated()
+        for kind, iommu, mapper in self.attached:
+            entries = iommu.mappings()
+            assert pages_of(entries) == populated
+            assert mapper.entries == len(entries)
+            assert mapper.mapped_bytes == len(populated) * PAGE
+            if mapper.limit is not None:
+                assert len(entries) <= mapper.limit
+            if mapper.policy is MappingPolicy.PAGE:
+                assert {entry.size for entry in entries} <= {PAGE}
+            assert (mapper.policy is MappingPolicy.RUN) == (
+                kind.cut and kind.policy is not MappingPolicy.PAGE
+            )
+            for entry in entries:
+                name, offset = self.model._at(entry.iova)
+                assert entry.memory.address == self.edges[name].block.address + offset
+
+    @invariant()
+    def every_listener_holds_what_is_populated(self) -> None:
+        for name, section, listener in self.listening:
+            populated = {page // PAGE for page in self.model.populated_in(name)}
+            assert listener.held == populated & pages(section.offset, section.size)
+            assert listener.wrong == []
+
+    @invariant()
+    def the_states_are_those_of_the_model(self) -> None:
+        for state, expected in (
+            (SHARED, self.model.shared()),
+            (PRIVATE, self.model.private()),
+        ):
+            found = list(self.memory.ranges(state))
+            assert {
+                page for gpa, size in found for page in range(gpa, gpa + size, PAGE)
+            } == expected
+            ends = {gpa + size for gpa, size in found}
+            assert not ends & {gpa for gpa, _ in found}, "runs that touch are one run"
+            assert found == sorted(found)
+            assert all(self.memory.state(page) is state for page in expected)
+        for name in CONFIDENTIAL:
+            attributes = self.edges[name].block.attributes
+            assert attributes is not None
+            shared = self.model.blocks[name].shared
+            assert attributes.shared_bytes == len(shared) * PAGE
+            assert {
+                page
+                for offset, size in attributes.ranges(SHARED)
+                for page in range(offset, offset + size, PAGE)
+            } == shared
+        device = self.edges["hotplug"].device
+        if device is not None:
+            assert device.plugged_size == len(self.model.blocks["hotplug"].plugged or ()) * PAGE
+
+    @invariant()
+    def the_manager_joins_the_sources(self) -> None:
+        for name, edge in self.edges.items():
+            whole = RamSection(edge.block, 0, SIZE)
+            populated = {
+                page
+                for part in edge.block.discard_manager.populated(whole)
+                for page in range(part.offset, part.end, PAGE)
+            }
+            assert populated == self.model.populated_in(name)
+            discarded = {
+                page
+                for part in edge.block.discard_manager.discarded(whole)
+                for page in range(part.offset, part.end, PAGE)
+            }
+            assert discarded == set(range(0, SIZE, PAGE)) - populated
+
+    @invariant()
+    def the_vm_knows_the_same_states(self) -> None:
+        assert self.checker.private_pages == self.model.private()
+
+    @invariant()
+    def memory_holds_what_was_written_and_zeros_where_it_was_freed(self) -> None:
+        for name, edge in self.edges.items():
+            content = edge.block.read(0, SIZE)
+            expected = self.bytes[name]
+            assert {
+                page: content[page * PAGE] for page in range(COUNT) if content[page * PAGE]
+            } == expected
+            assert edge.block.not_freed_bytes == 0
+
+    @invariant()
+    def nothing_went_wrong_in_between(self) -> None:
+        self.checker.verify()
+        assert not self.memory.poisoned
+        assert self.memory.in_doubt() == []
+        assert [(each.gpa, each.size) for each in self.memory.sections] == sorted(
+            (section.gpa, section.size) for section in self.model.sections
+        )
+
+
+EverythingAgrees.TestCase.settings = settings(max_examples=100, stateful_step_count=50)
+TestEverythingAgrees = EverythingAgrees.TestCase
