@@ -175,6 +175,11 @@ class Injector:
         self.armed = False
         assert len(self.calls) >= max(self.plan, default=0), "a call of the plan was never made"
 
+    def forget(self) -> None:
+        """Let go of calls and tracebacks, which lead to the targets: else a poisoned guest never goes (Attachment)."""
+        self.calls = []
+        self.raised = []
+
     def counted(self, *kinds: Kind) -> int:
         return sum(call.kind in kinds for call in self.calls)
 
@@ -903,6 +908,7 @@ def run_case(scenario: Scenario, plan: Plan) -> list[Call]:
     guest.injector.disarm()
     try:
         judge(scenario, guest, plan, result, error)
+        guest.injector.forget()
     except BaseException as failure:
         told = ", ".join(
             f"{number} {calls[number - 1].kind.value} {way.name}" for number, way in plan

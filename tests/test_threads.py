@@ -19,6 +19,8 @@ import pytest
 from ramblock import GuestMemory, PageState, RamBlock
 from ramblock.dma import DmaCapabilities, HostRange, SoftIommu
 from ramblock.errors import IommuFault
+from ramblock.events import StateChanged
+from ramblock.memory import MemfdBacking, StandInPrivate
 from ramblock.units import PAGE_SIZE
 
 P = PAGE_SIZE
@@ -80,6 +82,23 @@ class CheckedIommu:
         self.inner.close()
 
 
+class CheckedMemory(MemfdBacking):
+    """The shared side of the block at *gpa*: nothing of it is freed that any target maps."""
+
+    def __init__(self, name: str, size: int, gpa: int, picture: Picture) -> None:
+        super().__init__(name, size)
+        self._gpa = gpa
+        self._picture = picture
+
+    def discard(self, offset: int, size: int) -> None:
+        pages = set(range(self._gpa + offset, self._gpa + offset + size, P))
+        with self._picture.lock:
+            for name, mapped in self._picture.mapped.items():
+                if mapped & pages:
+                    self._picture.violations.append(f"{name}: {mapped & pages} mapped while freed")
+        super().discard(offset, size)
+
+
 @pytest.fixture(autouse=True)
 def _switch_often() -> Iterator[None]:
     before = sys.getswitchinterval()
@@ -93,9 +112,15 @@ def _switch_often() -> Iterator[None]:
 def test_conversions_and_dma_on_many_threads() -> None:
     picture = Picture()
     memory = GuestMemory(picture)
-    blocks = [RamBlock.create(name, _PAGES // 2 * P, private="stand-in") for name in ("one", "two")]
-    memory.map(blocks[0], 0)
-    memory.map(blocks[1], _PAGES // 2 * P)
+    half = _PAGES // 2 * P
+    blocks = []
+    for name, gpa in (("one", 0), ("two", half)):
+        shared_side = CheckedMemory(name, half, gpa, picture)
+        private_side = StandInPrivate(name, half)
+        blocks.append(RamBlock(name, shared_side, private_side, owns_private=True))
+        memory.map(blocks[-1], gpa)
+    events: list[StateChanged] = []
+    memory.observer = events.append  # called under the lock: in the order in which things happened
     iommus = [
         CheckedIommu("cut", picture, SoftIommu()),
         CheckedIommu("no cut", picture, SoftIommu(cut=False)),
@@ -169,7 +194,18 @@ def test_conversions_and_dma_on_many_threads() -> None:
             for page in range(mapping.iova, mapping.iova + mapping.size, P)
         }
         assert mapped == shared
+    # What happened, in that order, gives what is now.
+    replayed: set[int] = set()
+    for event in events:
+        gpa = event.offset + (half if event.block == "two" else 0)
+        touched = set(range(gpa, gpa + event.size, P))
+        replayed = replayed | touched if event.after == "shared" else replayed - touched
+    assert replayed == shared
+    # No write of a device arrived after the memory was freed, and nothing that is private was forgotten.
+    for page in set(range(0, _PAGES * P, P)) - shared:
+        assert blocks[page // half].read(page % half, P) == bytes(P)
     for block in blocks:
+        assert block.not_freed_bytes == 0
         block.close()
 
 

@@ -6,16 +6,20 @@ Start with :class:`RamBlock` and :class:`GuestMemory`; targets are in :mod:`ramb
 :mod:`ramblock.errors`, help for testing a VMM in :mod:`ramblock.testing`.
 """
 
-from ramblock.dma.mapper import Mapper
-from ramblock.dma.target import MappingPolicy
-from ramblock.guest.conversion import ConversionResult
-from ramblock.guest.memory import GuestMemory
-from ramblock.memory.attributes import PageState, RamBlockAttributes
-from ramblock.memory.backend import BackendKind, HostMemoryBackend
-from ramblock.memory.block import RamBlock
-from ramblock.memory.discard_manager import RamDiscardManager
-from ramblock.memory.section import RamSection
-from ramblock.memory.virtio_mem import VirtioMem
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ramblock.dma.mapper import Mapper
+    from ramblock.dma.target import MappingPolicy
+    from ramblock.guest.conversion import ConversionResult
+    from ramblock.guest.memory import GuestMemory
+    from ramblock.memory.attributes import PageState, RamBlockAttributes
+    from ramblock.memory.backend import BackendKind, HostMemoryBackend
+    from ramblock.memory.block import RamBlock
+    from ramblock.memory.discard_manager import RamDiscardManager
+    from ramblock.memory.section import RamSection
+    from ramblock.memory.virtio_mem import VirtioMem
 
 __all__ = [
     "BackendKind",
@@ -31,3 +35,34 @@ __all__ = [
     "RamSection",
     "VirtioMem",
 ]
+
+# Where each name lives. They are imported when they are first asked for (PEP 562): half of the time that `ramblock --help`
+# takes would otherwise go into parts that it does not need.
+_HOMES = {
+    "BackendKind": "ramblock.memory.backend",
+    "ConversionResult": "ramblock.guest.conversion",
+    "GuestMemory": "ramblock.guest.memory",
+    "HostMemoryBackend": "ramblock.memory.backend",
+    "Mapper": "ramblock.dma.mapper",
+    "MappingPolicy": "ramblock.dma.target",
+    "PageState": "ramblock.memory.attributes",
+    "RamBlock": "ramblock.memory.block",
+    "RamBlockAttributes": "ramblock.memory.attributes",
+    "RamDiscardManager": "ramblock.memory.discard_manager",
+    "RamSection": "ramblock.memory.section",
+    "VirtioMem": "ramblock.memory.virtio_mem",
+}
+
+if not TYPE_CHECKING:  # a checker would believe that every name exists
+
+    def __getattr__(name):
+        """Import what is asked for."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        """List the names, imported or not."""
+        return sorted({*globals(), *_HOMES})

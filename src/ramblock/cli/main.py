@@ -7,7 +7,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 
 from ramblock.cli import run_options
 from ramblock.errors import RamblockError, TraceError, UsageError
@@ -21,6 +20,16 @@ exit codes: 0 done and clean, 1 the job found a violation or failed, 2 usage, 3 
 """
 
 
+class _Version(argparse.Action):
+    """Ask the installation for the version only when somebody wants to know: that import is slow."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib import metadata
+
+        print(f"ramblock {metadata.version('ramblock')}")
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser; the commands declare their options in modules that import nothing heavy."""
     parser = argparse.ArgumentParser(
@@ -29,9 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--version", action="version", version=f"ramblock {metadata.version('ramblock')}"
-    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     parser.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error", "critical"),

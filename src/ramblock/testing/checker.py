@@ -60,15 +60,15 @@ class GuestChecker:
         self.private_pages: set[int] = set()
         #: Pages of shared backings that are freed and were not mapped since, by host address.
         self.freed_pages: set[int] = set()
-        self._targets: list[CheckedTarget] = []
+        # Not those around them: what a block refers to, and it does to the checker, must not keep alive what maps it.
+        self._targets: list[ListedTarget] = []
 
     # -- wrapping -------------------------------------------------------------------------------------------------
 
     def target(self, inner: ListedTarget) -> CheckedTarget:
         """Watch a target."""
-        target = CheckedTarget(self, inner)
-        self._targets.append(target)
-        return target
+        self._targets.append(inner)
+        return CheckedTarget(self, inner)
 
     def vm(self, inner: Vm | None = None) -> CheckedVm:
         """Watch a VM, or stand in for one that always agrees."""
@@ -97,7 +97,7 @@ class GuestChecker:
         """Compare the picture with what the targets map now, after *call*."""
         self.calls += 1
         for target in self._targets:
-            for mapping in target.inner.mappings():
+            for mapping in target.mappings():
                 shift = mapping.memory.address - mapping.iova
                 for page in range(mapping.iova, mapping.iova + mapping.size, PAGE_SIZE):
                     if page in self.private_pages:
@@ -117,7 +117,7 @@ class GuestChecker:
             mapping.memory.address < address + size
             and address < mapping.memory.address + mapping.memory.size
             for target in self._targets
-            for mapping in target.inner.mappings()
+            for mapping in target.mappings()
         )
 
     def __repr__(self) -> str:

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the benchmarks: ``make bench``, or ``python benchmarks/run.py --help``. README.md says what they mean."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+
+from cases import (
+    checkerboard,
+    convert,
+    policy,
+    replay,
+    sources,
+    startup,
+    state_change,
+    threads,
+    translation,
+)
+from harness.baselines import Baseline, build
+from harness.context import Context
+from harness.machine import Machine
+from harness.measure import Row
+from harness.ours import RecordingListener, confidential_block, expect
+from harness.requests import random_mix
+from report.plot import plot
+from report.promises import Promise, promises
+from report.results import Results
+from report.tables import markdown, text
+
+CASES: dict[str, ModuleType] = {
+    "start-up": startup,
+    "state-change": state_change,
+    "checkerboard": checkerboard,
+    "replay": replay,
+    "sources": sources,
+    "policy": policy,
+    "convert": convert,
+    "threads": threads,
+    "translation": translation,
+}
+
+# Where programs are compiled to; in the folder that `make clean` removes.
+_BUILD = Path(__file__).parent.parent / "build" / "bench"
+
+
+def main() -> int:
+    """Measure, write the files that were asked for, and print the tables."""
+    arguments = _parser().parse_args()
+    machine = Machine.here()
+    try:
+        baselines = build(_BUILD)
+    except FileNotFoundError as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory(prefix="ramblock-bench-") as folder:
+        context = Context(arguments.quick, Path(folder), baselines)
+        _agree(context, baselines)
+        rows = list(_measure(context, arguments.case or list(CASES)))
+    results = Results(rows)
+    kept = promises(results)
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(_as_json(machine, rows, kept, quick=arguments.quick))
+    if arguments.markdown is not None:
+        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
+        arguments.markdown.write_text("\n".join(markdown(machine, results, kept)) + "\n")
+    if arguments.plot is not None:
+        plot(results, arguments.plot)
+    print("\n".join(text(machine, results, kept)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="run.py", description="Measure ramblock beside the published algorithm, in one run."
+    )
+    parser.add_argument("--quick", action="store_true", help="few rounds, under a minute")
+    parser.add_argument(
+        "--case", action="append", choices=list(CASES), help="only this; may be given several times"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything for machines")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the short table")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw cost over VM size: .svg, .png or .pdf"
+    )
+    return parser
+
+
+def _agree(context: Context, baselines: tuple[Baseline, ...]) -> None:
+    """Let all contenders do the same random conversions; no time is worth anything if they disagree."""
+    context.say("do all contenders do the same?")
+    for seed in range(context.choose(3, 20)):
+        requests = random_mix(16_384, 500, seed)
+        file = requests.write(context.folder / "random")
+        expected = expect(requests)
+        for baseline in baselines:
+            expected.compare(baseline.run(file), baseline, requests)
+
+
+def _measure(context: Context, cases: list[str]) -> Iterator[Row]:
+    # What is imported late and cached by the first block is nobody's cost.
+    with confidential_block(1 << 21, RecordingListener()):
+        pass
+    for name in cases:
+        yield from CASES[name].run(context)
+
+
+def _as_json(machine: Machine, rows: list[Row], kept: list[Promise], *, quick: bool) -> str:
+    content = {
+        "quick": quick,
+        "machine": asdict(machine),
+        "rows": [asdict(row) for row in rows],
+        "promises": [entry._asdict() for entry in kept],
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
