@@ -43,20 +43,24 @@ class SparseBitmap:
         self.length = length
         self._chunks: dict[int, bitarray] = {}
 
-    def _present(self, start: int, end: int) -> list[int]:
-        """Chunks that exist and touch the range, ascending."""
-        first, last = start >> _CHUNK_SHIFT, (end - 1) >> _CHUNK_SHIFT
+    def _present(self, first: int, end: int) -> list[int]:
+        """List the chunks from *first* to before *end* that exist, ascending."""
         chunks = self._chunks
-        if first == last:
-            return [first] if first in chunks else []
-        if last - first <= len(chunks):
-            return [index for index in range(first, last + 1) if index in chunks]
+        if end - first <= len(chunks):
+            return [index for index in range(first, end) if index in chunks]
         # list(dict) is one step for other threads; iterating over the dictionary itself is not.
-        return sorted(index for index in list(chunks) if first <= index <= last)
+        return sorted(index for index in list(chunks) if first <= index < end)
+
+    def _touched(self, start: int, end: int) -> list[int]:
+        """List the chunks that exist and touch a range of bits, ascending."""
+        first, last = start >> _CHUNK_SHIFT, (end - 1) >> _CHUNK_SHIFT
+        if first == last:
+            return [first] if first in self._chunks else []
+        return self._present(first, last + 1)
 
     def _pieces(self, start: int, end: int) -> Iterator[tuple[int, bitarray, int, int]]:
         """Chunks that exist, with the part of each that lies in the range: (index, chunk, first, last + 1)."""
-        for index in self._present(start, end):
+        for index in self._touched(start, end):
             chunk = self._chunks.get(index)
             if chunk is not None:
                 base = index << _CHUNK_SHIFT
@@ -64,69 +68,81 @@ class SparseBitmap:
 
     def set(self, start: int, end: int) -> int:
         """Set every bit of the range; return how many were clear."""
-        changed = 0
-        for index in range(start >> _CHUNK_SHIFT, ((end - 1) >> _CHUNK_SHIFT) + 1):
-            base = index << _CHUNK_SHIFT
-            low, high = max(start - base, 0), min(end - base, _CHUNK_BITS)
-            chunk = self._chunks.get(index)
-            if chunk is _ONES:
-                continue
-            changed += high - low
-            if high - low == _CHUNK_BITS:
-                if chunk is not None:
-                    changed -= chunk.count()
-                self._chunks[index] = _ONES
-                continue
-            if chunk is None:
-                chunk = bitarray(_CHUNK_BITS)
-                self._chunks[index] = chunk
-            else:
-                changed -= chunk.count(1, low, high)
-            chunk[low:high] = 1
+        first, last = start >> _CHUNK_SHIFT, (end - 1) >> _CHUNK_SHIFT
+        low, high = start & _CHUNK_MASK, end - (last << _CHUNK_SHIFT)
+        if first == last:
+            return self._set_in(first, low, high)
+        changed = self._set_in(first, low, _CHUNK_BITS)
+        chunks = self._chunks
+        for index in range(first + 1, last):
+            chunk = chunks.get(index)
+            if chunk is not _ONES:
+                changed += _CHUNK_BITS if chunk is None else _CHUNK_BITS - chunk.count()
+                chunks[index] = _ONES
+        return changed + self._set_in(last, 0, high)
+
+    def _set_in(self, index: int, low: int, high: int) -> int:
+        """Set the bits [low, high) of one chunk; return how many were clear."""
+        chunk = self._chunks.get(index)
+        if chunk is _ONES:
+            return 0
+        changed = high - low
+        if chunk is not None:
+            changed -= chunk.count(1, low, high)
+        if high - low == _CHUNK_BITS:
+            self._chunks[index] = _ONES
+            return changed
+        if chunk is None:
+            self._chunks[index] = chunk = bitarray(_CHUNK_BITS)
+        chunk[low:high] = 1
         return changed
 
     def clear(self, start: int, end: int) -> int:
         """Clear every bit of the range; return how many were set. Chunks that become empty are given back."""
-        changed = 0
-        for index in self._present(start, end):
-            chunk = self._chunks[index]
-            base = index << _CHUNK_SHIFT
-            low, high = max(start - base, 0), min(end - base, _CHUNK_BITS)
-            if high - low == _CHUNK_BITS:
-                changed += _CHUNK_BITS if chunk is _ONES else chunk.count()
-                del self._chunks[index]
-                continue
-            count = chunk.count(1, low, high)
-            if not count:
-                continue
-            changed += count
+        first, last = start >> _CHUNK_SHIFT, (end - 1) >> _CHUNK_SHIFT
+        low, high = start & _CHUNK_MASK, end - (last << _CHUNK_SHIFT)
+        if first == last:
+            return self._clear_in(first, low, high)
+        changed = self._clear_in(first, low, _CHUNK_BITS)
+        for index in self._present(first + 1, last):
+            chunk = self._chunks.pop(index)
+            changed += _CHUNK_BITS if chunk is _ONES else chunk.count()
+        return changed + self._clear_in(last, 0, high)
+
+    def _clear_in(self, index: int, low: int, high: int) -> int:
+        """Clear the bits [low, high) of one chunk; return how many were set."""
+        chunk = self._chunks.get(index)
+        if chunk is None:
+            return 0
+        if high - low == _CHUNK_BITS:
+            del self._chunks[index]
+            return _CHUNK_BITS if chunk is _ONES else chunk.count()
+        count: int = chunk.count(1, low, high)
+        if count:
             if chunk is _ONES:
-                chunk = bitarray(chunk)
-                self._chunks[index] = chunk
+                self._chunks[index] = chunk = bitarray(chunk)
             chunk[low:high] = 0
             if not chunk.any():
                 del self._chunks[index]
-        return changed
+        return count
 
     def count(self, start: int, end: int) -> int:
         """Count the bits that are set in the range."""
-        index = start >> _CHUNK_SHIFT
-        if (end - 1) >> _CHUNK_SHIFT == index:
+        first, last = start >> _CHUNK_SHIFT, (end - 1) >> _CHUNK_SHIFT
+        low, high = start & _CHUNK_MASK, end - (last << _CHUNK_SHIFT)
+        chunks = self._chunks
+        if first == last:
             # Nearly every conversion lies in one chunk: half the time of the general way below.
-            chunk = self._chunks.get(index)
-            return (
-                0
-                if chunk is None
-                else chunk.count(1, start & _CHUNK_MASK, end - (index << _CHUNK_SHIFT))
-            )
+            chunk = chunks.get(first)
+            return 0 if chunk is None else chunk.count(1, low, high)
         total = 0
-        for index in self._present(start, end):
-            chunk = self._chunks.get(index)
+        for index in self._present(first, last + 1):
+            chunk = chunks.get(index)
             if chunk is None:
                 continue  # a writer on another thread has just emptied it
-            base = index << _CHUNK_SHIFT
-            low, high = max(start - base, 0), min(end - base, _CHUNK_BITS)
-            total += high - low if chunk is _ONES else chunk.count(1, low, high)
+            bit = low if index == first else 0
+            end_bit = high if index == last else _CHUNK_BITS
+            total += end_bit - bit if chunk is _ONES else chunk.count(1, bit, end_bit)
         return total
 
     def all(self, start: int, end: int) -> bool:
@@ -157,7 +173,7 @@ class SparseBitmap:
     def _last_set(self, start: int, end: int) -> int:
         """Find the last set bit of a range that has one."""
         found = -1
-        for index in reversed(self._present(start, end)):
+        for index in reversed(self._touched(start, end)):
             base = index << _CHUNK_SHIFT
             low, high = max(start - base, 0), min(end - base, _CHUNK_BITS)
             found = self._chunks[index].find(1, low, high, right=True)

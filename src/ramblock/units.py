@@ -49,6 +49,15 @@ def check_range(start: int, size: int, *, limit: int, align: int, what: str) -> 
     :param what: Names the range in the message, for instance ``"block 'ram'"``.
     :raises UsageError: With the range in hex and what was expected.
     """
+    # In one look what nearly every range is; the message is for the others.
+    if (
+        type(start) is int
+        and type(size) is int
+        and start >= 0
+        and 0 < size <= limit - start
+        and not (start | size) & (align - 1)
+    ):
+        return
     if not _is_int(start) or not _is_int(size):
         raise UsageError(
             f"{what}: start {start!r} and size {size!r} must be whole numbers of bytes",

@@ -19,7 +19,7 @@ import errno
 import logging
 from collections.abc import Callable, Iterable, Iterator
 
-from ramblock.bitmap import SparseBitmap
+from ramblock.bitmap import SavedBits, SparseBitmap
 from ramblock.dma.target import DmaTarget, HostRange, MappingPolicy
 from ramblock.errors import DmaError, MappingLimitError, UsageError, describe_range
 from ramblock.logs import Sparingly
@@ -223,8 +223,9 @@ class SectionMapper:
             or it is in doubt.
         """
         start, end = self._pages(section)
-        if self.mapped.count(start, end):
-            self._unmap(start, end)
+        mapped = self.mapped.count(start, end)
+        if mapped:
+            self._unmap(start, end, mapped)
 
     def let_go(self) -> None:
         """
@@ -411,16 +412,20 @@ class SectionMapper:
         for run_start, run_end in self.mapped.runs(start, end):
             yield from ((page, page + step) for page in range(run_start, run_end, step))
 
-    def _unmap(self, start: int, end: int) -> None:
-        """Unmap what is mapped of [start, end), and note it."""
-        span = self.mapped.span(start, end, value=True)
-        assert span is not None  # the caller has looked
-        start, end = span
-        saved = self.mapped.save(start, end)
+    def _unmap(self, start: int, end: int, mapped: int) -> None:
+        """Unmap the *mapped* pages of [start, end), and note it."""
+        saved: SavedBits | None = None
+        if mapped < end - start:
+            span = self.mapped.span(start, end, value=True)
+            assert span is not None  # the caller has counted
+            start, end = span
+            saved = self.mapped.save(start, end)
         position, in_flight_end = start, start
         try:
             for position, in_flight_end in self._pieces(start, end):
-                expected = self.mapped.count(position, in_flight_end) * PAGE_SIZE
+                whole = position == start and in_flight_end == end
+                pages = mapped if whole else self.mapped.count(position, in_flight_end)
+                expected = pages * PAGE_SIZE
                 self.budget.unmap_calls += 1
                 removed = self.target.unmap(
                     self._iova(position), (in_flight_end - position) * PAGE_SIZE
@@ -437,7 +442,10 @@ class SectionMapper:
         except BaseException as error:
             self.unsettled = True
             runs = SparseBitmap(self.pages)
-            runs.restore(start, end, saved)
+            if saved is None:
+                runs.set(start, end)
+            else:
+                runs.restore(start, end, saved)
             self._map_after_failure(runs, start, position, in_flight_end, error)
             self.unsettled = False
             raise

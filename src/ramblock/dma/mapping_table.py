@@ -31,11 +31,13 @@ class Mapping(NamedTuple):
 
     def part(self, start: int, end: int) -> Mapping:
         """Cut out the piece ``[start, end)``."""
+        return Mapping(start, end - start, self.memory_of(start, end), self.writable)
+
+    def memory_of(self, start: int, end: int) -> HostRange:
+        """Tell where on this host the piece ``[start, end)`` is."""
         skip = start - self.iova
         fd, offset, address, _ = self.memory
-        size = end - start
-        memory = HostRange(fd, offset + skip, address + skip, size)
-        return Mapping(start, size, memory, self.writable)
+        return HostRange(fd, offset + skip, address + skip, end - start)
 
 
 class MappingTable:
@@ -65,3 +67,15 @@ class MappingTable:
     def clear(self) -> None:
         """Forget all of them."""
         self.replace(0, len(self.mappings), [])
+
+
+def join_adjacent(ranges: list[HostRange]) -> list[HostRange]:
+    """Join host ranges that continue each other: under one mapping per page, an access of 64 KiB is one copy."""
+    joined = ranges[:1]
+    for part in ranges[1:]:
+        fd, offset, address, size = joined[-1]
+        if part.fd == fd and part.offset == offset + size and part.address == address + size:
+            joined[-1] = HostRange(fd, offset, address, size + part.size)
+        else:
+            joined.append(part)
+    return joined

@@ -16,7 +16,7 @@ from collections import deque
 from threading import Lock
 from typing import NamedTuple
 
-from ramblock.dma.mapping_table import Mapping, MappingTable
+from ramblock.dma.mapping_table import Mapping, MappingTable, join_adjacent
 from ramblock.dma.target import DmaCapabilities, HostRange
 from ramblock.errors import DmaError, IommuFault, describe_range
 from ramblock.memory.backing import read_fd, write_fd
@@ -200,7 +200,7 @@ class SoftIommu:
             if mapping.iova > position or (write and not mapping.writable):
                 break
             stop = min(end, mapping.end)
-            parts.append(mapping.part(position, stop).memory)
+            parts.append(mapping.memory_of(position, stop))
             position = stop
         if position < end:
             self.fault_count += 1
@@ -212,7 +212,7 @@ class SoftIommu:
                 size=size,
                 write=write,
             )
-        return parts
+        return parts if len(parts) == 1 else join_adjacent(parts)
 
     def __repr__(self) -> str:
         return f"<SoftIommu at {id(self):#x}: {len(self._table)} mappings>"

@@ -126,8 +126,10 @@ class ConversionPiece:
         """Free the side that is no longer used; return the bytes that are not freed."""
         section = self.section
         block = section.block
-        block.keep_used(section.offset, section.size)
-        if self.to is PageState.PRIVATE:
+        private = self.to is PageState.PRIVATE
+        # Only the side that came into use: the other is on the account, all of it, and to be freed now.
+        block.keep_used(section.offset, section.size, shared=not private, private=private)
+        if private:
             return block.free_shared(section.offset, section.size)
         return block.free_private(section.offset, section.size)
 

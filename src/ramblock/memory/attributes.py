@@ -120,9 +120,7 @@ class RamBlockAttributes(BitmapSource):
     def plan(self, offset: int, size: int, to: PageState) -> BitmapChange:
         """Check the range and find out what would change; the lock is held by the caller."""
         check_state(to)
-        check_range(
-            offset, size, limit=self.block.size, align=PAGE_SIZE, what=f"block {self.block.name!r}"
-        )
+        check_range(offset, size, limit=self.block.size, align=PAGE_SIZE, what=self.place)
         return BitmapChange(self, offset, size, populate=to is PageState.SHARED)
 
     def observe(self, change: BitmapChange, offset: int, size: int) -> None:

@@ -27,6 +27,8 @@ class BitmapSource:
 
     def __init__(self, block: RamBlock, granularity: int) -> None:
         self.block = block
+        #: For messages.
+        self.place = f"block {block.name!r}"
         self.granularity = granularity
         self.shift = granularity.bit_length() - 1
         self.bits = SparseBitmap(block.size >> self.shift)

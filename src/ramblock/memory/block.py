@@ -226,10 +226,13 @@ class RamBlock:
         assert self._free_private is not None
         return self._free_private.free(offset, size)
 
-    def keep_used(self, offset: int, size: int) -> None:
+    def keep_used(
+        self, offset: int, size: int, *, shared: bool = True, private: bool = True
+    ) -> None:
         """After a change: what is in use again does not wait to be freed any more. Lock held by the caller."""
-        self._free_shared.keep_used(offset, size)
-        if self._free_private is not None:
+        if shared:
+            self._free_shared.keep_used(offset, size)
+        if private and self._free_private is not None:
             self._free_private.keep_used(offset, size)
 
     def _used_shared(self, start: int, end: int) -> Runs:

@@ -68,6 +68,8 @@ class Guard:
         self._operation = ""
         self._reason: str | None = None
         self._doubts: list[tuple[RamSection, object]] = []
+        #: How many doubts were ever noted.
+        self.doubt_count = 0
         self.discards = DiscardCoordinator()
         self.transaction_open = False
         self.observer: Observer | None = None
@@ -133,6 +135,7 @@ class Guard:
     def doubt(self, section: RamSection, listener: object, reason: str) -> None:
         """Poison, and note that *listener* (or the target it drives) may or may not still reach *section*."""
         self._doubts.append((section, getattr(listener, "target", listener)))
+        self.doubt_count += 1
         self.poison(
             f"{describe_range(section.gpa, section.size)} of block {section.block.name!r}: {reason}"
         )
@@ -141,11 +144,6 @@ class Guard:
         """Build the error that every changing call raises from now on."""
         reason = self._reason or _ABANDONED
         return PoisonedError(f"{operation}: the memory is poisoned: {reason}", step="poisoned")
-
-    @property
-    def doubt_count(self) -> int:
-        """How many doubts were ever noted."""
-        return len(self._doubts)
 
     def doubted_since(self, count: int, block: object, start: int, end: int) -> bool:
         """Whether a page of ``[start, end)`` of *block* came into doubt when *count* doubts were noted already."""
@@ -191,6 +189,7 @@ class Guard:
         """Give a block that goes to *other* what concerns it: its *holds*, its doubts, and the poison."""
         self.discards.give_back(other.discards, holds)
         other._doubts = [doubt for doubt in self._doubts if doubt[0].block is block]
+        other.doubt_count = len(other._doubts)
         if self.poisoned:
             other._reason = self._reason or _ABANDONED
 

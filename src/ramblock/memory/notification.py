@@ -11,7 +11,6 @@ that :meth:`Notification.take_back` undoes exactly what was told, whether a list
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ramblock.memory.protocols import Budget, BudgetedListener, Listener, Source
@@ -39,23 +38,27 @@ class Registration(NamedTuple):
         return cls(listener, section, bool(getattr(listener, "sparse_discard", False)), budgeted)
 
 
-@dataclass(frozen=True, slots=True)
 class Change:
     """
     What one source changes.
 
-    ``runs`` may be asked as long as the change is not committed, and again after it was taken back.
+    :param start: First byte that changes.
+    :param end: First byte behind the last that changes.
+    :param runs: The changing runs inside (start, end), ascending, as (start, end); None: all of the span changes. It may
+        be asked as long as the change is not committed, and again after it was taken back.
+    :param hollow: While the change is not in force, nothing in the span is populated (for a discard: once it is in
+        force). Then one sparse discard may cover all of the span.
     """
 
-    start: int
-    """First byte that changes."""
-    end: int
-    """First byte behind the last that changes."""
-    runs: Callable[[int, int], Runs] | None
-    """The changing runs inside (start, end), ascending, as (start, end); None: all of the span changes."""
-    hollow: bool
-    """While the change is not in force, nothing in the span is populated (for a discard: once it is in force). Then one
-    sparse discard may cover all of the span."""
+    __slots__ = ("end", "hollow", "runs", "start")
+
+    def __init__(
+        self, start: int, end: int, runs: Callable[[int, int], Runs] | None, *, hollow: bool
+    ) -> None:
+        self.start = start
+        self.end = end
+        self.runs = runs
+        self.hollow = hollow
 
 
 class Notification:
@@ -93,8 +96,8 @@ class Notification:
         populate: bool,
         only: Registration | None = None,
     ) -> None:
-        self._block = manager.block
-        self._guard = manager.block.guard
+        self._block = block = manager.block
+        self._guard = guard = block.guard
         self._registrations = manager.registrations if only is None else (only,)
         self._change = change
         self._others = others
@@ -105,7 +108,7 @@ class Notification:
         self._refused = False
         #: The listener that refused, or the target it drives.
         self.refused_by: object = None
-        self._doubts_before = self._guard.doubt_count
+        self._doubts_before = guard.doubt_count
 
     def _runs(self, section: RamSection) -> Runs:
         change = self._change
@@ -123,7 +126,10 @@ class Notification:
         """List the runs of the change in *section*; lazily where there can be many."""
         change = self._change
         if change.runs is None and not self._others:
-            start, end = max(change.start, section.offset), min(change.end, section.end)
+            start, end = change.start, change.end
+            if start >= section.offset and end <= section.end:
+                return (section.part(start, end),)
+            start, end = max(start, section.offset), min(end, section.end)
             return (section.part(start, end),) if start < end else ()
         return (section.part(start, end) for start, end in self._runs(section))
 
@@ -143,15 +149,14 @@ class Notification:
 
         :raises BaseException: Whatever a listener raised, or an interrupt. Call :meth:`take_back`.
         """
+        populate = self._populate
         for registration in self._registrations:
             self._at = registration
             listener = registration.listener
-            notify = listener.notify_populate if self._populate else listener.notify_discard
-            sections = (
-                self._exact(registration.section)
-                if self._populate
-                else self._discards(registration)
-            )
+            if populate:
+                notify, sections = listener.notify_populate, self._exact(registration.section)
+            else:
+                notify, sections = listener.notify_discard, self._discards(registration)
             for section in sections:
                 self._in_flight = section
                 try:
@@ -294,5 +299,6 @@ def reserve(notifications: Iterable[Notification]) -> None:
     total: dict[Budget, int] = {}
     for notification in notifications:
         notification.needs(total)
-    for budget, extra in total.items():
-        budget.require(extra)
+    if total:
+        for budget, extra in total.items():
+            budget.require(extra)

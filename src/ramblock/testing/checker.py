@@ -19,7 +19,8 @@ put something back; :meth:`GuestChecker.verify` raises. Each call costs a walk o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from ramblock.dma.soft import Mapping
@@ -195,7 +196,22 @@ class CheckedVm:
             self.inner.remove_memory_slot(section)
 
 
-class CheckedShared:
+class _Side:
+    """One side of a block; knows the block weakly, since a target keeps alive what it maps, which must not lead to it."""
+
+    _block: Callable[[], RamBlock | None] = staticmethod(lambda: None)
+
+    @property
+    def block(self) -> RamBlock | None:
+        """The block that it is a side of; once set, to free what is in use is a violation too."""
+        return self._block()
+
+    @block.setter
+    def block(self, block: RamBlock) -> None:
+        self._block = weakref.ref(block)
+
+
+class CheckedShared(_Side):
     """The shared side of a block under watch. Made by :meth:`GuestChecker.shared`."""
 
     def __init__(self, checker: GuestChecker, inner: SharedBacking) -> None:
@@ -204,8 +220,6 @@ class CheckedShared:
         self.address = inner.address
         self.size = inner.size
         self.page_size = inner.page_size
-        #: The block that it is the shared side of; once set, to free what is populated is a violation too.
-        self.block: RamBlock | None = None
         self._checker = checker
 
     def read(self, offset: int, size: int) -> bytes:
@@ -241,15 +255,13 @@ class CheckedShared:
         self.inner.close()
 
 
-class CheckedPrivate:
+class CheckedPrivate(_Side):
     """The private side of a block under watch. Made by :meth:`GuestChecker.private`."""
 
     def __init__(self, checker: GuestChecker, inner: PrivateBacking) -> None:
         self.inner = inner
         self.fd = inner.fd
         self.size = inner.size
-        #: The block that it is the private side of; once set, to free what the guest uses is a violation.
-        self.block: RamBlock | None = None
         self._checker = checker
 
     def discard(self, offset: int, size: int) -> None:
