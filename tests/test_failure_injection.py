@@ -46,7 +46,7 @@ def fast() -> Iterator[None]:
     logging.disable()
     before = gc.get_threshold()
     gc.freeze()
-    gc.set_threshold(20_000, *before[1:])
+    gc.set_threshold(10_000, 5, 5)
     yield
     gc.set_threshold(*before)
     gc.unfreeze()

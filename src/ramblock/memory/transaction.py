@@ -89,4 +89,12 @@ def _undo(guard: Guard, started: list[tuple[Step[P], P]]) -> None:
             stuck.append(piece)
             guard.poison(f"step {step.name!r} could not be put back: {error!r}")
             if step.stuck is not None:
-                step.stuck(piece)
+                _settle(guard, step, piece)
+
+
+def _settle(guard: Guard, step: Step[P], piece: P) -> None:
+    assert step.stuck is not None
+    try:
+        step.stuck(piece)
+    except BaseException as error:  # the other pieces have to be put back all the same
+        guard.poison(f"nor do our records of step {step.name!r} say what is true: {error!r}")
