@@ -14,14 +14,17 @@ import pytest
 
 from injection import (
     BASE,
+    BLOCKS,
     CUT,
     CUT_PAGE,
     EXACT,
+    FREES,
     NO_CUT,
     PAGE,
     PRIVATE,
     SHARED,
     Expected,
+    FakeShared,
     Guest,
     Kind,
     Layout,
@@ -29,6 +32,7 @@ from injection import (
     Setup,
     TargetKind,
     Way,
+    assert_like,
     counts,
     explore,
     model_of,
@@ -36,8 +40,9 @@ from injection import (
     refusal_for_lack_of_room,
     run_case,
 )
-from ramblock import PageState, VirtioMem
+from ramblock import ConversionResult, PageState, RamBlock, RamSection, VirtioMem
 from ramblock.errors import MappingLimitError
+from ramblock.testing import pages_of
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -157,6 +162,13 @@ def test_conversion_with_a_listener_of_somebody_elses(name: str) -> None:
     layout, first, last, _ = CONVERSIONS[name]
     setup = Setup(targets=(CUT,), layout=layout, listener=True)
     explore(conversion(*CONVERSIONS[name], setup=setup, few=True, depth=1 + (last - first < 8)))
+
+
+@pytest.mark.parametrize("source", [None, {PAGE, 2 * PAGE, 3 * PAGE}])
+@pytest.mark.parametrize("name", ["share one page", "make one page private"])
+def test_conversion_with_three_failures(name: str, source: set[int] | None) -> None:
+    setup = Setup(targets=(CUT,), layout=CONVERSIONS[name][0], source=source, listener=True)
+    explore(conversion(*CONVERSIONS[name], setup=setup, depth=3, few=True))
 
 
 PAGES = [page * PAGE for page in range(5)]
@@ -318,6 +330,17 @@ def test_plug(targets: Sequence[TargetKind], layout: Layout) -> None:
 
 
 @each_guest
+def test_plug_with_a_source_of_somebody_elses(
+    targets: Sequence[TargetKind], layout: Layout
+) -> None:
+    explore_on(
+        lambda guest: virtio_mem_of(guest).plug(PAGE, 3 * PAGE),
+        lambda expected: expected.model.plug("a", PAGE, 3 * PAGE),
+        Setup(targets=targets, layout=layout, virtio_mem={PAGES[4]}, source=HALF, listener=True),
+    )
+
+
+@each_guest
 def test_unplug(targets: Sequence[TargetKind], layout: Layout) -> None:
     explore_on(
         lambda guest: virtio_mem_of(guest).unplug(2 * PAGE, 2 * PAGE),
@@ -428,6 +451,81 @@ def test_state_change_of_a_block_in_no_guest(to: PageState) -> None:
         Setup(place=(), states={"a": {PAGES[1], PAGES[3], PAGES[4]}}, listener=True),
         frees=False,
     )
+
+
+# -- what is left behind ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", PageState)
+def test_what_was_not_freed_is_freed_by_the_next_conversion(to: PageState) -> None:
+    layout = ALL_SHARED if to is PRIVATE else ()
+    guest = Guest(Setup(layout=layout))
+    last = conversion(layout, 0, 1, to)
+    calls = run_case(last, ())
+    assert calls[-1].kind in FREES
+    guest.injector.arm(((len(calls), Way.REFUSE),))
+    result = last.act(guest)
+    guest.injector.disarm()
+    assert isinstance(result, ConversionResult)
+    assert result.not_freed_bytes == guest.blocks["a"].not_freed_bytes == PAGE
+    resident = (guest.shared if to is PRIVATE else guest.private)["a"].resident
+    assert PAGES[1] in resident
+    assert guest.memory.convert(BASE + 2 * PAGE, PAGE, to).not_freed_bytes == 0
+    assert resident == set(PAGES) - {PAGES[1], PAGES[3]}
+    assert guest.blocks["a"].not_freed_bytes == 0
+    guest.checker.verify()
+
+
+def test_what_waits_to_be_freed_is_kept_when_it_is_used_again() -> None:
+    guest = Guest(Setup(layout=ALL_SHARED))
+    scenario = conversion(ALL_SHARED, 0, 1, PRIVATE)
+    guest.injector.arm(((len(run_case(scenario, ())), Way.REFUSE),))
+    scenario.act(guest)
+    guest.injector.disarm()
+    guest.memory.convert(BASE, PAGE, SHARED)
+    guest.memory.convert(BASE + PAGE, PAGE, PRIVATE)
+    assert guest.blocks["a"].free_pending() == 0
+    assert PAGES[1] in guest.shared["a"].resident
+    guest.checker.verify()  # which looks at each free whether the page is in use or mapped
+
+
+def test_attributes_that_could_not_be_reset_are_set_for_ordinary_memory() -> None:
+    # No memory slot, and then no way back: the attributes stay private where nothing is.
+    guest = Guest(Setup(place=("a",)))
+    guest.injector.arm(((2, Way.REFUSE), (3, Way.REFUSE)))
+    with pytest.raises(OSError, match="add slot"):
+        guest.place("b")
+    guest.injector.disarm()
+    assert BLOCKS["b"].gpa in guest.checker.private_pages
+    assert not guest.memory.poisoned
+    ordinary = RamBlock("c", FakeShared(0x7C00_0000_0000, 4 * PAGE), None, owns_private=False)
+    guest.memory.map(ordinary, BLOCKS["b"].gpa)
+    assert BLOCKS["b"].gpa in pages_of(guest.iommus[0].mappings())
+    assert BLOCKS["b"].gpa not in guest.checker.private_pages
+    guest.checker.verify()
+
+
+def test_leaving_by_something_that_is_neither_error_nor_interrupt_puts_everything_back() -> None:
+    scenario = conversion((), 2, 3, SHARED, setup=Setup(listener=True))
+    guest = scenario.build()
+
+    class Leaving:
+        def notify_populate(self, section: RamSection) -> None:
+            raise SystemExit(3)
+
+        def notify_discard(self, section: RamSection) -> None:
+            pass
+
+    leaving = Leaving()
+    manager = guest.blocks["a"].discard_manager
+    manager.register_listener(leaving, guest.section("a"))
+    with pytest.raises(SystemExit) as caught:
+        scenario.act(guest)
+    assert caught.value.code == 3
+    assert "nothing has changed" in caught.value.__notes__[0]
+    manager.unregister_listener(leaving)
+    assert_like(guest, scenario.before)
+    guest.checker.verify()
 
 
 # -- budgets ----------------------------------------------------------------------------------------------------------

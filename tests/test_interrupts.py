@@ -65,11 +65,12 @@ class Interrupter:
         return self._inside
 
     def __enter__(self) -> Interrupter:
+        self._before = sys.gettrace()  # that of a measurement of coverage, for instance
         sys.settrace(self._enter)
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
+        sys.settrace(self._before)
 
 
 class Vm:

@@ -16,6 +16,7 @@ from ramblock.units import (
     check_positive,
     check_range,
     format_size,
+    parse_size,
 )
 
 NOT_INTS = [None, "0", b"0", 0.0, 4096.0, True, False, [], object()]
@@ -125,3 +126,62 @@ def test_not_positive(number: object) -> None:
 )
 def test_format_size(size: int, text: str) -> None:
     assert format_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("4096", 4096),
+        ("010", 10),
+        ("0x1000", 0x1000),
+        ("0X1B", 0x1B),
+        ("0x10B", 0x10B),
+        ("12B", 12),
+        ("64K", 64 * KIB),
+        ("64k", 64 * KIB),
+        ("4kb", 4 * KIB),
+        ("2MiB", 2 * MIB),
+        (" 4 GiB ", 4 * GIB),
+        ("16T", 16 * TIB),
+        ("0x10K", 16 * KIB),
+    ],
+)
+def test_parse_size(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "K",
+        "B",
+        "iB",
+        "-1",
+        "-4K",
+        "+1",
+        "1.5G",
+        "1e3",
+        "4KK",
+        "4iB",
+        "0x",
+        "0xG",
+        "1_000",
+        "٤",
+        "9" * 5000,
+    ],
+)
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a size") as caught:
+        parse_size(text)
+    assert caught.value.value == text
+
+
+@given(st.integers(0, 1 << 70))
+def test_sizes_there_and_back(size: int) -> None:
+    assert parse_size(str(size)) == parse_size(hex(size)) == size
+    text = format_size(size)
+    if "." not in text:
+        assert parse_size(text) == size

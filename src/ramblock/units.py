@@ -8,6 +8,7 @@ so a range past 2**64 is seen here, once, and not in every caller.
 
 from __future__ import annotations
 
+import re
 from mmap import PAGESIZE
 
 from ramblock.errors import UsageError, describe_range
@@ -115,23 +116,24 @@ def format_size(size: int) -> str:
     return f"{size} B"
 
 
-_SUFFIXES = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
+# A B behind a hexadecimal number is one of its digits.
+_SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]{1,40})\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE | re.ASCII)
+_SUFFIXES = {None: 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
 
 
 def parse_size(text: str) -> int:
     """
-    Read a size such as ``4096``, ``64K``, ``2MiB`` or ``4G`` (powers of two, as in QEMU).
+    Read a size such as ``4096``, ``64K``, ``2MiB``, ``4G`` or ``0x1000`` (powers of two, as in QEMU).
 
     :raises UsageError: It is none.
     """
-    number = text.strip().upper().removesuffix("IB").removesuffix("B")
-    suffix = number[-1:] if number[-1:] in "KMGT" else ""
-    digits = number.removesuffix(suffix) if suffix else number
-    try:
-        return int(digits, 0) * _SUFFIXES[suffix]
-    except ValueError:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
         raise UsageError(
             f"{text!r} is not a size",
             value=text,
             expected="a number of bytes, or one with K, M, G or T",
-        ) from None
+        )
+    number, suffix = match.groups()
+    base = 16 if number[:2] in ("0x", "0X") else 10
+    return int(number, base) * _SUFFIXES[suffix and suffix.upper()]

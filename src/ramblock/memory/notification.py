@@ -210,7 +210,7 @@ class Notification:
             try:
                 for section in self._exact(registration.section):
                     self._guard.doubt(section, registration.listener, reason)
-            except Exception:  # a source that does not answer
+            except BaseException:  # a source that does not answer; this is part of an undo
                 self._doubt_all(registration, reason)
 
     def _doubt_all(self, registration: Registration, reason: str) -> None:
@@ -243,12 +243,12 @@ class Notification:
     def _reverse(self, registration: Registration, until: int | None) -> BaseException | None:
         """Tell one listener the opposite of all runs that begin before *until*; None: of all."""
         failure: BaseException | None = None
-        sections = (
-            self._discards(registration)
-            if self._populate and until is None
-            else self._exact(registration.section)
-        )
         try:
+            sections = (
+                self._discards(registration)
+                if self._populate and until is None
+                else self._exact(registration.section)
+            )
             for section in sections:
                 if until is not None and section.offset >= until:
                     break
