@@ -20,12 +20,16 @@ import pytest
 # lowest, whose members are single modules that belong together (a bitmap raises errors).
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"bitmap", "errors", "events", "logs", "units"}),
+    # Numbers and layouts of kernel interfaces; what uses them lies above.
+    frozenset({"uapi"}),
     frozenset({"memory"}),
     frozenset({"dma"}),
     frozenset({"guest"}),
     # The face that `import ramblock` shows, and the kit for other people's tests: both see all of the pure part.
     frozenset({"__init__", "testing"}),
-    frozenset({"kvm", "trace"}),
+    frozenset({"kvm", "trace", "vfio"}),
+    # Runs on a vCPU.
+    frozenset({"guest_program"}),
     frozenset({"plan", "report", "run"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
