@@ -42,7 +42,9 @@ from ramblock.errors import (
     PoisonedError,
 )
 from ramblock.memory.block import _kept
+from ramblock.memory.in_place import TRIES
 from ramblock.testing import (
+    CheckedInPlace,
     CheckedPrivate,
     CheckedShared,
     CheckedTarget,
@@ -69,6 +71,7 @@ class Kind(Enum):
     MAP = "map"
     UNMAP = "unmap"
     ATTRIBUTE = "attribute"
+    IN_PLACE = "attribute in place"
     FLIP = "state"
     FREE_SHARED = "free shared"
     FREE_PRIVATE = "free private"
@@ -91,6 +94,10 @@ class Way(Enum):
     """It raises and has done everything."""
     ERROR_PART = auto()
     """It raises and has done half."""
+    PINNED = auto()
+    """It raises EAGAIN and has done half; so does every later call that sets pages to the same."""
+    PINNED_ONCE = auto()
+    """It raises EAGAIN and has done half, and the next time it works."""
     DOUBT_BEFORE = auto()
     """It says that it does not know, and has done nothing."""
     DOUBT_AFTER = auto()
@@ -113,6 +120,7 @@ _INTERRUPTS = (Way.INTERRUPT_BEFORE, Way.INTERRUPT_AFTER)
 _SHORT = {Way.SHORT_NONE, Way.SHORT_PART, Way.SHORT_LIE}
 # A single page has no half.
 _PARTIAL = {Way.DOUBT_PART, Way.SHORT_PART, Way.ERROR_PART}
+_PINS = {Way.PINNED, Way.PINNED_ONCE}
 
 WAYS: dict[Kind, tuple[Way, ...]] = {
     Kind.MAP: (Way.REFUSE, Way.DOUBT_BEFORE, Way.DOUBT_AFTER, *_INTERRUPTS),
@@ -127,6 +135,14 @@ WAYS: dict[Kind, tuple[Way, ...]] = {
         *_INTERRUPTS,
     ),
     Kind.ATTRIBUTE: (Way.REFUSE, Way.ERROR_AFTER, Way.ERROR_PART, *_INTERRUPTS),
+    Kind.IN_PLACE: (
+        Way.REFUSE,
+        Way.ERROR_AFTER,
+        Way.ERROR_PART,
+        Way.PINNED,
+        Way.PINNED_ONCE,
+        *_INTERRUPTS,
+    ),
     Kind.FLIP: _INTERRUPTS,
     Kind.FREE_SHARED: (Way.REFUSE, Way.ERROR_PART, *_INTERRUPTS),
     Kind.FREE_PRIVATE: (Way.REFUSE, Way.ERROR_PART, *_INTERRUPTS),
@@ -140,13 +156,24 @@ WAYS: dict[Kind, tuple[Way, ...]] = {
 
 
 #: One way of each sort.
-FEW = {Way.REFUSE, Way.SHORT_NONE, Way.INTERRUPT_AFTER}
+FEW = {Way.REFUSE, Way.SHORT_NONE, Way.INTERRUPT_AFTER, *_PINS}
 
 
 class Call(NamedTuple):
     kind: Kind
     size: int
     who: object
+
+
+class Failed(NamedTuple):
+    """What went wrong, at which call."""
+
+    number: int
+    """From 1."""
+    call: Call
+    way: Way
+    error: BaseException | None
+    """None where the call only said too little."""
 
 
 Plan = tuple[tuple[int, Way], ...]
@@ -163,12 +190,14 @@ class Injector:
         self.armed = False
         self.plan: dict[int, Way] = {}
         self.calls: list[Call] = []
-        self.raised: list[BaseException] = []
+        self.failed: list[Failed] = []
+        self.pinned: set[object] = set()
 
     def arm(self, plan: Plan) -> None:
         self.plan = dict(plan)
         self.calls = []
-        self.raised = []
+        self.failed = []
+        self.pinned = set()
         self.armed = True
 
     def disarm(self) -> None:
@@ -178,7 +207,25 @@ class Injector:
     def forget(self) -> None:
         """Let go of calls and tracebacks, which lead to the targets: else a poisoned guest never goes (Attachment)."""
         self.calls = []
-        self.raised = []
+        self.failed = []
+
+    @property
+    def raised(self) -> list[BaseException]:
+        return [failed.error for failed in self.failed if failed.error is not None]
+
+    @property
+    def lasting(self) -> list[Failed]:
+        """The failures that were not made good by trying again. The first of them is the one that decides."""
+        lasting = []
+        tries = last = 0
+        for failed in self.failed:
+            pinned = failed.way in _PINS
+            tries = 1 + (tries if failed.number == last + 1 else 0) if pinned else 0
+            last = failed.number
+            if not pinned or tries == TRIES:
+                lasting.append(failed)
+                tries = 0
+        return lasting
 
     def counted(self, *kinds: Kind) -> int:
         return sum(call.kind in kinds for call in self.calls)
@@ -190,24 +237,30 @@ class Injector:
         *,
         part: Callable[[], object] | None = None,
         short: Callable[[Way], T] | None = None,
+        pinned_as: object = None,
     ) -> T:
-        """Do *effect*, unless the plan says otherwise."""
+        """Do *effect*, unless the plan says otherwise. *pinned_as* says which later calls meet the same pins."""
         if not self.armed:
             return effect()
         self.calls.append(call)
         way = self.plan.get(len(self.calls))
+        if way is None and pinned_as in self.pinned:
+            way = Way.PINNED
         if way is None:
             return effect()
         if way in _SHORT:
             assert short is not None
+            self.failed.append(Failed(len(self.calls), call, way, None))
             return short(way)
-        if way in _PARTIAL:
+        if way is Way.PINNED:
+            self.pinned.add(pinned_as)
+        if way in _PARTIAL or (way in _PINS and call.size > PAGE):
             assert part is not None
             part()
         elif way in {Way.ERROR_AFTER, Way.DOUBT_AFTER, Way.INTERRUPT_AFTER}:
             effect()
         error = self._error(call, way)
-        self.raised.append(error)
+        self.failed.append(Failed(len(self.calls), call, way, error))
         raise error
 
     def _error(self, call: Call, way: Way) -> BaseException:
@@ -219,7 +272,7 @@ class Injector:
             return DmaError(errno.EIO, text, in_doubt=in_doubt)
         if call.kind in {Kind.POPULATE, Kind.DISCARD, Kind.ASK}:
             return RuntimeError(text)
-        return OSError(errno.EIO, text)
+        return OSError(errno.EAGAIN if way in _PINS else errno.EIO, text)
 
 
 def ways_of(call: Call) -> Iterator[Way]:
@@ -308,8 +361,14 @@ class SlotVm:
         attributes = section.block.attributes
         for page in range(0, section.size, PAGE) if attributes is not None else ():
             assert attributes is not None
-            private = not attributes.is_shared(section.offset + page, PAGE)
-            if private and section.gpa + page not in self.checker.private_pages:
+            if attributes.is_shared(section.offset + page, PAGE):
+                continue
+            host_page = section.block.address + section.offset + page
+            if (
+                host_page not in self.checker.private_memory
+                if section.block.in_place is not None
+                else section.gpa + page not in self.checker.private_pages
+            ):
                 self.checker.complain(f"slot of {section!r}: page {page:#x} is not private yet")
         if section.gpa in self.slots:
             raise OSError(errno.EEXIST, "there is a slot")
@@ -325,12 +384,15 @@ class FakeShared:
     """A shared side without memory: which pages would be there."""
 
     def __init__(self, address: int, size: int) -> None:
-        self.fd: int | None = None
         self.address = address
         self.size = size
         self.page_size = PAGE
         self.resident = set(range(0, size, PAGE))
         self.closed = False
+
+    @property
+    def fd(self) -> int | None:
+        return None
 
     def read(self, offset: int, size: int) -> bytes:
         return bytes(size)
@@ -360,9 +422,24 @@ class FakePrivate:
         self.resident -= set(range(offset, offset + size, PAGE))
 
 
+class FakeInPlace(FakeShared):
+    """A memory for both states, without memory."""
+
+    def __init__(self, address: int, size: int) -> None:
+        super().__init__(address, size)
+        self.private = set(range(0, size, PAGE))
+
+    @property
+    def fd(self) -> int:
+        return -1
+
+    def set_attributes(self, offset: int, size: int, private: bool) -> None:
+        pages = set(range(offset, offset + size, PAGE))
+        self.private = self.private | pages if private else self.private - pages
+
+
 class FaultyShared:
     def __init__(self, injector: Injector, inner: CheckedShared) -> None:
-        self.fd = inner.fd
         self.address = inner.address
         self.size = inner.size
         self.page_size = inner.page_size
@@ -372,6 +449,10 @@ class FaultyShared:
         self.write = inner.write
         self.allocated_bytes = inner.allocated_bytes
         self.close = inner.close
+
+    @property
+    def fd(self) -> int | None:
+        return self.inner.fd
 
     def discard(self, offset: int, size: int) -> None:
         self.injector.perform(
@@ -393,6 +474,25 @@ class FaultyPrivate:
             Call(Kind.FREE_PRIVATE, size, None),
             lambda: self.inner.discard(offset, size),
             part=lambda: self.inner.discard(offset, size - PAGE),
+        )
+
+
+class FaultyInPlace(FaultyShared):
+    inner: CheckedInPlace
+
+    def __init__(self, injector: Injector, inner: CheckedInPlace) -> None:
+        super().__init__(injector, inner)
+
+    @property
+    def fd(self) -> int:
+        return self.inner.fd
+
+    def set_attributes(self, offset: int, size: int, private: bool) -> None:
+        self.injector.perform(
+            Call(Kind.IN_PLACE, size, None),
+            lambda: self.inner.set_attributes(offset, size, private),
+            part=lambda: self.inner.set_attributes(offset, size - PAGE, private),
+            pinned_as=(self, private),
         )
 
 
@@ -531,6 +631,8 @@ class Setup:
     place: Sequence[str] = ("a", "b")
     ordinary: Sequence[str] = ()
     """Blocks without a private side."""
+    in_place: Sequence[str] = ()
+    """Blocks with one memory for both states."""
     listener: bool = False
     """Somebody else's listener, for all of block a's section."""
     source: set[int] | None = None
@@ -556,6 +658,7 @@ class Guest:
         self.memory = GuestMemory(FaultyVm(self.injector, self.checker.vm(self.slots)))
         self.shared: dict[str, FakeShared] = {}
         self.private: dict[str, FakePrivate] = {}
+        self.in_place: dict[str, FakeInPlace] = {}
         self.blocks = {name: self._block(name) for name in BLOCKS}
         for name, pages in setup.states.items():
             for page in sorted(pages):
@@ -596,6 +699,14 @@ class Guest:
     def _block(self, name: str) -> RamBlock:
         placed = BLOCKS[name]
         size = placed.pages * PAGE
+        if name in self.setup.in_place:
+            self.in_place[name] = FakeInPlace(placed.address, size)
+            memory = self.checker.in_place(self.in_place[name])
+            block = RamBlock.create(name, size, private=FaultyInPlace(self.injector, memory))
+            memory.block = block
+            assert block.attributes is not None
+            self.make_bits_faulty(block.attributes)
+            return block
         self.shared[name] = FakeShared(placed.address, size)
         shared = self.checker.shared(self.shared[name])
         if name in self.setup.ordinary:
@@ -641,7 +752,14 @@ class Guest:
 
     @property
     def backings(self) -> list[FakeShared | FakePrivate]:
-        return [*self.shared.values(), *self.private.values()]
+        return [*self.shared.values(), *self.private.values(), *self.in_place.values()]
+
+    def is_private(self, section: RamSection, gpa: int) -> bool:
+        """Whether the attribute of the page at *gpa* is private, whoever holds it."""
+        memory = self.in_place.get(section.block.name)
+        if memory is None:
+            return gpa in self.checker.private_pages
+        return section.offset + gpa - section.gpa in memory.private
 
     @property
     def poisoned(self) -> bool:
@@ -786,8 +904,9 @@ def picture_of(guest: Guest) -> Picture:
         private=_pages(memory.ranges(PRIVATE)),
         attributes=frozenset(
             page
-            for page in guest.checker.private_pages
-            if any(section.gpa <= page < section.gpa_end for section in memory.sections)
+            for section in memory.sections
+            for page in range(section.gpa, section.gpa_end, PAGE)
+            if guest.is_private(section, page)
         ),
         slots=frozenset(guest.slots.slots),
         mapped=tuple(mapped_by(iommu) for iommu in guest.iommus),
@@ -848,27 +967,37 @@ class Scenario:
     def __post_init__(self) -> None:
         expected = expected_of(self.setup)
         self.before = expected.picture()
-        self.used_before = _used(expected.model)
+        self.used_before = _used(expected.model, self.setup)
         self.change(expected)
         self.after = expected.picture()
-        self.used_after = _used(expected.model)
+        self.used_after = _used(expected.model, self.setup)
 
     def build(self) -> Guest:
         return Guest(self.setup)
 
 
 class Used(NamedTuple):
-    """Offsets per block, of pages whose shared, or private, side is in use."""
+    """Offsets per block, of pages whose shared, or private, side is in use; in place there are no sides."""
 
     shared: dict[str, set[int]]
     private: dict[str, set[int]]
+    in_place: dict[str, set[int]]
 
 
-def _used(model: GuestModel) -> Used:
-    confidential = [name for name, block in model.blocks.items() if block.confidential]
+def _used(model: GuestModel, setup: Setup) -> Used:
+    split = [
+        name
+        for name, block in model.blocks.items()
+        if block.confidential and name not in setup.in_place
+    ]
+    plugged = {name: model.blocks[name].plugged for name in setup.in_place}
     return Used(
-        {name: model.populated_in(name) for name in confidential},
-        {name: model.used_privately_in(name) for name in confidential},
+        {name: model.populated_in(name) for name in split},
+        {name: model.used_privately_in(name) for name in split},
+        {
+            name: set(range(0, BLOCKS[name].pages * PAGE, PAGE)) if pages is None else set(pages)
+            for name, pages in plugged.items()
+        },
     )
 
 
@@ -907,7 +1036,7 @@ def run_case(scenario: Scenario, plan: Plan) -> list[Call]:
     calls = guest.injector.calls
     guest.injector.disarm()
     try:
-        judge(scenario, guest, plan, result, error)
+        judge(scenario, guest, result, error)
         guest.injector.forget()
     except BaseException as failure:
         told = ", ".join(
@@ -919,26 +1048,25 @@ def run_case(scenario: Scenario, plan: Plan) -> list[Call]:
     return calls
 
 
-def judge(
-    scenario: Scenario, guest: Guest, plan: Plan, result: object, error: BaseException | None
-) -> None:
-    first = guest.injector.calls[plan[0][0] - 1] if plan else None
-    committed = first is None or first.kind in FREES
+def judge(scenario: Scenario, guest: Guest, result: object, error: BaseException | None) -> None:
+    lasting = guest.injector.lasting
+    first = lasting[0] if lasting else None
+    committed = first is None or first.call.kind in FREES
     if guest.poisoned:
         counts["poisoned"] += 1
-        assert plan, "poisoned without a failure"
+        assert first is not None, "poisoned without a failure"
         assert not committed, "poisoned by a free"
-        judge_poisoned(scenario, guest, error, plan)
+        judge_poisoned(scenario, guest, error, first)
     elif committed:
         counts["committed"] += 1
         judge_committed(scenario, guest, result, error)
     else:
         counts["rolled back"] += 1
-        assert plan[0][1] not in _SHORT, "a short unmap was believed"
-        judge_rolled_back(scenario, guest, error, plan)
-    if len(plan) == 1:
         assert first is not None
-        kind, way = first.kind, plan[0][1]
+        assert first.way not in _SHORT, "a short unmap was believed"
+        judge_rolled_back(scenario, guest, error, first)
+    if first is not None and len(lasting) == 1:
+        kind, way = first.call.kind, first.way
         # Nobody knows then whether there is a slot, and the VM does not tell.
         lost = kind in {Kind.ADD_SLOT, Kind.REMOVE_SLOT} and way is Way.INTERRUPT_BEFORE
         assert guest.poisoned == (way in _SHORT or lost), "poisoned by one failure"
@@ -966,7 +1094,8 @@ def judge_committed(
         assert result.map_calls == injector.counted(Kind.MAP)
         assert result.unmap_calls == injector.counted(Kind.UNMAP)
         assert result.not_freed_bytes == waiting
-    assert (waiting > 0) == bool(injector.raised), "the account of what is not freed"
+    frees_failed = any(failed.call.kind in FREES for failed in injector.failed)
+    assert (waiting > 0) == frees_failed, "the account of what is not freed"
     assert sum(block.free_pending() for block in guest.blocks.values()) == 0
     used = scenario.used_after
     for name, private in guest.private.items():
@@ -979,21 +1108,26 @@ def judge_committed(
         assert not idle & shared.resident, "the shared side is not freed"
         idle = scenario.used_before.private[name] - used.private[name]
         assert not idle & private.resident, "the private side is not freed"
+    for name, memory in guest.in_place.items():
+        assert used.in_place[name] <= memory.resident, "freed what is in use"
+        if scenario.frees:
+            idle = scenario.used_before.in_place[name] - used.in_place[name]
+            assert not idle & memory.resident, "the memory is not freed"
     judge_close(guest)
 
 
 def judge_rolled_back(
-    scenario: Scenario, guest: Guest, error: BaseException | None, plan: Plan
+    scenario: Scenario, guest: Guest, error: BaseException | None, first: Failed
 ) -> None:
     injector = guest.injector
     assert error is not None, "no error was raised"
-    cause = injector.raised[0]
+    cause = first.error
     if scenario.conversion is None:
         assert error is cause
     else:
         kind = ConversionInterrupted if _is_interrupt(cause) else ConversionError
         assert type(error) is kind
-        judge_conversion_error(scenario, guest, error, plan)
+        judge_conversion_error(scenario, error, first)
         assert error.__cause__ is cause
     assert_like(guest, scenario.before)
     assert_nothing_freed(guest)
@@ -1006,17 +1140,15 @@ def judge_rolled_back(
     judge_close(guest)
 
 
-def judge_conversion_error(
-    scenario: Scenario, guest: Guest, error: BaseException, plan: Plan
-) -> None:
+def judge_conversion_error(scenario: Scenario, error: BaseException, first: Failed) -> None:
     assert isinstance(error, ConversionError)
     assert scenario.conversion is not None
     assert (error.gpa, error.size, error.to) == scenario.conversion
-    first = guest.injector.calls[plan[0][0] - 1]
-    steps = {Kind.POPULATE: "map", Kind.DISCARD: "unmap"}
-    if first.kind is not Kind.ASK:
-        assert error.step == steps.get(first.kind, first.kind.value)
-    assert error.target is first.who
+    kind = first.call.kind
+    steps = {Kind.POPULATE: "map", Kind.DISCARD: "unmap", Kind.IN_PLACE: "attribute"}
+    if kind is not Kind.ASK:
+        assert error.step == steps.get(kind, kind.value)
+    assert error.target is first.call.who
     assert error.rolled_back == (type(error) is not PoisonedError)
 
 
@@ -1026,18 +1158,17 @@ def assert_nothing_freed(guest: Guest) -> None:
 
 
 def judge_poisoned(
-    scenario: Scenario, guest: Guest, error: BaseException | None, plan: Plan
+    scenario: Scenario, guest: Guest, error: BaseException | None, first: Failed
 ) -> None:
-    injector = guest.injector
     assert type(error) is PoisonedError, f"raised {error!r}"
     assert not error.rolled_back
     assert error.__cause__ is not None
-    if plan[0][1] in _SHORT:
+    if first.way in _SHORT:
         assert isinstance(error.__cause__, DmaError)
     else:
-        assert error.__cause__ is injector.raised[0]
+        assert error.__cause__ is first.error
     if scenario.conversion is not None:
-        judge_conversion_error(scenario, guest, error, plan)
+        judge_conversion_error(scenario, error, first)
     assert_nothing_freed(guest)
     doubts = assert_doubts_cover(guest)
     if counts["poisoned"] % 4 == 0:

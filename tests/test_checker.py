@@ -8,7 +8,13 @@ from ramblock import GuestMemory, PageState, RamBlock, RamSection, VirtioMem
 from ramblock.dma import HostRange, SoftIommu
 from ramblock.errors import ConversionError
 from ramblock.memory import MemfdBacking, StandInPrivate
-from ramblock.testing import FaultyTarget, GuestChecker, pages_of
+from ramblock.testing import (
+    CheckedInPlace,
+    FaultyTarget,
+    GuestChecker,
+    SimulatedInPlace,
+    pages_of,
+)
 
 PAGE = 4096
 SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE
@@ -127,13 +133,77 @@ def test_freeing_what_is_in_use(bench: Bench) -> None:
     assert "private side" in bench.violations()
     bench.checker.violations.clear()
     bench.shared.discard(0, 2 * PAGE)
-    assert "part of it is populated" in bench.violations()
+    assert "part of it is in use" in bench.violations()
 
 
 def test_freeing_what_virtio_mem_has_unplugged_is_fine(bench: Bench) -> None:
     VirtioMem(bench.block, PAGE)
     bench.private.discard(0, 8 * PAGE)
     bench.shared.discard(0, 8 * PAGE)
+    bench.checker.verify()
+
+
+@pytest.fixture
+def in_place(bench: Bench) -> CheckedInPlace:
+    """Eight pages in place beside the others; nobody pins them, so that they can be treated wrongly."""
+    memory = bench.checker.in_place(SimulatedInPlace("in-place", 8 * PAGE))
+    memory.block = bench.block = RamBlock.create("in-place", 8 * PAGE, private=memory)
+    return memory
+
+
+def test_mapping_a_page_that_is_private_in_place(bench: Bench, in_place: CheckedInPlace) -> None:
+    in_place.set_attributes(0, 2 * PAGE, False)
+    bench.target.map(0, HostRange(in_place.fd, 0, in_place.address, 2 * PAGE))
+    bench.checker.verify()
+    bench.target.map(4 * PAGE, HostRange(in_place.fd, 2 * PAGE, in_place.address + 2 * PAGE, PAGE))
+    assert "0x4000, whose attribute is private" in bench.violations()
+
+
+def test_making_a_mapped_page_private_in_place(bench: Bench, in_place: CheckedInPlace) -> None:
+    in_place.set_attributes(0, 2 * PAGE, False)
+    bench.target.map(16 * PAGE, HostRange(in_place.fd, 0, in_place.address, 2 * PAGE))
+    in_place.set_attributes(PAGE, PAGE, True)
+    assert "0x11000, whose attribute is private" in bench.violations()
+
+
+def test_an_attribute_in_place_that_failed_to_change_counts_as_private(
+    bench: Bench, in_place: CheckedInPlace
+) -> None:
+    assert isinstance(in_place.inner, SimulatedInPlace)
+    for private in (False, True):
+        in_place.inner.pin(0, PAGE)
+        if private:
+            with pytest.raises(BlockingIOError):
+                in_place.set_attributes(0, PAGE, True)
+        else:
+            in_place.set_attributes(0, PAGE, False)
+        assert (in_place.address in bench.checker.private_memory) is private
+
+
+def test_freeing_in_place_what_the_guest_has(bench: Bench, in_place: CheckedInPlace) -> None:
+    in_place.discard(0, PAGE)
+    assert "part of it is in use" in bench.violations()
+    bench.checker.violations.clear()
+    device = VirtioMem(bench.block, PAGE)
+    device.plug(PAGE, PAGE)
+    bench.checker.verify()
+    in_place.discard(2 * PAGE, 2 * PAGE)
+    bench.checker.verify()
+    in_place.discard(PAGE, 2 * PAGE)
+    assert "part of it is in use" in bench.violations()
+
+
+def test_a_guest_in_place_that_behaves(bench: Bench, in_place: CheckedInPlace) -> None:
+    memory = GuestMemory(bench.vm)
+    memory.map(bench.block, 0)
+    mapper = memory.attach(bench.target)
+    memory.convert(PAGE, 6 * PAGE, SHARED)
+    bench.block.write(PAGE, b"device")
+    assert in_place.read(PAGE, 6) == b"device"
+    memory.convert(2 * PAGE, PAGE, PRIVATE)
+    assert bench.checker.private_pages == set()
+    memory.detach(mapper)
+    bench.block.close()
     bench.checker.verify()
 
 

@@ -196,6 +196,54 @@ def test_conversion_with_virtio_mem(name: str) -> None:
     explore(conversion(*CONVERSIONS[name], setup=setup, depth=1))
 
 
+# -- in place ---------------------------------------------------------------------------------------------------------
+
+IN_PLACE = {"one in place, one split": ("a",), "both in place": ("a", "b")}
+each_in_place = pytest.mark.parametrize("in_place", IN_PLACE.values(), ids=IN_PLACE)
+
+
+@each_in_place
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_conversion_in_place_with_one_failure(name: str, in_place: Sequence[str]) -> None:
+    setup = Setup(targets=(CUT, EXACT), layout=CONVERSIONS[name][0], in_place=in_place)
+    explore(conversion(*CONVERSIONS[name], setup=setup, depth=1))
+
+
+@each_in_place
+@pytest.mark.parametrize(
+    "name",
+    [
+        "share one page",
+        "share across blocks",
+        "share what is partly shared",
+        "make one page private",
+        "make private across blocks",
+        "make a mixture private",
+    ],
+)
+def test_conversion_in_place_with_two_failures(name: str, in_place: Sequence[str]) -> None:
+    setup = Setup(targets=(CUT,), layout=CONVERSIONS[name][0], in_place=in_place)
+    explore(conversion(*CONVERSIONS[name], setup=setup))
+
+
+@pytest.mark.parametrize("name", ["share one page", "make one page private"])
+def test_conversion_in_place_with_four_failures(name: str) -> None:
+    # Enough for every try to meet another failure.
+    setup = Setup(targets=(CUT,), layout=CONVERSIONS[name][0], in_place=("a",))
+    explore(conversion(*CONVERSIONS[name], setup=setup, depth=4, few=True))
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_conversion_in_place_with_virtio_mem(name: str) -> None:
+    setup = Setup(
+        targets=(CUT,),
+        layout=CONVERSIONS[name][0],
+        virtio_mem={PAGES[1], PAGES[2], PAGES[4]},
+        in_place=("a",),
+    )
+    explore(conversion(*CONVERSIONS[name], setup=setup, depth=1))
+
+
 # -- the other operations ---------------------------------------------------------------------------------------------
 
 
@@ -450,6 +498,46 @@ def test_state_change_of_a_block_in_no_guest(to: PageState) -> None:
         lambda expected: expected.model.state_change("a", PAGE, 3 * PAGE, to),
         Setup(place=(), states={"a": {PAGES[1], PAGES[3], PAGES[4]}}, listener=True),
         frees=False,
+    )
+
+
+# -- the same, in place -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plugged", [None, set(PAGES)])
+def test_virtio_mem_in_place(plugged: set[int] | None) -> None:
+    # What is unplugged is freed once, in whatever state it is.
+    explore_on(
+        (lambda guest: VirtioMem(guest.blocks["a"], PAGE))
+        if plugged is None
+        else (lambda guest: virtio_mem_of(guest).unplug(2 * PAGE, 2 * PAGE)),
+        (lambda expected: expected.model.add_virtio_mem("a"))
+        if plugged is None
+        else (lambda expected: expected.model.unplug("a", 2 * PAGE, 2 * PAGE)),
+        Setup(targets=(CUT,), layout=((1, 2, SHARED),), virtio_mem=plugged, in_place=("a",)),
+    )
+
+
+@pytest.mark.parametrize("targets", [(CUT, CUT), (EXACT, NO_CUT)], ids=["cut", "exact, no-cut"])
+def test_map_in_place(targets: Sequence[TargetKind]) -> None:
+    explore_on(
+        lambda guest: guest.place("b"),
+        lambda expected: place_in_model(expected.model, "b"),
+        Setup(
+            targets=targets,
+            place=("a",),
+            states={"b": {0, 2 * PAGE, 3 * PAGE}},
+            in_place=("a", "b"),
+        ),
+    )
+
+
+@pytest.mark.parametrize("targets", [(CUT, CUT), (EXACT, NO_CUT)], ids=["cut", "exact, no-cut"])
+def test_unmap_in_place(targets: Sequence[TargetKind]) -> None:
+    explore_on(
+        lambda guest: guest.memory.unmap(guest.sections["b"]),
+        lambda expected: expected.model.unmap(BASE + 4 * PAGE),
+        Setup(targets=targets, layout=((4, 5, SHARED), (6, 8, SHARED)), in_place=("b",)),
     )
 
 

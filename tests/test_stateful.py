@@ -32,7 +32,13 @@ from ramblock import GuestMemory, Mapper, MappingPolicy, PageState, RamBlock, Ra
 from ramblock.dma import SoftIommu
 from ramblock.errors import ConversionError, IommuFault, MappingLimitError, UsageError
 from ramblock.memory import MemfdBacking, StandInPrivate
-from ramblock.testing import GuestChecker, GuestModel, ModelSection, pages_of
+from ramblock.testing import (
+    GuestChecker,
+    GuestModel,
+    ModelSection,
+    SimulatedInPlace,
+    pages_of,
+)
 from ramblock.testing.strategies import TargetKind, page_ranges, page_states, target_kinds
 
 SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE
@@ -96,6 +102,8 @@ class Edge:
 
     block: RamBlock
     private: StandInPrivate | None
+    """None for ordinary RAM, and in place."""
+    in_place: SimulatedInPlace | None = None
     device: VirtioMem | None = None
     sources: dict[int, PageSource] = field(default_factory=dict)
 
@@ -105,8 +113,11 @@ class EverythingAgrees(RuleBasedStateMachine):
         kinds=st.lists(target_kinds() | target_kinds(max_limit=2 * COUNT), max_size=2),
         empty=st.sampled_from([False] * 7 + [True]),
         plugged=st.booleans(),
+        in_place=st.sets(confidential),
     )
-    def start(self, kinds: list[TargetKind], empty: bool, plugged: bool) -> None:
+    def start(
+        self, kinds: list[TargetKind], empty: bool, plugged: bool, in_place: set[str]
+    ) -> None:
         """Begin with a guest that runs, most of the time: what is interesting happens to a guest that does."""
         self.checker = GuestChecker()
         self.vm = self.checker.vm()
@@ -114,12 +125,14 @@ class EverythingAgrees(RuleBasedStateMachine):
         self.model = GuestModel()
         self.edges: dict[str, Edge] = {}
         self.attached: list[Attached] = []
+        self.iommus: list[SoftIommu] = []
         self.listening: list[Listening] = []
         self.refusal = Refusal()
         #: By block and page, the first byte of the shared side where it is not zero; None where a page is private and
         #: was not freed, which a later conversion around it may do.
         self.bytes: dict[str, dict[int, int | None]] = {}
         self.next_byte = 1
+        self.in_place = in_place
         for name in NAMES:
             self._create(name)
         if not empty:
@@ -132,6 +145,15 @@ class EverythingAgrees(RuleBasedStateMachine):
             self.plug_or_unplug("plug", (0, SIZE), None)
 
     def _create(self, name: str) -> None:
+        self.model.add_block(name, SIZE, confidential=name in CONFIDENTIAL)
+        self.bytes[name] = {}
+        if name in self.in_place:
+            both = SimulatedInPlace(name, SIZE, pinned_by=self.iommus)
+            memory = self.checker.in_place(both)
+            block = RamBlock.create(name, SIZE, private=memory)
+            memory.block = block
+            self.edges[name] = Edge(block, None, both)
+            return
         shared = self.checker.shared(MemfdBacking(name, SIZE))
         private = StandInPrivate(name, SIZE) if name in CONFIDENTIAL else None
         watched = None if private is None else self.checker.private(private)
@@ -140,8 +162,6 @@ class EverythingAgrees(RuleBasedStateMachine):
         if watched is not None:
             watched.block = block
         self.edges[name] = Edge(block, private)
-        self.model.add_block(name, SIZE, confidential=name in CONFIDENTIAL)
-        self.bytes[name] = {}
 
     def teardown(self) -> None:
         if hasattr(self, "edges"):
@@ -236,9 +256,9 @@ class EverythingAgrees(RuleBasedStateMachine):
             assert listening.listener.held == set()
             self.listening.remove(listening)
         # Host addresses are given out again.
-        self.checker.freed_pages.difference_update(
-            range(edge.block.address, edge.block.address + SIZE, PAGE)
-        )
+        addresses = range(edge.block.address, edge.block.address + SIZE, PAGE)
+        self.checker.freed_pages.difference_update(addresses)
+        self.checker.private_memory.difference_update(addresses)
         self._create(name)
 
     # -- states -------------------------------------------------------------------------------------------------------
@@ -259,6 +279,31 @@ class EverythingAgrees(RuleBasedStateMachine):
     @rule(where=page_ranges(TOP), to=page_states())
     def convert_anything(self, where: tuple[int, int], to: PageState) -> None:
         self._convert(where, to, None)
+
+    @rule(
+        where=page_ranges(2 * SIZE),
+        name=st.sampled_from(["low", "high"]),
+        number=st.integers(0, COUNT - 1),
+    )
+    @precondition(lambda self: self.in_place)
+    def make_private_what_somebody_holds(
+        self, where: tuple[int, int], name: str, number: int
+    ) -> None:
+        memory = self.edges[name].in_place
+        touched = set(range(where[0], sum(where), PAGE))
+        if memory is None or not touched <= self.model.pages():
+            return
+        memory.pin(number * PAGE, PAGE)
+        held = (name, number * PAGE)
+        if any(self.model._at(gpa) == held for gpa in touched & self.model.shared()):
+            with pytest.raises((ConversionError, MappingLimitError)) as caught:
+                self.memory.convert(*where, PRIVATE)
+            if isinstance(caught.value, ConversionError):
+                assert isinstance(caught.value.__cause__, BlockingIOError)
+                assert caught.value.rolled_back
+        else:
+            self._convert(where, PRIVATE, None)
+        memory.unpin(number * PAGE, PAGE)
 
     def _convert(self, where: tuple[int, int], to: PageState, refuse_at: int | None) -> None:
         touched = set(range(where[0], sum(where), PAGE))
@@ -286,7 +331,8 @@ class EverythingAgrees(RuleBasedStateMachine):
                 # Only where something changed was anything freed, and there all of it that is not shared any more.
                 for gpa in changing:
                     name, offset = self.model._at(gpa)
-                    self.bytes[name].pop(offset // PAGE, None)
+                    if name not in self.in_place:
+                        self.bytes[name].pop(offset // PAGE, None)
 
     @rule(
         name=confidential,
@@ -312,18 +358,26 @@ class EverythingAgrees(RuleBasedStateMachine):
             for page in changing
             if section.offset <= page < section.offset + section.size
         ]
-        if to is SHARED:
+        memory = self.edges[name].block.in_place
+
+        def set_attributes(private: bool) -> None:
+            if memory is not None:
+                for page in changing:
+                    memory.set_attributes(page, PAGE, private)
+                return
             for gpa in guest_pages:
-                self.vm.set_memory_attributes(gpa, PAGE, False)
+                self.vm.set_memory_attributes(gpa, PAGE, private)
+
+        if to is SHARED:
+            set_attributes(False)
         worked = self._attempt(lambda: attributes.state_change(*where, to), refuse_at)
         if worked:
             self.model.state_change(name, *where, to)
             for page in changing if to is PRIVATE else ():
-                if page // PAGE in self.bytes[name]:
+                if page // PAGE in self.bytes[name] and memory is None:
                     self.bytes[name][page // PAGE] = None
         if worked is (to is PRIVATE):
-            for gpa in guest_pages:
-                self.vm.set_memory_attributes(gpa, PAGE, True)
+            set_attributes(True)
 
     # -- virtio-mem ---------------------------------------------------------------------------------------------------
 
@@ -479,6 +533,7 @@ class EverythingAgrees(RuleBasedStateMachine):
     @precondition(lambda self: len(self.attached) < MOST)
     def attach(self, kind: TargetKind) -> None:
         iommu = kind.make()
+        self.iommus.append(iommu)
         target = self.checker.target(iommu)
         limits = [limit for limit in (kind.target_limit, kind.budget) if limit is not None]
         self.new_limit = min(limits, default=None)
@@ -593,12 +648,22 @@ class EverythingAgrees(RuleBasedStateMachine):
 
     @invariant()
     def the_vm_knows_the_same_states(self) -> None:
-        assert self.checker.private_pages == self.model.private()
+        in_place = {
+            section.gpa + page - section.offset
+            for section in self.memory.sections
+            if (memory := self.edges[section.block.name].in_place) is not None
+            for offset, size in memory.private_ranges()
+            for page in range(offset, offset + size, PAGE)
+            if section.offset <= page < section.end
+        }
+        assert self.checker.private_pages | in_place == self.model.private()
+        assert not self.checker.private_pages & in_place
 
     @invariant()
     def memory_holds_what_was_written_and_zeros_where_it_was_freed(self) -> None:
         for name, edge in self.edges.items():
-            content = edge.block.read(0, SIZE)
+            memory = edge.in_place
+            content = (edge.block.read if memory is None else memory.read_as_guest)(0, SIZE)
             for page in range(COUNT):
                 expected = self.bytes[name].get(page, 0)
                 assert expected is None or content[page * PAGE] == expected

@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 INJECTION = "tests/test_failure_injection.py"
 INTERRUPTS = "tests/test_interrupts.py"
+BLOCK = "tests/test_block.py"
 GUEST = "tests/test_guest_memory.py"
+IN_PLACE = "tests/test_in_place.py"
 MANAGER = "tests/test_discard_manager.py"
 MAPPER = "tests/test_mapper.py"
 RECLAIM = "tests/test_reclaim.py"
@@ -86,6 +88,106 @@ MUTANTS = [
         '    Step("slot", PlacedSection.add_slot, PlacedSection.unadd_slot),\n'
         '    Step("attribute", PlacedSection.set_attributes, PlacedSection.unset_attributes),\n',
         (GUEST, INJECTION),
+    ),
+    # -- in place -----------------------------------------------------------------------------------
+    Mutant(
+        "in place, to private: attribute before unmap",
+        "guest/conversion.py",
+        "(_UNMAP, _PRIVATE, _ACCOUNT, _STATE)",
+        "(_PRIVATE, _UNMAP, _ACCOUNT, _STATE)",
+        (IN_PLACE,),
+    ),
+    Mutant(
+        "in place, to shared: map before attribute",
+        "guest/conversion.py",
+        "(_SHARED, _MAP, _ACCOUNT, _STATE)",
+        "(_MAP, _SHARED, _ACCOUNT, _STATE)",
+        (IN_PLACE,),
+    ),
+    Mutant(
+        "in place, undo of the attribute left out",
+        "guest/conversion.py",
+        "        for offset, size in self.change.changed_runs():\n",
+        "        for offset, size in ():\n",
+        (IN_PLACE,),
+    ),
+    Mutant(
+        "in place, a conversion frees",
+        "memory/sides.py",
+        "        if block.in_place is not None:\n",
+        "        if False:\n",
+        (IN_PLACE,),
+    ),
+    Mutant(
+        "in place, unplugging frees nothing",
+        "memory/sides.py",
+        "            self.both = Side(Reclaimer(name, size, unit, shared.discard, self._plugged))\n",
+        "            self.both = Side()\n",
+        (IN_PLACE, INJECTION),
+    ),
+    Mutant(
+        "in place, what is plugged counts as unused",
+        "memory/sides.py",
+        "        return self._plugged_of(iter(((start, end),)))\n",
+        "        return iter(())\n",
+        (IN_PLACE, INJECTION),
+    ),
+    Mutant(
+        "in place, a pin is tried once",
+        "memory/in_place.py",
+        "TRIES = 4\n",
+        "TRIES = 1\n",
+        (IN_PLACE,),
+    ),
+    Mutant(
+        "in place, a pin that stays is ignored",
+        "memory/in_place.py",
+        "            return\n    backing.set_attributes(offset, size, private)\n",
+        "            return\n",
+        (IN_PLACE,),
+    ),
+    Mutant(
+        "in place, any error is tried again",
+        "memory/in_place.py",
+        "            if error.errno != errno.EAGAIN:\n                raise\n",
+        "            pass\n",
+        (IN_PLACE,),
+    ),
+    Mutant(
+        "in place, the VM is asked",
+        "guest/page_attributes.py",
+        "    if memory is None:\n",
+        "    if True:\n",
+        (IN_PLACE,),
+    ),
+    Mutant(
+        "in place, placing makes all private first",
+        "guest/page_attributes.py",
+        "        private = complement(iter(shared), section.offset, section.end)\n",
+        "        pass\n",
+        (IN_PLACE,),
+    ),
+    Mutant(
+        "in place, unmapping makes all shared",
+        "guest/page_attributes.py",
+        "    if section.block.in_place is None:\n        set_attribute(vm, section, section.offset, section.size, private=MAKE_SHARED)\n",
+        "    if True:\n        set_attribute(vm, section, section.offset, section.size, private=MAKE_SHARED)\n",
+        (IN_PLACE,),
+    ),
+    # -- closing ------------------------------------------------------------------------------------
+    Mutant(
+        "closing goes on by force after Ctrl-C",
+        "guest/memory.py",
+        "            elif not isinstance(failure.cause, Exception) and not guard.poisoned:\n",
+        "            elif False:\n",
+        (BLOCK, INTERRUPTS),
+    ),
+    Mutant(
+        "closing by force does not poison when it is interrupted",
+        "memory/guard.py",
+        '            self.poison(f"{operation} did not come to its end: {error!r}")\n',
+        "",
+        (BLOCK,),
     ),
     # -- undo ---------------------------------------------------------------------------------------
     Mutant(
@@ -264,7 +366,7 @@ MUTANTS = [
         "memory/guard.py",
         '        self.poison(\n            f"{describe_range(section.gpa',
         '        str(\n            f"{describe_range(section.gpa',
-        ("tests/test_attachment.py", MAPPER, "tests/test_block.py"),
+        ("tests/test_attachment.py", MAPPER, BLOCK),
     ),
     # -- freeing ------------------------------------------------------------------------------------
     Mutant(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ramblock.memory.backend import BackendKind, HostMemoryBackend
     from ramblock.memory.block import RamBlock
     from ramblock.memory.discard_manager import RamDiscardManager
+    from ramblock.memory.numa import NumaBinding, NumaPolicy
     from ramblock.memory.section import RamSection
     from ramblock.memory.virtio_mem import VirtioMem
 
@@ -28,6 +29,8 @@ __all__ = [
     "HostMemoryBackend",
     "Mapper",
     "MappingPolicy",
+    "NumaBinding",
+    "NumaPolicy",
     "PageState",
     "RamBlock",
     "RamBlockAttributes",
@@ -45,6 +48,8 @@ _HOMES = {
     "HostMemoryBackend": "ramblock.memory.backend",
     "Mapper": "ramblock.dma.mapper",
     "MappingPolicy": "ramblock.dma.target",
+    "NumaBinding": "ramblock.memory.numa",
+    "NumaPolicy": "ramblock.memory.numa",
     "PageState": "ramblock.memory.attributes",
     "RamBlock": "ramblock.memory.block",
     "RamBlockAttributes": "ramblock.memory.attributes",

@@ -15,6 +15,7 @@ __all__ = [
     "ConversionError",
     "ConversionInterrupted",
     "DmaError",
+    "GuestProgramError",
     "IommuFault",
     "MappingLimitError",
     "PoisonedError",
@@ -162,6 +163,30 @@ class IommuFault(RamblockError):
         self.iova = iova
         self.size = size
         self.write = write
+
+
+class GuestProgramError(RamblockError):
+    """
+    The guest program cannot go on: an exception, a triple fault, or an answer that it cannot have. Its vCPU is of no more use;
+    memory and devices are as they were.
+
+    :ivar rip: Address of the instruction that failed, where it is known.
+    :ivar vector: Number of the exception, where there was one.
+    :ivar address: What the instruction touched, for a page fault and for an access to where no memory is.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rip: int | None = None,
+        vector: int | None = None,
+        address: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.rip = rip
+        self.vector = vector
+        self.address = address
 
 
 class TraceError(RamblockError):

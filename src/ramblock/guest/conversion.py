@@ -18,6 +18,10 @@ Only then is the side that is no longer used freed, which cannot be undone and i
       --- committed ---               --- committed ---
       free the shared side            free the private side
 
+In place, one memory serves both states: there is nothing to account for and nothing to free, and the attribute is the
+memory's own (guest/page_attributes.py). The order is the same, and here it cannot be otherwise: a page that is still mapped
+for a device cannot become private.
+
 QEMU (kvm_convert_memory(), accel/kvm/kvm-all.c) sets the attribute first in both directions, puts nothing back, and
 handles one block. The undo runs the right-hand column from below.
 """
@@ -29,6 +33,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ramblock.errors import describe_range
+from ramblock.guest.page_attributes import set_attribute
 from ramblock.guest.vm import Vm
 from ramblock.memory.attributes import PageState, RamBlockAttributes
 from ramblock.memory.bitmap_source import BitmapChange
@@ -60,7 +65,7 @@ class ConversionResult(NamedTuple):
 class ConversionPiece:
     """The part of a conversion that lies in one section."""
 
-    __slots__ = ("attributes", "change", "section", "to", "vm")
+    __slots__ = ("attributes", "change", "section", "to", "unused", "used", "vm")
 
     def __init__(
         self, section: RamSection, attributes: RamBlockAttributes, to: PageState, vm: Vm
@@ -69,6 +74,11 @@ class ConversionPiece:
         self.attributes = attributes
         self.to = to
         self.vm = vm
+        sides = section.block.sides
+        if to is PageState.PRIVATE:
+            self.unused, self.used = sides.shared, sides.private
+        else:
+            self.unused, self.used = sides.private, sides.shared
         self.change: BitmapChange = attributes.plan(section.offset, section.size, to)
 
     def tell(self) -> None:
@@ -81,29 +91,25 @@ class ConversionPiece:
 
     def set_attribute(self) -> None:
         """Set the attribute of the whole piece: one call, and where it is set already it changes nothing."""
-        self.vm.set_memory_attributes(
-            self.section.gpa, self.section.size, self.to is PageState.PRIVATE
+        section = self.section
+        set_attribute(
+            self.vm, section, section.offset, section.size, private=self.to is PageState.PRIVATE
         )
 
     def put_attribute_back(self) -> None:
-        """Undo :meth:`set_attribute`, run by run: only what differed goes back."""
+        """Undo :meth:`set_attribute`, however far it came, run by run: only what differed goes back."""
         for offset, size in self.change.changed_runs():
-            gpa = self.section.gpa + offset - self.section.offset
-            self.vm.set_memory_attributes(gpa, size, self.to is not PageState.PRIVATE)
+            set_attribute(
+                self.vm, self.section, offset, size, private=self.to is not PageState.PRIVATE
+            )
 
     def expect_free(self) -> None:
-        """Put the side that will not be used any more on the account of what is to be freed."""
-        private = self.to is PageState.SHARED
-        section = self.section
-        section.block.expect_free(section.offset, section.size, shared=not private, private=private)
+        """Put what will not be used any more on the account of what is to be freed."""
+        self.unused.expect(self.section.offset, self.section.size)
 
     def unexpect_free(self) -> None:
         """Undo :meth:`expect_free`."""
-        private = self.to is PageState.SHARED
-        section = self.section
-        section.block.unexpect_free(
-            section.offset, section.size, shared=not private, private=private
-        )
+        self.unused.unexpect(self.section.offset, self.section.size)
 
     def flip(self) -> None:
         """Change the page states."""
@@ -123,15 +129,11 @@ class ConversionPiece:
         self.change.settle()
 
     def free(self) -> int:
-        """Free the side that is no longer used; return the bytes that are not freed."""
-        section = self.section
-        block = section.block
-        private = self.to is PageState.PRIVATE
+        """Free what is no longer used; return the bytes that are not freed."""
+        offset, size = self.section.offset, self.section.size
         # Only the side that came into use: the other is on the account, all of it, and to be freed now.
-        block.keep_used(section.offset, section.size, shared=not private, private=private)
-        if private:
-            return block.free_shared(section.offset, section.size)
-        return block.free_private(section.offset, section.size)
+        self.used.keep_used(offset, size)
+        return self.unused.free(offset, size)
 
     def __repr__(self) -> str:
         return f"<ConversionPiece {describe_range(self.section.gpa, self.section.size)} to {self.to.value}>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NoReturn, TypeVar
 
 from ramblock.dma.mapper import Mapper
@@ -20,7 +21,7 @@ from ramblock.errors import (
 from ramblock.events import Observer
 from ramblock.guest.attachment import ATTACH, DETACH, Attachment
 from ramblock.guest.conversion import STEPS, ConversionPiece, ConversionResult, free_unused
-from ramblock.guest.placement import PLACE, REMOVE, PlacedSection
+from ramblock.guest.placement import CLOSE, PLACE, REMOVE, PlacedSection
 from ramblock.guest.sections import SectionMap
 from ramblock.guest.vm import NoVm, Vm
 from ramblock.logs import Sparingly
@@ -229,9 +230,29 @@ class GuestMemory:
             self._release(block)
 
     def forget(self, block: RamBlock) -> None:
-        """Drop every section of *block*, whatever listeners say. For ``RamBlock.close``, which holds the lock."""
-        for section in self._sections.of_block(block):
-            self._placed(section).force_out(poisoned=self._guard.poisoned)
+        """
+        Take out every section of *block*, whatever listeners say. For ``RamBlock.close``, which holds the lock.
+
+        First the way :meth:`unmap` does it, which Ctrl-C can interrupt and everything is as before. Where somebody refuses,
+        by force.
+
+        :raises BaseException: Only an interrupt: everything is as before, or the memory is poisoned.
+        """
+        guard = self._guard
+        placed = [self._placed(section) for section in self._sections.of_block(block)]
+        if not guard.poisoned and placed:
+            for each in placed:
+                each.gather()
+            failure = run_transaction(guard, CLOSE, placed)
+            if failure is None:
+                for each in placed:
+                    each.abandon()
+                placed = []
+            elif not isinstance(failure.cause, Exception) and not guard.poisoned:
+                raise failure.cause
+        for each in placed:
+            force_out = partial(each.force_out, poisoned=guard.poisoned)
+            guard.run_to_the_end(f"closing block {block.name!r}", force_out)
         # The block keeps this guard: its doubts are noted here.
         self._adopted.pop(id(block), None)
         block.placement = None
@@ -371,8 +392,8 @@ class GuestMemory:
         :raises UsageError: Unaligned, empty, past 2**64, over a hole or over RAM without private backing; nothing has
             changed.
         :raises MappingLimitError: A budget does not hold for it and its undo; nothing has changed.
-        :raises ConversionError: A step failed, and every step was put back: nothing has changed. The cause is chained.
-            Interrupted by Ctrl-C: :class:`~ramblock.errors.ConversionInterrupted`.
+        :raises ConversionError: A step failed, and every step was put back: nothing has changed. The cause is chained. In
+            place, an OSError with EAGAIN: somebody holds a page, and the guest may ask again later. Interrupted by Ctrl-C: :class:`~ramblock.errors.ConversionInterrupted`.
         :raises PoisonedError: This memory is poisoned, or this call poisoned it: see :meth:`in_doubt`.
         :raises KeyboardInterrupt: While freeing; the conversion is done then.
         """
@@ -418,10 +439,11 @@ class GuestMemory:
         return pieces
 
     def _calls(self) -> tuple[int, int]:
-        mappers = [attachment.mapper for attachment in self._attachments]
-        return sum(mapper.map_calls for mapper in mappers), sum(
-            mapper.unmap_calls for mapper in mappers
-        )
+        map_calls = unmap_calls = 0
+        for attachment in self._attachments:
+            map_calls += attachment.mapper.map_calls
+            unmap_calls += attachment.mapper.unmap_calls
+        return map_calls, unmap_calls
 
     def _raise_failure(
         self, failure: Failure[ConversionPiece], gpa: int, size: int, to: PageState

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from ramblock.guest.attachment import Attachment
+from ramblock.guest.page_attributes import establish, withdraw
 from ramblock.guest.sections import SectionMap
-from ramblock.guest.vm import MAKE_PRIVATE, MAKE_SHARED, MemorySlots, Vm
+from ramblock.guest.vm import MAKE_SHARED, MemorySlots, Vm
 from ramblock.memory.membership import MembershipGroup
 from ramblock.memory.section import RamSection
 from ramblock.memory.transaction import Step
 
-__all__ = ["PLACE", "REMOVE", "PlacedSection"]
+__all__ = ["CLOSE", "PLACE", "REMOVE", "PlacedSection"]
 
 _log = logging.getLogger(__name__)
 
@@ -58,18 +60,16 @@ class PlacedSection:
                 self._vm.set_memory_attributes(section.gpa, section.size, MAKE_SHARED)
             return
         self._attributes_touched = True
-        self._vm.set_memory_attributes(section.gpa, section.size, MAKE_PRIVATE)
-        for offset, size in attributes.ranges(section.offset, section.size):
-            self._vm.set_memory_attributes(section.gpa + offset - section.offset, size, MAKE_SHARED)
+        establish(self._vm, section, attributes)
 
     def reset_attributes(self) -> None:
         """Back to the kernel's default, which is shared: the next block there may be ordinary RAM."""
         if self._section.block.attributes is not None:
-            self._vm.set_memory_attributes(self._section.gpa, self._section.size, MAKE_SHARED)
+            withdraw(self._vm, self._section)
 
     def unset_attributes(self) -> None:
         """
-        Undo :meth:`set_attributes`, for a section that the guest never saw.
+        Undo :meth:`set_attributes`, for a section that the guest does not see.
 
         Where the VM refuses, nobody is harmed: nothing is there. But the next section there has to set them.
         """
@@ -79,6 +79,11 @@ class PlacedSection:
             except OSError as error:
                 self._sections.note_private(self._section)
                 _log.warning("%r: attributes are not reset: %s", self._section, error)
+
+    def drop_attributes(self) -> None:
+        """:meth:`reset_attributes` for a section that goes whatever the VM says."""
+        self._attributes_touched = True
+        self.unset_attributes()
 
     def add_slot(self) -> None:
         """Let the guest see the section."""
@@ -158,8 +163,7 @@ class PlacedSection:
             )
         else:
             if not poisoned:
-                self._attributes_touched = True
-                self.unset_attributes()
+                self.drop_attributes()
 
 
 #: "From the first moment": attributes are private before the slot lets the guest see the pages.
@@ -184,4 +188,10 @@ REMOVE = (
         stuck=PlacedSection.stay_unmapped,
     ),
     Step("list", PlacedSection.strike, PlacedSection.enlist),
+)
+#: The same for a block that is closed, where attributes that cannot be reset are only noted.
+CLOSE = (
+    *REMOVE[:2],
+    replace(REMOVE[2], do=PlacedSection.drop_attributes),
+    *REMOVE[3:],
 )

@@ -14,6 +14,8 @@ from ramblock.memory.block import RamBlock
 from ramblock.memory.coordination import DiscardCoordinator, DiscardHold, HoldKind
 from ramblock.memory.discard_manager import RamDiscardManager
 from ramblock.memory.guard import InDoubt
+from ramblock.memory.in_place import InPlaceBacking
+from ramblock.memory.numa import NumaBinding, NumaPolicy
 from ramblock.memory.protocols import Listener, Source
 from ramblock.memory.section import RamSection
 from ramblock.memory.virtio_mem import VirtioMem
@@ -26,8 +28,11 @@ __all__ = [
     "HoldKind",
     "HostMemoryBackend",
     "InDoubt",
+    "InPlaceBacking",
     "Listener",
     "MemfdBacking",
+    "NumaBinding",
+    "NumaPolicy",
     "PageState",
     "PrivateBacking",
     "RamBlock",

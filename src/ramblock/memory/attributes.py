@@ -114,7 +114,7 @@ class RamBlockAttributes(BitmapSource):
             failure = run_transaction(guard, CHANGE_STEPS, (change,))
             if failure is not None:
                 failure.reraise(guard, "state_change")
-            self.block.keep_used(offset, size)
+            self.block.sides.both.keep_used(offset, size)
             self.observe(change, offset, size)
 
     def plan(self, offset: int, size: int, to: PageState) -> BitmapChange:

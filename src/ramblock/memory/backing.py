@@ -15,6 +15,7 @@ from typing import Protocol
 
 from ramblock.errors import UsageError
 from ramblock.memory.host_calls import address_of, punch_hole, write_own_memory
+from ramblock.memory.hugetlb import describe_shortage
 from ramblock.units import PAGE_SIZE, check_range, format_size
 
 __all__ = ["AnonymousBacking", "MemfdBacking", "PrivateBacking", "SharedBacking", "StandInPrivate"]
@@ -45,10 +46,21 @@ class PrivateBacking(Protocol):
 class SharedBacking(Protocol):
     """Memory that the host and its devices read."""
 
-    fd: int | None
-    address: int
-    size: int
-    page_size: int
+    @property
+    def fd(self) -> int | None:
+        """The descriptor; None for anonymous memory."""
+
+    @property
+    def address(self) -> int:
+        """Host virtual address of the first byte."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+    @property
+    def page_size(self) -> int:
+        """What can be freed at once, in bytes."""
 
     def read(self, offset: int, size: int) -> bytes:
         """Copy bytes out; a hole reads as zeros and stays a hole."""
@@ -111,7 +123,7 @@ class MemfdBacking:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"memfd {name!r} with pages of {format_size(page_size)}: {error.strerror}",
+                f"memfd {name!r} with pages of {format_size(page_size)}: {error.strerror}{self._hint()}",
             ) from error
         self._close_fd = weakref.finalize(self, os.close, fd)
         try:
@@ -121,21 +133,22 @@ class MemfdBacking:
             )
         except OSError as error:
             self._close_fd()
-            hint = "; see /sys/kernel/mm/hugepages/*/free_hugepages" if self._huge else ""
             raise OSError(
-                error.errno, f"memfd {name!r} of {format_size(size)}: {error.strerror}{hint}"
+                error.errno,
+                f"memfd {name!r} of {format_size(size)}: {error.strerror}{self._hint()}",
             ) from error
-        self.fd: int | None = fd
+        self.fd = fd
         self.address = address_of(self._mapping)
+
+    def _hint(self) -> str:
+        return f"; {describe_shortage(self.size, self.page_size)}" if self._huge else ""
 
     def read(self, offset: int, size: int) -> bytes:
         """Copy bytes out; pread does not allocate, where a load through the mapping would."""
-        assert self.fd is not None
         return read_fd(self.fd, offset, size)
 
     def write(self, offset: int, data: bytes) -> None:
         """Copy bytes in."""
-        assert self.fd is not None
         if self._huge:
             # hugetlbfs has no write(2) (fs/hugetlbfs/inode.c, hugetlbfs_file_operations).
             write_own_memory(self.address + offset, data)
@@ -144,12 +157,10 @@ class MemfdBacking:
 
     def discard(self, offset: int, size: int) -> None:
         """Punch a hole, which frees pages in the file and in every mapping of it."""
-        assert self.fd is not None
         punch_hole(self.fd, offset, size)
 
     def allocated_bytes(self) -> int:
         """Bytes of memory in use: the block count of the file."""
-        assert self.fd is not None
         return os.fstat(self.fd).st_blocks * 512
 
     def close(self) -> None:

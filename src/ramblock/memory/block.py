@@ -12,13 +12,13 @@ from ramblock.errors import UsageError
 from ramblock.memory.attributes import RamBlockAttributes
 from ramblock.memory.backend import HostMemoryBackend
 from ramblock.memory.backing import PrivateBacking, SharedBacking, StandInPrivate, check_private
-from ramblock.memory.bitmap_source import BitmapSource
 from ramblock.memory.coordination import DiscardHold
 from ramblock.memory.discard_manager import RamDiscardManager
 from ramblock.memory.guard import Guard, Moved
-from ramblock.memory.reclaim import Reclaimer
-from ramblock.memory.runs import Runs, complement, intersect, merge_adjacent
-from ramblock.units import PAGE_SIZE, check_range, format_size
+from ramblock.memory.in_place import check_in_place, is_in_place
+from ramblock.memory.prealloc import Progress
+from ramblock.memory.sides import Sides
+from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_range, format_size
 
 __all__ = ["Placement", "RamBlock"]
 
@@ -37,8 +37,9 @@ class Placement(Protocol):
         """Let *block* go if it has no section any more."""
 
 
-def _is_name(name: object) -> bool:
-    return isinstance(name, str) and "\0" not in name
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or "\0" in name:
+        raise UsageError(f"{name!r} is not a name", value=name, expected="text without NUL")
 
 
 class RamBlock:
@@ -59,32 +60,22 @@ class RamBlock:
         self.name = name
         self.size = shared.size
         self.private = private
+        #: The memory, where it serves both states and so is both sides; else None.
+        self.in_place = private if is_in_place(private) else None
         self.guard = Guard()
         self.placement: Placement | None = None
         self.holds: list[DiscardHold] = []
         self._shared = shared
         self._own_private = private if owns_private else None
         self._closed = False
+        self._given_back = False
         #: Joins the block's sources and tells its listeners.
         self.discard_manager = RamDiscardManager(self)
         #: The page states; None for ordinary RAM, which is always shared.
         self.attributes: RamBlockAttributes | None = None
-        self._free_shared = Reclaimer(
-            f"block {name!r}, shared side",
-            self.size,
-            shared.page_size,
-            shared.discard,
-            self._used_shared,
-        )
-        self._free_private: Reclaimer | None = None
+        #: What is in use of its memory, and freeing the rest.
+        self.sides = Sides(self, shared, private)
         if private is not None:
-            self._free_private = Reclaimer(
-                f"block {name!r}, private side",
-                self.size,
-                PAGE_SIZE,
-                private.discard,
-                self._used_privately,
-            )
             self.attributes = RamBlockAttributes(self)
             self.discard_manager.insert_source(self.attributes)
             self.holds.append(
@@ -96,33 +87,51 @@ class RamBlock:
         cls, name: str, size: int, *, private: PrivateBacking | str | None = None
     ) -> RamBlock:
         """
-        Make a block of *size* bytes on a memfd.
+        Make a block of *size* bytes on a memfd, or on a memory that serves both states.
 
         :param name: For messages and traces.
         :param size: In bytes; a multiple of the host page size.
-        :param private: None for ordinary RAM; ``"stand-in"`` for a memfd in the role of guest_memfd; or any
-            :class:`~ramblock.memory.PrivateBacking`, which stays the caller's to close.
-        :raises UsageError: Bad size, or *private* is none of these or too small; nothing is held.
+        :param private: None for ordinary RAM; ``"stand-in"`` for a memfd in the role of guest_memfd; any
+            :class:`~ramblock.memory.PrivateBacking`, which stays the caller's to close; or an
+            :class:`~ramblock.memory.InPlaceBacking`, which is all of the block's memory from now on and is closed with it.
+        :raises UsageError: Bad size, or *private* is none of these or does not fit; nothing is held.
         :raises OSError: The host has no memory; nothing is held.
         """
+        if is_in_place(private):
+            _check_name(name)
+            check_range(0, size, limit=ADDRESS_LIMIT, align=PAGE_SIZE, what=f"block {name!r}")
+            check_in_place(private, size, name)
+            return cls(name, private, private, owns_private=False)
         return cls.from_backend(name, HostMemoryBackend(size=size), private=private)
 
     @classmethod
     def from_backend(
-        cls, name: str, backend: HostMemoryBackend, *, private: PrivateBacking | str | None = None
+        cls,
+        name: str,
+        backend: HostMemoryBackend,
+        *,
+        private: PrivateBacking | str | None = None,
+        progress: Progress | None = None,
     ) -> RamBlock:
-        """Make a block from a description of host memory; otherwise like :meth:`create`."""
-        if not _is_name(name):
-            raise UsageError(f"{name!r} is not a name", value=name, expected="text without NUL")
-        if private is None:
-            return cls(name, backend.allocate(name), None, owns_private=False)
-        if private == "stand-in":
-            return cls(
-                name, backend.allocate(name), StandInPrivate(name, backend.size), owns_private=True
+        """
+        Make a block from a description of host memory; otherwise like :meth:`create`.
+
+        :param progress: See :meth:`~ramblock.HostMemoryBackend.allocate`, which also says what is raised.
+        """
+        _check_name(name)
+        if is_in_place(private):
+            raise UsageError(
+                f"block {name!r}: {private!r} is all the memory of its block, there is none to allocate",
+                value=private,
+                expected="RamBlock.create",
             )
-        check_private(private, backend.size, name)
+        if private is not None and private != "stand-in":
+            check_private(private, backend.size, name)
+        shared = backend.allocate(name, progress=progress)
+        if private == "stand-in":
+            return cls(name, shared, StandInPrivate(name, backend.size), owns_private=True)
         assert not isinstance(private, str)  # a string has no discard(): refused above
-        return cls(name, backend.allocate(name), private, owns_private=False)
+        return cls(name, shared, private, owns_private=False)
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
@@ -156,6 +165,7 @@ class RamBlock:
         Read the raw shared side, in any page state; a hole reads as zeros and stays a hole.
 
         :raises UsageError: Empty range, outside the block, or closed.
+        :raises OSError: In place, a page of it is private.
         """
         self._check_open()
         check_range(offset, size, limit=self.size, align=1, what=f"block {self.name!r}")
@@ -166,7 +176,7 @@ class RamBlock:
         Write the raw shared side, in any page state.
 
         :raises UsageError: No data, outside the block, or closed; nothing is written.
-        :raises OSError: The host has no page for it; bytes before that page may be written.
+        :raises OSError: The host has no page for it, or (in place) it is private; bytes before that page may be written.
         """
         self._check_open()
         check_range(offset, len(data), limit=self.size, align=1, what=f"block {self.name!r}")
@@ -185,8 +195,7 @@ class RamBlock:
     @property
     def not_freed_bytes(self) -> int:
         """Bytes on either side that nobody needs and that could not be freed yet."""
-        private = self._free_private.not_freed_bytes if self._free_private is not None else 0
-        return self._free_shared.not_freed_bytes + private
+        return self.sides.both.not_freed_bytes
 
     def free_pending(self) -> int:
         """
@@ -195,71 +204,7 @@ class RamBlock:
         :return: Bytes that still wait.
         :raises PoisonedError: The block is poisoned, and keeps its pages.
         """
-        return self.run("free_pending", self._free_all_pending)
-
-    def _free_all_pending(self) -> int:
-        waiting = self._free_shared.free_pending()
-        return waiting + (
-            self._free_private.free_pending() if self._free_private is not None else 0
-        )
-
-    def expect_free(self, offset: int, size: int, *, shared: bool, private: bool) -> None:
-        """Put what a commit will leave unused on the account. Lock held by the caller."""
-        if shared:
-            self._free_shared.expect(offset, size)
-        if private and self._free_private is not None:
-            self._free_private.expect(offset, size)
-
-    def unexpect_free(self, offset: int, size: int, *, shared: bool, private: bool) -> None:
-        """Undo :meth:`expect_free`."""
-        if shared:
-            self._free_shared.unexpect(offset, size)
-        if private and self._free_private is not None:
-            self._free_private.unexpect(offset, size)
-
-    def free_shared(self, offset: int, size: int) -> int:
-        """Free the shared side of a range that is not populated; return the bytes not freed. Lock held by the caller."""
-        return self._free_shared.free(offset, size)
-
-    def free_private(self, offset: int, size: int) -> int:
-        """Free the private side of a range that the guest does not use privately; like :meth:`free_shared`."""
-        assert self._free_private is not None
-        return self._free_private.free(offset, size)
-
-    def keep_used(
-        self, offset: int, size: int, *, shared: bool = True, private: bool = True
-    ) -> None:
-        """After a change: what is in use again does not wait to be freed any more. Lock held by the caller."""
-        if shared:
-            self._free_shared.keep_used(offset, size)
-        if private and self._free_private is not None:
-            self._free_private.keep_used(offset, size)
-
-    def _used_shared(self, start: int, end: int) -> Runs:
-        """
-        Yield what is in use on the shared side: shared, and plugged where virtio-mem has a say.
-
-        Other sources are not asked: what they withhold from devices the guest may still use.
-        """
-        runs: Runs = iter(((start, end),))
-        for source in self.discard_manager.sources:
-            if isinstance(source, BitmapSource):
-                runs = intersect(runs, source)
-        return merge_adjacent(runs)
-
-    def _used_privately(self, start: int, end: int) -> Runs:
-        """Yield what is in use on the private side: private, and plugged where virtio-mem has a say."""
-        attributes = self.attributes
-        assert attributes is not None  # the caller has a private side
-        runs = complement(
-            ((offset, offset + size) for offset, size in attributes.ranges(start, end - start)),
-            start,
-            end,
-        )
-        for source in self.discard_manager.sources:
-            if isinstance(source, BitmapSource) and source is not attributes:
-                runs = intersect(runs, source)
-        return merge_adjacent(runs)
+        return self.run("free_pending", self.sides.both.free_pending)
 
     # -- locking and life -----------------------------------------------------------------------------------------
 
@@ -269,23 +214,33 @@ class RamBlock:
         work: Callable[..., T],
         *arguments: object,
         even_poisoned: bool = False,
+        even_closed: bool = False,
     ) -> T:
         """
         Call ``work(*arguments)`` under the lock that the block is under, which placing the block can change.
 
         :raises BusyError: A listener called back in.
         :raises PoisonedError: Unless *even_poisoned*.
-        :raises UsageError: The block is closed.
+        :raises UsageError: The block is closed; unless *even_closed*.
         """
         while True:
             result: T | Moved = self.guard.run(
-                operation, self._run_open, work, arguments, even_poisoned=even_poisoned, home=self
+                operation,
+                self._run_open,
+                work,
+                arguments,
+                even_closed,
+                even_poisoned=even_poisoned,
+                home=self,
             )
             if not isinstance(result, Moved):
                 return result
 
-    def _run_open(self, work: Callable[..., T], arguments: tuple[object, ...]) -> T:
-        self._check_open()
+    def _run_open(
+        self, work: Callable[..., T], arguments: tuple[object, ...], even_closed: object
+    ) -> T:
+        if not even_closed:
+            self._check_open()
         result: T = work(*arguments)
         return result
 
@@ -294,36 +249,35 @@ class RamBlock:
         Unregister the listeners, leave the guest memory, and give the memory back. Twice is the same as once.
 
         It never refuses because of listeners: one that cannot let go poisons, and then, as for any poisoned block, the
-        pages stay alive, since a target may reach them. Interrupted by Ctrl-C it poisons too; close it again.
+        pages stay alive, since a target may reach them. Interrupted by Ctrl-C it has left nothing half-done, and is to be
+        called again; if it comes while a listener that refuses is being forced out, it poisons.
 
         :raises BusyError: Called by a listener from inside an operation; nothing has changed.
         """
-        try:
-            self.run("close", self._close, even_poisoned=True)
-        except UsageError:
-            if not self._closed:
-                raise
+        self.run("close", self._close, even_poisoned=True, even_closed=True)
 
     def _close(self) -> None:
-        guard = self.guard
-        try:
+        if not self._closed:
             if self.placement is not None:
                 self.placement.forget(self)
             for registration in self.discard_manager.registrations:
-                self.discard_manager.drop_listener(registration.listener)
-        except BaseException as error:
-            guard.poison(f"closing block {self.name!r} was interrupted: {error!r}")
-            raise
-        self._closed = True
+                self.discard_manager.dismiss(registration.listener)
+            self._closed = True
+        if not self._given_back:
+            self._give_back()
+            self._given_back = True
+
+    def _give_back(self) -> None:
+        """Give back what the block holds; whatever of it was given back before an interrupt is so twice."""
         for hold in self.holds:
             hold.release()
-        if guard.doubts_of(self):
+        if self.guard.doubts_of(self):
+            _kept.append(self._shared)
             _log.critical(
                 "block %r is closed poisoned; its %s stay allocated",
                 self.name,
                 format_size(self.size),
             )
-            _kept.append(self._shared)
         else:
             self._shared.close()
         if isinstance(self._own_private, StandInPrivate):

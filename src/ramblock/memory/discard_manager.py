@@ -202,7 +202,7 @@ class RamDiscardManager:
         )
         if failure is not None:
             failure.reraise(guard, operation)
-        self.block.keep_used(0, self.block.size)
+        self.block.sides.both.keep_used(0, self.block.size)
 
     # -- what sources call ------------------------------------------------------------------------------------------
 
@@ -255,7 +255,7 @@ class RamDiscardManager:
         failure = run_transaction(guard, _TELL, (notification,))
         if failure is not None:
             failure.reraise(guard, operation)
-        self.block.keep_used(offset, size)
+        self.block.sides.both.keep_used(offset, size)
 
     def notification(self, source: Source, change: Change, *, populate: bool) -> Notification:
         """Build the notification of *change*, made by *source*; the lock is held by the caller."""
@@ -336,9 +336,28 @@ class RamDiscardManager:
             )
         return Membership(self, registration)
 
+    def dismiss(self, listener: Listener) -> None:
+        """
+        Unregister *listener* whatever it says; for closing. The lock is held by the caller.
+
+        First like :meth:`unregister_listener`, so that Ctrl-C leaves everything as before; if it refuses, by force.
+
+        :raises BaseException: Only an interrupt: everything is as before, or the block is poisoned.
+        """
+        guard = self.block.guard
+        if not guard.poisoned:
+            failure = run_transaction(guard, LEAVE, (self.membership(listener),))
+            if failure is None:
+                return
+            if not isinstance(failure.cause, Exception) and not guard.poisoned:
+                raise failure.cause
+        guard.run_to_the_end(
+            f"closing block {self.block.name!r}", partial(self.drop_listener, listener)
+        )
+
     def drop_listener(self, listener: Listener) -> None:
         """
-        Unregister *listener* whatever it says; for closing and for poisoned blocks. The lock is held by the caller.
+        Unregister *listener* by force; for closing and for poisoned blocks. The lock is held by the caller.
 
         What it refuses to let go is noted as in doubt, and poisons.
         """

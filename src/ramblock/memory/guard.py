@@ -132,6 +132,18 @@ class Guard:
         # What comes after the first can be many; in_doubt() has it.
         _log.log(logging.CRITICAL if first else logging.DEBUG, "poisoned: %s", reason)
 
+    def run_to_the_end(self, operation: str, work: Callable[[], None]) -> None:
+        """
+        Call *work*, which puts nothing back, for a caller that holds the lock. If it does not come to its end, poison.
+
+        :raises BaseException: What *work* raised.
+        """
+        try:
+            work()
+        except BaseException as error:
+            self.poison(f"{operation} did not come to its end: {error!r}")
+            raise
+
     def doubt(self, section: RamSection, listener: object, reason: str) -> None:
         """Poison, and note that *listener* (or the target it drives) may or may not still reach *section*."""
         self._doubts.append((section, getattr(listener, "target", listener)))

@@ -4,17 +4,31 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+from collections.abc import Collection
 from mmap import mmap
 
-__all__ = ["address_of", "punch_hole", "write_own_memory"]
+from ramblock.uapi.mempolicy import MempolicyMode
+from ramblock.units import PAGE_SIZE
+
+__all__ = ["address_of", "populate", "punch_hole", "set_memory_policy", "write_own_memory"]
 
 # include/uapi/linux/falloc.h
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
+# include/uapi/asm-generic/mman-common.h; from Linux 5.14 on.
+_MADV_POPULATE_WRITE = 23
+# arch/x86/entry/syscalls/syscall_64.tbl; scripts/syscall.tbl has the number of every newer architecture. libc has no name
+# for it (that is in libnuma).
+_NR_MBIND = 237 if os.uname().machine == "x86_64" else 235
+# include/uapi/linux/uio.h: how many pieces one process_vm_writev(2) takes.
+_UIO_MAXIOV = 1024
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.syscall.restype = ctypes.c_long
 _libc.process_vm_writev.argtypes = (
     ctypes.c_int,
     ctypes.c_void_p,
@@ -70,3 +84,62 @@ def write_own_memory(address: int, data: bytes) -> None:
                 number, f"process_vm_writev to {address + done:#x}: {os.strerror(number)}"
             )
         done += count
+
+
+def populate(address: int, size: int) -> None:
+    """
+    Put a page everywhere in ``[address, address + size)`` of this process, which may be written (madvise(2)).
+
+    :raises OSError: EFAULT: a page cannot be had, and touching it would be a SIGBUS. ENOMEM. Some pages may be there.
+    """
+    if _libc.madvise(address, size, _MADV_POPULATE_WRITE) == 0:
+        return
+    number = ctypes.get_errno()
+    if number != errno.EINVAL:
+        raise OSError(number, f"{os.strerror(number)} at {address:#x}")
+    _touch(address, size)
+
+
+def _touch(address: int, size: int) -> None:
+    """
+    :func:`populate` for a kernel older than 5.14: write a zero to each page, which has none of anybody's bytes yet.
+
+    Not fallocate(2): anonymous memory has no descriptor for it, and on hugetlbfs it does not follow the mapping's NUMA policy.
+    """
+    zeros = ctypes.create_string_buffer(_UIO_MAXIOV)
+    end = address + size
+    while address < end:
+        pages = min((end - address) // PAGE_SIZE, _UIO_MAXIOV)
+        local = _Iovec(ctypes.addressof(zeros), pages)
+        remote = (_Iovec * pages)(*(_Iovec(address + page * PAGE_SIZE, 1) for page in range(pages)))
+        done = _libc.process_vm_writev(os.getpid(), ctypes.byref(local), 1, remote, pages, 0)
+        if done <= 0:
+            number = ctypes.get_errno()
+            raise OSError(number, f"{os.strerror(number)} at {address:#x}")
+        address += done * PAGE_SIZE
+
+
+def set_memory_policy(address: int, size: int, mode: MempolicyMode, nodes: Collection[int]) -> None:
+    """
+    Say which NUMA nodes the pages of ``[address, address + size)`` come from; those that are there stay (mbind(2)).
+
+    :raises OSError: EINVAL: a node has no memory, or is forbidden to this process. ENOSYS: a kernel without NUMA.
+    """
+    bits = 8 * ctypes.sizeof(ctypes.c_ulong)
+    words = max(nodes) // bits + 1
+    mask = (ctypes.c_ulong * words)()
+    for node in nodes:
+        mask[node // bits] |= 1 << node % bits
+    failed = _libc.syscall(
+        ctypes.c_long(_NR_MBIND),
+        ctypes.c_void_p(address),
+        ctypes.c_size_t(size),
+        ctypes.c_long(mode),
+        mask,
+        # The kernel looks at one bit less than it is told (get_nodes(), mm/mempolicy.c).
+        ctypes.c_ulong(words * bits + 1),
+        ctypes.c_ulong(0),
+    )
+    if failed:
+        number = ctypes.get_errno()
+        raise OSError(number, f"mbind({mode.name}, nodes {sorted(nodes)}): {os.strerror(number)}")

@@ -15,15 +15,15 @@ __all__ = ["VirtioMem"]
 
 def _expect_free(change: BitmapChange) -> None:
     start, end = change.byte_span
-    change.source.block.expect_free(start, end - start, shared=True, private=True)
+    change.source.block.sides.both.expect(start, end - start)
 
 
 def _unexpect_free(change: BitmapChange) -> None:
     start, end = change.byte_span
-    change.source.block.unexpect_free(start, end - start, shared=True, private=True)
+    change.source.block.sides.both.unexpect(start, end - start)
 
 
-# Both backings are put on the account before the commit, so that an interrupt behind it loses nothing.
+# Whatever was in use is put on the account before the commit, so that an interrupt behind it loses nothing.
 _NOTIFY, _STATE = CHANGE_STEPS
 _UNPLUG_STEPS = (_NOTIFY, Step("account", _expect_free, _unexpect_free), _STATE)
 
@@ -55,14 +55,14 @@ class VirtioMem(BitmapSource):
 
     def _appear(self) -> None:
         block = self.block
-        block.expect_free(0, block.size, shared=True, private=True)
+        block.sides.both.expect(0, block.size)
         try:
             block.discard_manager.insert_source(self)
         except BaseException:
             if not any(source is self for source in block.discard_manager.sources):
-                block.unexpect_free(0, block.size, shared=True, private=True)
+                block.sides.both.unexpect(0, block.size)
             raise
-        self._free(0, block.size)
+        block.sides.both.free(0, block.size)
 
     @property
     def block_size(self) -> int:
@@ -93,7 +93,7 @@ class VirtioMem(BitmapSource):
                 value=(offset, size),
             )
         self._change(offset, size, populate=True)
-        self.block.keep_used(offset, size)
+        self.block.sides.both.keep_used(offset, size)
 
     def unplug(self, offset: int, size: int) -> None:
         """
@@ -114,7 +114,7 @@ class VirtioMem(BitmapSource):
                 value=(offset, size),
             )
         self._change(offset, size, populate=False)
-        self._free(offset, size)
+        self.block.sides.both.free(offset, size)
 
     def unplug_all(self) -> None:
         """
@@ -128,7 +128,7 @@ class VirtioMem(BitmapSource):
         self._check_present()
         if self.populated_bytes:
             self._change(0, self.block.size, populate=False)
-            self._free(0, self.block.size)
+            self.block.sides.both.free(0, self.block.size)
 
     def on_adding(self) -> None:
         """Claim that discards will happen; the discard manager calls it before the device becomes a source."""
@@ -150,13 +150,6 @@ class VirtioMem(BitmapSource):
         failure = run_transaction(guard, steps, (change,))
         if failure is not None:
             failure.reraise(guard, "plug" if populate else "unplug")
-
-    def _free(self, offset: int, size: int) -> None:
-        try:
-            self.block.free_shared(offset, size)
-        finally:  # an interrupt must not lose the other side
-            if self.block.private is not None:
-                self.block.free_private(offset, size)
 
     def _check(self, offset: int, size: int) -> None:
         self._check_present()

@@ -2,6 +2,7 @@
 """Help for people who test their own VMM or target. Hypothesis strategies are in :mod:`ramblock.testing.strategies`."""
 
 from ramblock.testing.checker import (
+    CheckedInPlace,
     CheckedPrivate,
     CheckedShared,
     CheckedTarget,
@@ -9,10 +10,12 @@ from ramblock.testing.checker import (
     GuestChecker,
     ListedTarget,
 )
+from ramblock.testing.in_place import SimulatedInPlace
 from ramblock.testing.model import GuestModel, ModelBlock, ModelSection, pages_of
 from ramblock.testing.targets import FaultyTarget, RecordingTarget
 
 __all__ = [
+    "CheckedInPlace",
     "CheckedPrivate",
     "CheckedShared",
     "CheckedTarget",
@@ -24,5 +27,6 @@ __all__ = [
     "ModelBlock",
     "ModelSection",
     "RecordingTarget",
+    "SimulatedInPlace",
     "pages_of",
 ]

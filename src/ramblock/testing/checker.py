@@ -29,10 +29,13 @@ from ramblock.errors import describe_range
 from ramblock.guest.vm import MAKE_PRIVATE, MAKE_SHARED, MemorySlots, Vm
 from ramblock.memory.backing import PrivateBacking, SharedBacking
 from ramblock.memory.block import RamBlock
+from ramblock.memory.in_place import InPlaceBacking
 from ramblock.memory.section import RamSection
+from ramblock.memory.virtio_mem import VirtioMem
 from ramblock.units import PAGE_SIZE
 
 __all__ = [
+    "CheckedInPlace",
     "CheckedPrivate",
     "CheckedShared",
     "CheckedTarget",
@@ -59,6 +62,8 @@ class GuestChecker:
         self.calls = 0
         #: Guest pages whose attribute is private, by guest address.
         self.private_pages: set[int] = set()
+        #: Pages of memory in place whose attribute is private, by host address.
+        self.private_memory: set[int] = set()
         #: Pages of shared backings that are freed and were not mapped since, by host address.
         self.freed_pages: set[int] = set()
         # Not those around them: what a block refers to, and it does to the checker, must not keep alive what maps it.
@@ -83,6 +88,10 @@ class GuestChecker:
         """Watch the private side of a block; hand the result to ``RamBlock``, and the block to its ``block``."""
         return CheckedPrivate(self, inner)
 
+    def in_place(self, inner: InPlaceBacking) -> CheckedInPlace:
+        """Watch a memory for both states; hand the result to ``RamBlock.create``, and the block to its ``block``."""
+        return CheckedInPlace(self, inner)
+
     # -- judging --------------------------------------------------------------------------------------------------
 
     def verify(self) -> None:
@@ -101,7 +110,7 @@ class GuestChecker:
             for mapping in target.mappings():
                 shift = mapping.memory.address - mapping.iova
                 for page in range(mapping.iova, mapping.iova + mapping.size, PAGE_SIZE):
-                    if page in self.private_pages:
+                    if page in self.private_pages or page + shift in self.private_memory:
                         self.complain(
                             f"{call}: {target!r} maps {page:#x}, whose attribute is private"
                         )
@@ -216,11 +225,15 @@ class CheckedShared(_Side):
 
     def __init__(self, checker: GuestChecker, inner: SharedBacking) -> None:
         self.inner = inner
-        self.fd = inner.fd
         self.address = inner.address
         self.size = inner.size
         self.page_size = inner.page_size
         self._checker = checker
+
+    @property
+    def fd(self) -> int | None:
+        """The descriptor; None for anonymous memory."""
+        return self.inner.fd
 
     def read(self, offset: int, size: int) -> bytes:
         """Read."""
@@ -234,15 +247,17 @@ class CheckedShared(_Side):
         """Free, and look."""
         what = f"free {describe_range(offset, size)} of the shared side"
         block = self.block
-        if block is not None and any(
-            block.discard_manager.populated(RamSection(block, offset, size))
-        ):
-            self._checker.complain(f"{what} of {block!r}: part of it is populated")
+        if block is not None and self._in_use(block, offset, size):
+            self._checker.complain(f"{what} of {block!r}: part of it is in use")
         self._checker.freed_pages.update(_pages(self.address + offset, size))
         try:
             self.inner.discard(offset, size)
         finally:
             self._checker.look(what)
+
+    def _in_use(self, block: RamBlock, offset: int, size: int) -> bool:
+        """Whether anything of it is populated."""
+        return any(block.discard_manager.populated(RamSection(block, offset, size)))
 
     def allocated_bytes(self) -> int | None:
         """Bytes of memory in use."""
@@ -274,6 +289,43 @@ class CheckedPrivate(_Side):
                 f"free {what} of the private side of {block!r}: the guest uses it"
             )
         self.inner.discard(offset, size)
+
+
+class CheckedInPlace(CheckedShared):
+    """A memory for both states under watch. Made by :meth:`GuestChecker.in_place`."""
+
+    inner: InPlaceBacking
+
+    def __init__(self, checker: GuestChecker, inner: InPlaceBacking) -> None:
+        super().__init__(checker, inner)
+        checker.private_memory.update(_pages(self.address, self.size))
+
+    @property
+    def fd(self) -> int:
+        """The descriptor."""
+        return self.inner.fd
+
+    def set_attributes(self, offset: int, size: int, private: bool) -> None:  # noqa: FBT001 - a fixed name
+        """Set, and look. What is being made private counts as private, even if that fails."""
+        pages = _pages(self.address + offset, size)
+        if private is MAKE_PRIVATE:
+            self._checker.private_memory.update(pages)
+        try:
+            self.inner.set_attributes(offset, size, private)
+            if private is MAKE_SHARED:
+                self._checker.private_memory.difference_update(pages)
+        finally:
+            self._checker.look(f"attribute of {describe_range(offset, size)} in place")
+
+    def _in_use(self, block: RamBlock, offset: int, size: int) -> bool:
+        """Whether anything of it is plugged: in either state it is the guest's."""
+        devices = [
+            source for source in block.discard_manager.sources if isinstance(source, VirtioMem)
+        ]
+        return any(
+            all(device.is_populated(page, PAGE_SIZE) for device in devices)
+            for page in _pages(offset, size)
+        )
 
 
 def _used_privately(block: RamBlock, offset: int) -> bool:
