@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory slots of a VM: which section is where, and what to do when Ctrl-C came in the middle of a change."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+from ramblock.errors import describe_range
+from ramblock.kvm.descriptor import Descriptor
+from ramblock.kvm.guest_memfd import GuestMemfd
+from ramblock.memory.section import RamSection
+from ramblock.uapi.kvm import (
+    KVM_SET_USER_MEMORY_REGION,
+    KVM_SET_USER_MEMORY_REGION2,
+    KvmUserspaceMemoryRegion,
+    KvmUserspaceMemoryRegion2,
+    MemoryRegionFlags,
+)
+
+__all__ = ["SlotTable"]
+
+
+@dataclass(slots=True)
+class _Slot:
+    number: int
+    sure: bool = False
+    """Whether the kernel certainly has it. False from before a call until it has returned."""
+
+
+class SlotTable:
+    """
+    Memory slots by section. Adding what is there and removing what is not changes nothing, so that either can be an undo.
+
+    :param vm: The descriptor of the VM.
+    :param limit: How many slots it has.
+    """
+
+    def __init__(self, vm: Descriptor, limit: int) -> None:
+        self._vm = vm
+        self._limit = limit
+        self._slots: dict[RamSection, _Slot] = {}
+
+    def add(self, section: RamSection, private: GuestMemfd | None) -> None:
+        """
+        Let the guest see *section*.
+
+        :param private: What serves its private pages, if anything does.
+        :raises OSError: Refused: the guest does not see it.
+        """
+        slot = self._slots.get(section)
+        if slot is None:
+            slot = self._slots[section] = _Slot(self._free_number())
+            been_there = False
+        elif slot.sure:
+            return
+        else:
+            # A removal was interrupted. What the guest may still have must not blink, so it is not removed first.
+            been_there = True
+        try:
+            self._set(slot.number, section, private)
+        except OSError as error:
+            # A slot with guest_memfd cannot be changed, not even to what it is (kvm_set_memory_region()): it is still there.
+            if not (been_there and error.errno == errno.EINVAL):
+                del self._slots[section]
+                raise
+        slot.sure = True
+
+    def remove(self, section: RamSection) -> None:
+        """
+        Take *section* away from the guest.
+
+        On a closed VM it is enough to forget it: there is no vCPU left that could look.
+
+        :raises OSError: Refused: the guest still sees it.
+        """
+        slot = self._slots.get(section)
+        if slot is None:
+            return
+        if self._vm.closed:
+            del self._slots[section]
+            return
+        was_sure, slot.sure = slot.sure, False
+        try:
+            self._vm.call(
+                KVM_SET_USER_MEMORY_REGION,
+                f"removing slot {slot.number} at {section.gpa:#x}",
+                KvmUserspaceMemoryRegion(slot=slot.number),
+            )
+        except OSError as error:
+            # EINVAL: there is no such slot. That is no news where an addition or a removal was interrupted.
+            if was_sure or error.errno != errno.EINVAL:
+                slot.sure = was_sure
+                raise
+        del self._slots[section]
+
+    def _free_number(self) -> int:
+        taken = {slot.number for slot in self._slots.values()}
+        number = next(number for number in range(len(taken) + 1) if number not in taken)
+        if number >= self._limit:
+            raise OSError(errno.ENOSPC, f"{self._vm.name}: all {self._limit} memory slots are used")
+        return number
+
+    def _set(self, number: int, section: RamSection, private: GuestMemfd | None) -> None:
+        flags = MemoryRegionFlags.KVM_MEM_READONLY if section.readonly else MemoryRegionFlags(0)
+        address = section.block.address + section.offset
+        what = f"slot {number} for {describe_range(section.gpa, section.size)}"
+        if private is None:
+            self._vm.call(
+                KVM_SET_USER_MEMORY_REGION,
+                what,
+                KvmUserspaceMemoryRegion(number, flags, section.gpa, section.size, address),
+            )
+            return
+        flags |= MemoryRegionFlags.KVM_MEM_GUEST_MEMFD
+        self._vm.call(
+            KVM_SET_USER_MEMORY_REGION2,
+            f"{what} with guest_memfd",
+            KvmUserspaceMemoryRegion2(
+                number, flags, section.gpa, section.size, address, section.offset, private.fd
+            ),
+        )

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One virtual processor: its registers, running it, and getting it to stop."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from types import TracebackType
+
+from ramblock.errors import UsageError
+from ramblock.kvm.cpuid import CpuidTable
+from ramblock.kvm.descriptor import Descriptor
+from ramblock.kvm.exits import Exit, HypercallExit, InterruptedExit, IoExit, MmioExit
+from ramblock.kvm.hypercall import HypercallResult
+from ramblock.kvm.kick import discard_kick, enter_thread, send_kick, set_mask
+from ramblock.kvm.run_page import RunPage
+from ramblock.uapi import ioctl
+from ramblock.uapi.kvm import (
+    KVM_GET_REGS,
+    KVM_GET_SREGS,
+    KVM_RUN,
+    KVM_SET_CPUID2,
+    KVM_SET_REGS,
+    KVM_SET_SREGS,
+    KvmRegs,
+    KvmSregs,
+)
+
+__all__ = ["Vcpu"]
+
+
+class Vcpu:
+    """
+    A vCPU, made by :meth:`KvmVm.create_vcpu`. One thread at a time runs it; any thread may kick or close it.
+
+    The first run in a thread blocks SIGRTMIN there, which is the kick, for good.
+    """
+
+    def __init__(self, descriptor: Descriptor, id: int, *, run_size: int) -> None:
+        self.id = id
+        self._descriptor = descriptor
+        try:
+            self._mapping = mmap.mmap(descriptor.fd, run_size, mmap.MAP_SHARED)
+        except BaseException:
+            descriptor.close()
+            raise
+        self._page = RunPage(self._mapping)
+        self._closing = False
+        # Held while it runs.
+        self._run_lock = threading.Lock()
+        # Held for moments. Reentrant: the handler of a signal may kick while its own thread is entering or leaving.
+        self._kick_lock = threading.RLock()
+        self._runner: int | None = None
+        self._mask: frozenset[int] | None = None
+        # The last exit that was handed out, and whether what it asked for was given.
+        self._exit: Exit | None = None
+        self._answered = False
+
+    @property
+    def fd(self) -> int:
+        """
+        Its descriptor.
+
+        :raises UsageError: It is closed.
+        """
+        return self._descriptor.fd
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    @property
+    def registers(self) -> KvmRegs:
+        """A copy of the general purpose registers; assign it to set them."""
+        registers = KvmRegs()
+        self._descriptor.call(KVM_GET_REGS, "KVM_GET_REGS", registers)
+        return registers
+
+    @registers.setter
+    def registers(self, registers: KvmRegs) -> None:
+        self._descriptor.call(KVM_SET_REGS, "KVM_SET_REGS", registers)
+
+    @property
+    def special_registers(self) -> KvmSregs:
+        """A copy of segments, tables and control registers; assign it to set them."""
+        registers = KvmSregs()
+        self._descriptor.call(KVM_GET_SREGS, "KVM_GET_SREGS", registers)
+        return registers
+
+    @special_registers.setter
+    def special_registers(self, registers: KvmSregs) -> None:
+        self._descriptor.call(KVM_SET_SREGS, "KVM_SET_SREGS", registers)
+
+    def set_cpuid(self, table: CpuidTable) -> None:
+        """
+        Set what CPUID answers, before the first run; otherwise it answers nothing.
+
+        :param table: From :meth:`Kvm.supported_cpuid`.
+        """
+        self._descriptor.call(KVM_SET_CPUID2, "KVM_SET_CPUID2", table)
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Exit:
+        """
+        Enter the guest until it needs something.
+
+        What the exit before this one asked for is completed first. A read that was not answered reads as ones, as on an
+        empty bus; a hypercall that was not answered is refused (EINVAL). So it is with an exit that Ctrl-C kept from
+        whoever ran it.
+
+        :return: :class:`InterruptedExit` after a kick, also one that came while nobody ran it, and after any signal.
+        :raises UsageError: It is closed.
+        :raises OSError: KVM cannot run it.
+        :raises KeyboardInterrupt: Or whatever the handler of a signal raises. It can be run again.
+        """
+        with self._run_lock:
+            if self._closing:
+                raise UsageError(f"{self._descriptor.name} is closed", value=self.id)
+            self._refuse_unanswered()
+            error = self._enter()
+            exit = self._page.read_exit(error)
+            if exit is None:
+                assert error is not None  # only a failure can be no exit
+                raise OSError(error, f"{self._descriptor.name}: KVM_RUN: {os.strerror(error)}")
+            if isinstance(exit, InterruptedExit):
+                self._consume_kick()
+            self._exit = exit
+            return exit
+
+    def _enter(self) -> int | None:
+        """Call KVM_RUN; return its errno, None if it succeeded."""
+        mask = enter_thread()
+        if mask != self._mask:
+            set_mask(self._descriptor, mask)
+            self._mask = mask
+        fd = self._descriptor.fd
+        self._page.forget_exit()
+        self._exit = None
+        self._answered = False
+        try:
+            self._runner = threading.get_ident()
+            ioctl.call(fd, KVM_RUN)
+        except OSError as error:
+            return error.errno
+        finally:
+            # A bare assignment, before which Ctrl-C cannot strike; then the kicks that are on their way have been sent.
+            # So none goes to a thread that has ended.
+            self._runner = None
+            with self._kick_lock:
+                pass
+        return None
+
+    def _consume_kick(self) -> None:
+        with self._kick_lock:
+            self._page.request_exit(wanted=False)
+            discard_kick()
+
+    def _refuse_unanswered(self) -> None:
+        """Fail closed: KVM itself presets success for a hypercall, and for a read what was there before."""
+        if self._answered:
+            return
+        # The page knows of an exit that was interrupted on its way out of here.
+        exit = self._exit or self._page.read_exit()
+        if isinstance(exit, HypercallExit):
+            self._page.answer_hypercall(HypercallResult.EINVAL)
+        elif isinstance(exit, IoExit | MmioExit) and not exit.write:
+            count = exit.count if isinstance(exit, IoExit) else 1
+            self._page.answer_read(exit, b"\xff" * (exit.size * count))
+
+    def complete_io(self, data: bytes) -> None:
+        """
+        Give the guest what it reads, after an :class:`IoExit` or :class:`MmioExit` that is a read.
+
+        :param data: Little-endian; ``size * count`` bytes for port I/O, ``size`` bytes for MMIO.
+        :raises UsageError: The last exit is none of these, or *data* has another size; nothing is answered.
+        """
+        exit = self._exit
+        if not isinstance(exit, IoExit | MmioExit):
+            raise UsageError(
+                f"{self._descriptor.name}: {exit!r} reads nothing",
+                value=exit,
+                expected="after an IoExit or MmioExit",
+            )
+        self._page.answer_read(exit, data)
+        self._answered = True
+
+    def set_hypercall_result(self, result: HypercallResult) -> None:
+        """
+        Answer the guest's hypercall, after a :class:`HypercallExit`.
+
+        :raises UsageError: The last exit is none, or *result* is not one that KVM takes; nothing is answered.
+        """
+        if not isinstance(self._exit, HypercallExit) or not isinstance(result, HypercallResult):
+            raise UsageError(
+                f"{self._descriptor.name}: {result!r} is no answer to {self._exit!r}",
+                value=result,
+                expected="a HypercallResult after a HypercallExit",
+            )
+        self._page.answer_hypercall(result)
+        self._answered = True
+
+    # -- stopping ---------------------------------------------------------------------------------------------------
+
+    def kick(self) -> None:
+        """
+        Make the run that is under way, or else the next one, return :class:`InterruptedExit`. From any thread.
+
+        A kick is never lost, but several may become one. On a closed vCPU nothing happens.
+        """
+        with self._kick_lock:
+            if self._descriptor.closed:
+                return
+            self._page.request_exit(wanted=True)
+            if self._runner is not None and self._runner != threading.get_ident():
+                send_kick(self._runner)
+
+    def close(self) -> None:
+        """Close it, and unmap what it shared; whoever runs it is kicked out first. Twice is the same as once."""
+        self._closing = True
+        self.kick()
+        with self._run_lock, self._kick_lock:
+            if self._descriptor.closed:
+                return
+            self._descriptor.close()
+            self._page.release()
+            self._mapping.close()
+
+    def __enter__(self) -> Vcpu:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Vcpu {self.id}{', closed' if self._descriptor.closed else ''}>"
