@@ -1,18 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DMA targets, and the mapper that drives them."""
+"""DMA targets, and the mapper that drives them. The kernel's targets are imported when they are first asked for."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ramblock.dma.mapper import Mapper
 from ramblock.dma.mapping_table import Mapping
 from ramblock.dma.soft import FaultRecord, SoftIommu
 from ramblock.dma.target import DmaCapabilities, DmaTarget, HostRange, MappingPolicy
 
+if TYPE_CHECKING:
+    from ramblock.dma.iommufd import IommufdIoas, IommufdMode
+    from ramblock.dma.type1 import Type1Container
+    from ramblock.dma.vfio_group import VfioGroup
+
 __all__ = [
     "DmaCapabilities",
     "DmaTarget",
     "FaultRecord",
     "HostRange",
+    "IommufdIoas",
+    "IommufdMode",
     "Mapper",
     "Mapping",
     "MappingPolicy",
     "SoftIommu",
+    "Type1Container",
+    "VfioGroup",
 ]
+
+# They bring the kernel's structures along, which `ramblock --help` and a software IOMMU can do without.
+_LATER = {
+    "IommufdIoas": "iommufd",
+    "IommufdMode": "iommufd",
+    "Type1Container": "type1",
+    "VfioGroup": "vfio_group",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
