@@ -40,7 +40,7 @@ test: $(VENV)/.made
 	@away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; \
 	$(BIN)/python -m venv "$$away/venv"; \
 	"$$away/venv/bin/python" $(PIP) "$$(echo build/wheel/ramblock-*.whl)[test]"; \
-	cp -R tests pyproject.toml "$$away/"; \
+	cp -R tests lab pyproject.toml "$$away/"; \
 	cd "$$away"; \
 	venv/bin/python -I -c 'import pathlib, sys, ramblock; where = pathlib.Path(ramblock.__file__); \
 	    where.is_relative_to(pathlib.Path(sys.prefix)) or sys.exit(f"not the installed wheel: {where}"); \
@@ -50,6 +50,14 @@ else
 test: $(VENV)/.test ## Run the tests on the source tree; WHEEL=1: on a wheel built from it
 	@$(BIN)/pytest $(ARGS)
 endif
+
+.PHONY: lab
+lab: $(VENV)/.made ## Build the lab: a kernel and a QEMU, in the user's cache (once: a quarter of an hour)
+	@$(BIN)/python -m lab build $(ARGS)
+
+.PHONY: lab-test
+lab-test: $(VENV)/.test ## Run the tests of tests/lab in the lab's virtual machine, once for each of its variants
+	@$(BIN)/python -m lab test $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.lint ## Check style, format and types

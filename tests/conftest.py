@@ -28,7 +28,13 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # `-m kernel` and `-m lab` select by what a test asks for, so that no mark can be forgotten.
-_IMPLIED_MARK = {"hugetlb": "kernel", "kvm": "kernel", "root": "kernel", "lab": "lab"}
+_IMPLIED_MARK = {
+    "hugetlb": "kernel",
+    "kvm": "kernel",
+    "lab": "lab",
+    "lab_headers": "lab",
+    "root": "kernel",
+}
 
 _MUST_FAIL = pytest.StashKey[bool]()
 

@@ -17,7 +17,6 @@ import functools
 import mmap
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -81,10 +80,16 @@ def _probe_kvm() -> str | None:
 
 
 def _probe_lab() -> str | None:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ramblock-lab"
-    if not any(cache.glob("**/bzImage")):
-        return f"no lab kernel below {cache}; build the lab (see lab/)"
-    return None
+    # Set by the program that boots the virtual machine (lab/vm.py).
+    if os.environ.get("RAMBLOCK_LAB") == "1":
+        return None
+    return "not in the lab's virtual machine; run: make lab-test"
+
+
+def _probe_lab_headers() -> str | None:
+    if os.environ.get("RAMBLOCK_LAB_HEADERS"):
+        return None
+    return "the headers of the lab's kernel are not known; run: make lab-test"
 
 
 def _probe_root() -> str | None:
@@ -96,6 +101,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "hugetlb": _probe_hugetlb,
     "kvm": _probe_kvm,
     "lab": _probe_lab,
+    "lab_headers": _probe_lab_headers,
     "root": _probe_root,
 }
 

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m lab``: the commands, their exit codes, and what people see when something goes wrong."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lab import build, emulator, kernel, suite, virtme
+from lab.build import Lab
+from lab.cache import Cache
+from lab.errors import LabError
+from lab.variants import VARIANTS
+from lab.vm import Machine, Work
+
+__all__ = ["main", "make_parser"]
+
+EXIT_FAILED, EXIT_USAGE, EXIT_LAB, EXIT_INTERRUPTED = 1, 2, 125, 130
+
+_EPILOG = f"""\
+exit codes: boot: that of the command; test: 0 all passed, 1 some failed or none ran; {EXIT_LAB} the lab itself failed (it
+could not be built, or the VM was lost), which `git bisect run` skips; 2 usage; {EXIT_INTERRUPTED} interrupted
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Build the parser."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lab",
+        description="A virtual machine in which KVM, IOMMU and VFIO are real, on any x86-64 machine.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    building = commands.add_parser("build", help="build what is not in the cache yet")
+    building.set_defaults(start=_build)
+    booting = commands.add_parser(
+        "boot",
+        help="run one command in the VM",
+        description="Run COMMAND as root in the VM: one argument is text for a shell, several are the words of a command. "
+        "The VM sees the host's files, and cannot change them; its /tmp is its own.",
+    )
+    booting.set_defaults(start=_boot)
+    booting.add_argument(
+        "--variant",
+        choices=VARIANTS,
+        default="intel-iommu",
+        help="the machine (default: %(default)s)",
+    )
+    testing = commands.add_parser(
+        "test",
+        allow_abbrev=False,  # what is not ours is pytest's
+        help="run the tests of tests/lab; other arguments go to pytest",
+        usage="%(prog)s [-h] [--variant NAME]... [--kernel PATH] [--qemu PATH] [--timeout SECONDS] [--dry-run] [PYTEST ARGUMENT]...",
+    )
+    testing.set_defaults(start=_test)
+    testing.add_argument(
+        "--variant",
+        action="append",
+        choices=(suite.HOST, *VARIANTS),
+        metavar="NAME",
+        help=f"only this one; may be given several times: {suite.HOST} (the tests that need no VM), {', '.join(VARIANTS)}",
+    )
+    for command in (building, booting, testing):
+        command.add_argument("--dry-run", action="store_true", help="print what would be run")
+    for command in (booting, testing):
+        own = command.add_argument_group("your own")
+        own.add_argument(
+            "--kernel",
+            type=_file,
+            metavar="PATH",
+            help="a bzImage with the options of lab/kernel.config",
+        )
+        own.add_argument(
+            "--qemu", type=_file, metavar="PATH", help="a qemu-system-x86_64, 10.2 or newer"
+        )
+        command.add_argument(
+            "--timeout",
+            type=float,
+            default=1200.0,
+            metavar="SECONDS",
+            help="how long the command may take in one VM (default: %(default).0f)",
+        )
+    booting.add_argument("words", nargs="+", metavar="COMMAND")
+
+    listing = commands.add_parser("list", help="show the variants and what is in the cache")
+    listing.set_defaults(start=_list)
+    cleaning = commands.add_parser(
+        "clean", help="remove logs, interrupted builds and what the current lab does not use"
+    )
+    cleaning.set_defaults(start=_clean)
+    cleaning.add_argument("--all", action="store_true", help="remove the current lab too")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code."""
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command != "test":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
+    # As for Ctrl-C: what runs for us ends with us.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code: int = arguments.start(arguments)
+        return code
+    except LabError as error:
+        print(f"lab: error: {error}", file=sys.stderr)
+        return EXIT_LAB
+    except KeyboardInterrupt:
+        print("lab: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _file(text: str) -> Path:
+    path = Path(text).absolute()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"no such file: {text}")
+    return path
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    cache = Cache()
+    started = time.monotonic()
+    lab = build.provide(cache, dry_run=arguments.dry_run)
+    if not arguments.dry_run:
+        print(f"lab: ready in {time.monotonic() - started:.1f} s: {lab.kernel}, {lab.qemu}")
+    return 0
+
+
+def _boot(arguments: argparse.Namespace) -> int:
+    words = arguments.words
+    command = words[0] if len(words) == 1 else shlex.join(words)
+    work = Work(
+        command=command,
+        name=Path(command.split()[0]).name,
+        directory=Path.cwd(),
+        places=suite.places(),
+        environment=suite.environment(),
+        timeout=arguments.timeout,
+    )
+    machine = _machine(_provided(arguments), arguments.variant)
+    if arguments.dry_run:
+        _print_run(machine, work)
+        return 0
+    result = machine.run(work, show=print)
+    for line in (*result.broken, *result.dubious):
+        print(f"lab: kernel: {line}", file=sys.stderr)
+    if result.status:
+        print(f"lab: exit code {result.status}; log: {result.log}", file=sys.stderr)
+    return result.status
+
+
+def _test(arguments: argparse.Namespace) -> int:
+    options, host_paths, inside_paths = suite.split_arguments(arguments.rest)
+    lab = _provided(arguments)
+    some = bool(host_paths or inside_paths)
+    names = arguments.variant or [suite.HOST, *VARIANTS]
+    outcomes = []
+    for name in names:
+        paths = host_paths if name == suite.HOST else inside_paths
+        if some and not paths:
+            continue
+        if name == suite.HOST:
+            everything, selected = ["tests/lab/host"], bool(arguments.rest)
+        else:
+            everything, selected = ["tests/lab"], bool(arguments.rest)
+        pytest_arguments = [*options, *(paths or everything)]
+        if name != suite.HOST:
+            machine = _machine(lab, name)
+            if arguments.dry_run:
+                _print_run(machine, suite.work_for(pytest_arguments, arguments.timeout))
+                continue
+        elif arguments.dry_run:
+            print(shlex.join([sys.executable, "-m", "pytest", *pytest_arguments]))
+            continue
+        print(f"lab: {name}", flush=True)
+        if name == suite.HOST:
+            outcomes.append(suite.run_host(lab, pytest_arguments, selected=selected))
+        else:
+            outcomes.append(
+                suite.run_variant(
+                    machine, pytest_arguments, timeout=arguments.timeout, selected=selected
+                )
+            )
+    if arguments.dry_run:
+        return 0
+    print(suite.summary(outcomes))
+    if any(outcome.lost for outcome in outcomes):
+        return EXIT_LAB
+    ran = any(outcome.counts.passed or outcome.counts.failed for outcome in outcomes)
+    return 0 if ran and not any(outcome.failed for outcome in outcomes) else EXIT_FAILED
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    for variant in VARIANTS.values():
+        print(f"{variant.name:<12} {variant.about}")
+    cache = Cache()
+    current = {name: find(cache) for name, find in _FINDERS.items()}
+    print()
+    for kind in _FINDERS:
+        for entry in cache.entries(kind):
+            mark = "*" if entry == current[kind] else " "
+            facts = " ".join(
+                v for k, v in entry.inputs.items() if k in ("package", "version", "virtme-ng")
+            )
+            print(f"{mark} {kind:<7} {entry.path}  {facts}")
+    return 0
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    cache = Cache()
+    with cache.lock():
+        current = (
+            set()
+            if arguments.all
+            else {entry.path for find in _FINDERS.values() if (entry := find(cache))}
+        )
+        for kind in _FINDERS:
+            for path in (cache.root / kind).glob("*"):
+                if path not in current:
+                    shutil.rmtree(path)
+        for path in (cache.root / "work", cache.logs):
+            shutil.rmtree(path, ignore_errors=True)
+    return 0
+
+
+_FINDERS = {"kernel": kernel.find, "qemu": emulator.find, "virtme": virtme.find}
+
+
+def _provided(arguments: argparse.Namespace) -> Lab:
+    return build.provide(
+        Cache(), own_kernel=arguments.kernel, own_qemu=arguments.qemu, dry_run=arguments.dry_run
+    )
+
+
+def _machine(lab: Lab, variant: str) -> Machine:
+    return Machine(
+        kernel=lab.kernel,
+        qemu=lab.qemu,
+        launcher=lab.launcher,
+        variant=VARIANTS[variant],
+        logs=Cache().logs,
+    )
+
+
+def _print_run(machine: Machine, work: Work) -> None:
+    print(shlex.join(machine.command(Path("EXCHANGE"))))
+    print(f"# EXCHANGE/script:\n{machine.script(work)}", end="")

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the lab runs other programs while it builds: their output goes to a log, a person sees one line per step."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import shlex
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from lab.errors import CommandError
+from lab.progress import Progress
+
+__all__ = ["Shell", "end_group"]
+
+# Of a failed program's output; the rest is in its log.
+_TAIL_LINES = 15
+
+
+class Shell:
+    """
+    Runs programs, or prints what it would run.
+
+    :param logs: Folder of the logs.
+    :param keep_open: File descriptors that each program inherits (``Cache.lock`` says why).
+    """
+
+    def __init__(self, logs: Path, *, dry_run: bool = False, keep_open: Sequence[int] = ()) -> None:
+        self.dry_run = dry_run
+        self._logs = logs
+        self._keep_open = tuple(keep_open)
+
+    def run(
+        self,
+        command: Sequence[str | Path],
+        *,
+        what: str,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        describe: Callable[[bytes], str] | None = None,
+    ) -> None:
+        """
+        Run *command* to its end, with its output in ``logs/WHAT.log``.
+
+        :param what: The step, for people; the log's name as well.
+        :param environment: Added to our own.
+        :param describe: Gets each line of output and says how far the step is.
+        :raises CommandError: It failed. Whatever it had done by then is still there.
+        """
+        words = [str(word) for word in command]
+        if self.dry_run:
+            place = f"cd {shlex.quote(str(cwd))} && " if cwd else ""
+            settings = "".join(f"{k}={shlex.quote(v)} " for k, v in (environment or {}).items())
+            print(f"{place}{settings}{shlex.join(words)}")
+            return
+        self._logs.mkdir(parents=True, exist_ok=True)
+        log = self._logs / f"build-{what.replace(' ', '-')}.log"
+        progress = Progress(what)
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                words,
+                cwd=cwd,
+                env={**os.environ, **(environment or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a group of its own, which ends as one
+                pass_fds=self._keep_open,
+            )
+            try:
+                assert process.stdout is not None
+                os.set_blocking(process.stdout.fileno(), False)
+                _follow(process, sink.write, progress, describe)
+            except BaseException:
+                end_group(process)
+                progress.end("interrupted")
+                raise
+            finally:
+                assert process.stdout is not None
+                process.stdout.close()
+        if process.returncode:
+            progress.end("failed")
+            lines = log.read_text(errors="replace").splitlines()
+            raise CommandError(what, process.returncode, "\n".join(lines[-_TAIL_LINES:]), log)
+        progress.end("done")
+
+    def ask(self, command: Sequence[str | Path]) -> str:
+        """
+        Return what *command* prints. It changes nothing, so it is run in a dry run too.
+
+        :raises CommandError: It failed.
+        """
+        words = [str(word) for word in command]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CommandError(shlex.join(words), done.returncode, done.stderr.strip(), None)
+        return done.stdout
+
+
+def _follow(
+    process: subprocess.Popen[bytes],
+    write: Callable[[bytes], object],
+    progress: Progress,
+    describe: Callable[[bytes], str] | None,
+) -> None:
+    assert process.stdout is not None
+    detail, partial = "", b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while True:
+            progress.update(detail)
+            if not selector.select(timeout=1):
+                continue
+            data = process.stdout.read()
+            if data == b"":  # None: nothing yet
+                break
+            write(data or b"")
+            *lines, partial = (partial + (data or b"")).split(b"\n")
+            if describe is not None:
+                for line in lines:
+                    detail = describe(line)
+    process.wait()
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End *process*, which leads a group of its own, and all that it started; return when it is gone."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=5)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
