@@ -69,12 +69,22 @@ def _scenario(arguments: argparse.Namespace) -> Scenario:
                 f"--devices {arguments.devices}", value=arguments.devices, expected="0 to 64"
             )
         devices = msgspec.structs.replace(devices, count=arguments.devices)
-    for name in ("policy", "max_mappings"):
+    if arguments.guest is not None:
+        guest = msgspec.structs.replace(guest, kind=arguments.guest)
+    if arguments.device is not None:
+        devices = msgspec.structs.replace(devices, pci=arguments.device)
+    for name in ("iommu", "policy", "max_mappings"):
         if getattr(arguments, name) is not None:
             devices = msgspec.structs.replace(devices, **{name: getattr(arguments, name)})
     for name in ("workload", "conversions", "seed", "uncoordinated", "inject"):
         if getattr(arguments, name) is not None:
             run = msgspec.structs.replace(run, **{name: getattr(arguments, name)})
     scenario = Scenario(guest=guest, devices=devices, run=run)
+    if devices.iommu != "soft" and arguments.devices is not None:
+        raise UsageError(
+            f"--devices {arguments.devices} with --iommu {devices.iommu}",
+            value=arguments.devices,
+            expected="real devices to be named by --device",
+        )
     check_scenario(scenario, "command line")
     return scenario

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["add_to"]
 
 _DESCRIPTION = """\
-Run a confidential guest that converts pages while devices do DMA, on memory of this host and a software IOMMU, watched by
-a verifier that shares no code with what it watches. At the end everything is compared; a stale or a missing mapping is a
-violation.
+Run a confidential guest that converts pages while devices do DMA, on memory of this host, watched by a verifier that shares
+no code with what it watches. At the end everything is compared; a stale or a missing mapping is a violation. The guest is
+a script, or a program on a vCPU of KVM; devices and IOMMUs are software, or real ones behind VFIO.
 """
 
 _EPILOG = """\
@@ -27,6 +27,8 @@ examples:
   ramblock run --uncoordinated              the same without the mechanism: stale mappings
   ramblock run --inject unmap:short:40      a device that does not let go: poison
   ramblock run examples/budget.toml --seed 7 --json
+  ramblock run --guest kvm --iommu iommufd --memory 512M
+                                            on real parts: KVM, an IOMMU, QEMU's edu or iommu-testdev
 """
 
 
@@ -63,12 +65,20 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         help="what to run; options below override it",
     )
     guest = parser.add_argument_group("guest")
+    guest.add_argument(
+        "--guest",
+        choices=("auto", "kvm", "script"),
+        help="a vCPU of KVM, or only a script; auto (default): KVM where it enforces page attributes",
+    )
     guest.add_argument("--memory", type=size, metavar="SIZE", help="RAM of the guest (default: 4G)")
     guest.add_argument(
         "--workload", metavar="NAME|TRACE", help="linux (default), firmware, fragmenter, or a trace"
     )
     guest.add_argument(
-        "--conversions", type=positive, metavar="N", help="requests in all (default: 26000)"
+        "--conversions",
+        type=positive,
+        metavar="N",
+        help="requests in all (default: 26000; with KVM or a real IOMMU 1000)",
     )
     guest.add_argument(
         "--seed", type=int, metavar="N", help="same seed, same requests (default: 1)"
@@ -76,6 +86,17 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     devices = parser.add_argument_group("devices")
     devices.add_argument(
         "--devices", type=int, metavar="N", help="each behind an IOMMU of its own (default: 2)"
+    )
+    devices.add_argument(
+        "--iommu",
+        choices=("soft", "type1", "iommufd", "iommufd-native", "iommufd-cutting"),
+        help="what maps for the devices; all but soft (default) need an IOMMU, VFIO and test devices of QEMU",
+    )
+    devices.add_argument(
+        "--device",
+        action="append",
+        metavar="PCI_ADDRESS",
+        help="a real device, bound to vfio-pci for the run; may be repeated (default: the edu and the iommu-testdev)",
     )
     devices.add_argument(
         "--policy",

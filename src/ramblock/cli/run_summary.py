@@ -46,9 +46,33 @@ def _print_head(console: Console, report: RunReport) -> None:
     console.print(
         f"{report.tally.requests:,} requests in {seconds:.1f} s ({rate:,.0f}/s){interrupted}"
     )
-    console.print(
-        "Page states are tracked, not enforced: there is no KVM in this run.", style="dim"
-    )
+    for line in _parts(report):
+        console.print(line, style="dim")
+
+
+def _parts(report: RunReport) -> list[str]:
+    """Say what was real, and what only tracked."""
+    guest = report.guest
+    lines = []
+    if guest.kind == "script":
+        why = f" ({guest.why})" if guest.why else ""
+        lines.append(f"Page states are tracked, not enforced: there is no KVM in this run{why}.")
+    else:
+        lines.append(
+            f"The guest is a program on KVM, in a VM of type {guest.vm_type}; it asks by {guest.call}."
+        )
+        lines.append(
+            "The kernel enforces page states; private pages are in guest_memfd."
+            if guest.enforced
+            else "Page states are tracked, not enforced: this KVM does not know private pages."
+            f" What would be private is in {guest.private}, where the guest does not reach it."
+        )
+    lines += [
+        f"{name}: {description}."
+        for name, description in report.targets.items()
+        if description != "software"
+    ]
+    return lines
 
 
 def _count(number: int, noun: str) -> str:
@@ -84,7 +108,7 @@ def _print_mappings(console: Console, report: RunReport) -> None:
                 f"{report.peak_entries:,}",
                 f"one per page: {per_page['peak_entries']:,}",
             ),
-            ("entries, now", f"{sum(report.entries.values()):,}", ""),
+            ("entries, now", f"{sum(report.entries.values()):,}", _kernel_count(report)),
         ]
     rows += [
         (
@@ -109,6 +133,12 @@ def _print_mappings(console: Console, report: RunReport) -> None:
     _print_rows(console, "Mappings, memory, time", rows)
 
 
+def _kernel_count(report: RunReport) -> str:
+    if not report.kernel_entries:
+        return ""
+    return f"the kernel counts {sum(report.kernel_entries.values()):,}"
+
+
 def _print_devices(console: Console, report: RunReport) -> None:
     total = report.devices_total()
     _print_rows(
@@ -122,7 +152,18 @@ def _print_devices(console: Console, report: RunReport) -> None:
                 f"{total.forbidden_faulted:,} faulted",
             ),
             ("anywhere", f"{total.probes:,} accesses", f"{total.probes_faulted:,} faulted"),
-        ],
+        ]
+        + (
+            [
+                (
+                    "a sample, at the end",
+                    f"{total.audited:,} accesses",
+                    f"{total.audited_faulted:,} faulted",
+                )
+            ]
+            if total.audited
+            else []
+        ),
     )
 
 
@@ -173,7 +214,9 @@ def _print_violations(console: Console, report: RunReport) -> None:
 def _print_verdict(console: Console, report: RunReport) -> None:
     console.print()
     for error in report.device_errors:
-        console.print(Text(f"a device's thread died: {error}", style="bold red"))
+        console.print(Text(f"a device failed: {error}", style="bold red"))
+    if report.miscounted:
+        console.print(Text("the kernel counts other mappings than we do", style="bold red"))
     if report.poisoned:
         console.print(
             Text(

@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from time import monotonic
 
 from ramblock.errors import IommuFault
 from ramblock.run.verifier import Verifier, ViolationKind
 from ramblock.run.watched import WatchedIommu
 
-__all__ = ["Buffer", "Device", "DeviceCounts"]
+__all__ = ["Buffer", "Device", "DeviceCounts", "SoftDevice"]
 
-_ACCESS = 4096
-# A device is not the load here: it must run beside the conversions without starving them of the interpreter.
-_PAUSE_SECONDS = 0.0004
+#: One access in each of these: a page.
+ACCESS_STEP = 4096
+#: What one access transfers.
+ACCESS_BYTES = 64
+# A device is not the load here: it must run beside the conversions without starving them of the interpreter, on a machine that is
+# emulated as well. So it rests this many times as long as it was busy.
+_REST = 4
 
 
 @dataclass(eq=False)
@@ -31,7 +37,7 @@ class Buffer:
     gpa: int
     size: int
     device: int
-    #: What the device wrote last at each offset.
+    #: What the device wrote last at each offset: one word of 64 bits, repeated.
     written: dict[int, bytes] = field(default_factory=dict)
 
 
@@ -49,13 +55,99 @@ class DeviceCounts:
     forbidden: int = 0
     """Accesses to memory that was never shared."""
     forbidden_faulted: int = 0
+    audited: int = 0
+    """Accesses to a sample of all pages, at the end; real devices only."""
+    audited_faulted: int = 0
+    """Of these, to private pages: must be half, wherever there are private pages."""
 
 
 class Device(threading.Thread):
     """
-    One device.
+    What all devices have in common: their buffers, and a thread that does one round after the other.
 
     :param number: Its index.
+    :param target: Name of what maps for it.
+    :param pause: Seconds between two rounds, at least.
+    """
+
+    def __init__(self, number: int, target: str, seed: int, pause: float) -> None:
+        super().__init__(name=f"device{number}", daemon=True)
+        self.target = target
+        self.counts = DeviceCounts()
+        #: Why the thread died, if it did.
+        self.error: BaseException | None = None
+        self.random = random.Random(f"{seed}/device{number}")
+        self._pause = pause
+        self._buffers: list[Buffer] = []
+        self._in_use: Buffer | None = None
+        self.given_back: list[tuple[int, int]] = []
+        self._changed = threading.Condition()
+        self._stopping = threading.Event()
+        self._serial = count(1)
+
+    def give(self, buffer: Buffer) -> None:
+        """Hand *buffer* to the device."""
+        with self._changed:
+            self._buffers.append(buffer)
+
+    def take(self, buffer: Buffer) -> None:
+        """Take *buffer* back; the device does nothing with it any more when this returns."""
+        with self._changed:
+            self._buffers.remove(buffer)
+            while self._in_use is buffer:
+                self._changed.wait()
+            self.given_back.append((buffer.gpa, buffer.size))
+            del self.given_back[:-64]
+
+    def taken_away(self, buffer: Buffer) -> None:
+        """*buffer* has become private; nobody converts anything while this runs."""
+
+    def stop(self) -> None:
+        """Stop, and wait for the thread."""
+        self._stopping.set()
+        if self.is_alive():
+            self.join()
+
+    def run(self) -> None:
+        """Do DMA until told to stop."""
+        try:
+            pause = self._pause
+            while not self._stopping.wait(pause):
+                began = monotonic()
+                self._round()
+                pause = max(self._pause, _REST * (monotonic() - began))
+        except BaseException as error:
+            self.error = error
+
+    def _round(self) -> None:
+        """Use a buffer of its own."""
+        with self._changed:
+            if not self._buffers:
+                return
+            self._in_use = buffer = self.random.choice(self._buffers)
+        try:
+            self.use(buffer, self.random.randrange(0, buffer.size, ACCESS_STEP))
+        finally:
+            with self._changed:
+                self._in_use = None
+                self._changed.notify_all()
+
+    def use(self, buffer: Buffer, offset: int) -> None:
+        """Do DMA at *offset* of *buffer*, which stays the device's meanwhile."""
+
+    def fresh_data(self) -> bytes:
+        """Make what was not written before: the device's number, and a serial number."""
+        word = next(self._serial) | (int(self.name.removeprefix("device")) + 1) << 48
+        return word.to_bytes(8, "little") * (ACCESS_BYTES // 8)
+
+
+_PAUSE_SECONDS = 0.0004
+
+
+class SoftDevice(Device):
+    """
+    A device in software, behind a software IOMMU.
+
     :param iommu: What it sits behind.
     :param ram: Guest ranges it may probe, as (gpa, size).
     :param forbidden: A range that the guest never shares, as (gpa, size); None where that is not known.
@@ -67,90 +159,52 @@ class Device(threading.Thread):
         iommu: WatchedIommu,
         verifier: Verifier,
         seed: int,
-        ram: list[tuple[int, int]],
+        ram: Sequence[tuple[int, int]],
         forbidden: tuple[int, int] | None,
     ) -> None:
-        super().__init__(name=f"device{number}", daemon=True)
-        self.counts = DeviceCounts()
-        #: Why the thread died, if it did.
-        self.error: BaseException | None = None
+        super().__init__(number, iommu.name, seed, _PAUSE_SECONDS)
         self._iommu = iommu
         self._verifier = verifier
-        self._random = random.Random(f"{seed}/device{number}")
         self._ram = ram
         self._forbidden = forbidden
-        self._buffers: list[Buffer] = []
-        self._given_back: list[tuple[int, int]] = []
-        self._lock = threading.Lock()
-        self._stopping = threading.Event()
-        self._serial = count(1)
 
-    def give(self, buffer: Buffer) -> None:
-        """Hand *buffer* to the device."""
-        with self._lock:
-            self._buffers.append(buffer)
+    def _round(self) -> None:
+        super()._round()
+        self._probe()
+        self._reach_for_private()
 
-    def take(self, buffer: Buffer) -> None:
-        """Take *buffer* back; the device does nothing with it any more when this returns."""
-        with self._lock:
-            self._buffers.remove(buffer)
-            self._given_back.append((buffer.gpa, buffer.size))
-            del self._given_back[:-64]
-
-    def stop(self) -> None:
-        """Stop, and wait for the thread."""
-        self._stopping.set()
-        if self.is_alive():
-            self.join()
-
-    def run(self) -> None:
-        """Do DMA until told to stop."""
+    def use(self, buffer: Buffer, offset: int) -> None:
+        """Write, read back, compare."""
+        data = self.fresh_data()
+        iova = buffer.gpa + offset
         try:
-            while not self._stopping.wait(_PAUSE_SECONDS):
-                self._use_own_buffer()
-                self._probe()
-                self._reach_for_private()
-        except BaseException as error:
-            self.error = error
-
-    def _use_own_buffer(self) -> None:
-        with self._lock:
-            if not self._buffers:
-                return
-            buffer = self._random.choice(self._buffers)
-            offset = self._random.randrange(0, buffer.size, _ACCESS)
-            data = f"{self.name} {next(self._serial)} ".encode() * 4
-            iova = buffer.gpa + offset
-            try:
-                self._iommu.device_write(iova, data)
-                back = self._iommu.device_read(iova, len(data))
-            except IommuFault as fault:
-                self.counts.faults_own += 1
-                self._verifier.violation(
-                    ViolationKind.DEVICE_FAULTED, self._iommu.name, fault.iova, fault.size
-                )
-                return
-            if back != data:
-                self._verifier.violation(
-                    ViolationKind.LOST_WRITE, self._iommu.name, iova, len(data)
-                )
-            buffer.written[offset] = data
-            self.counts.accesses += 2
-            self.counts.bytes += 2 * len(data)
+            self._iommu.device_write(iova, data)
+            back = self._iommu.device_read(iova, len(data))
+        except IommuFault as fault:
+            self.counts.faults_own += 1
+            self._verifier.violation(
+                ViolationKind.DEVICE_FAULTED, self.target, fault.iova, fault.size
+            )
+            return
+        if back != data:
+            self._verifier.violation(ViolationKind.LOST_WRITE, self.target, iova, len(data))
+        buffer.written[offset] = data
+        self.counts.accesses += 2
+        self.counts.bytes += 2 * len(data)
 
     def _probe(self) -> None:
         """Read what it was not given: whether that faults depends on what it is just now; the verifier knows."""
-        with self._lock:
+        with self._changed:
             where = (
-                self._random.choice(self._given_back)
-                if self._given_back and self._random.random() < 0.5
+                self.random.choice(self.given_back)
+                if self.given_back and self.random.random() < 0.5
                 else None
             )
-        gpa, size = where or self._random.choice(self._ram)
-        iova = gpa + self._random.randrange(0, size - 64, 64)
+        gpa, size = where or self.random.choice(self._ram)
+        iova = gpa + self.random.randrange(0, size - ACCESS_BYTES, ACCESS_BYTES)
         self.counts.probes += 1
         try:
-            self._iommu.device_read(iova, 64)
+            self._iommu.device_read(iova, ACCESS_BYTES)
         except IommuFault:
             self.counts.probes_faulted += 1
 
@@ -158,12 +212,12 @@ class Device(threading.Thread):
         if self._forbidden is None:
             return
         gpa, size = self._forbidden
-        iova = gpa + self._random.randrange(0, size, _ACCESS)
+        iova = gpa + self.random.randrange(0, size, ACCESS_STEP)
         self.counts.forbidden += 1
         try:
-            if self._random.random() < 0.5:
+            if self.random.random() < 0.5:
                 self._iommu.device_write(iova, b"not yours")
             else:
-                self._iommu.device_read(iova, 64)
+                self._iommu.device_read(iova, ACCESS_BYTES)
         except IommuFault:
             self.counts.forbidden_faulted += 1

@@ -2,53 +2,61 @@
 """
 The main job: a confidential guest that converts pages while devices do DMA, watched by a verifier.
 
-Everything is real but the kernel: memory, its freeing, the devices' threads and their accesses through IOVAs.
+Memory, its freeing, and the accesses through IOVAs are real in any case. Who makes the requests (a script, or a guest on a vCPU of
+KVM) and what the devices are (threads behind software IOMMUs, or real ones behind VFIO) is the scenario's choice.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ramblock.dma.mapper import Mapper
-from ramblock.dma.soft import SoftIommu
 from ramblock.dma.target import DmaTarget, HostRange
-from ramblock.errors import (
-    ConversionError,
-    ConversionInterrupted,
-    MappingLimitError,
-    PoisonedError,
-    RamblockError,
-    UsageError,
-)
+from ramblock.errors import RamblockError
 from ramblock.events import StateChanged
-from ramblock.guest.memory import GuestMemory
 from ramblock.memory.attributes import PageState
 from ramblock.memory.backend import HostMemoryBackend
-from ramblock.memory.backing import StandInPrivate
 from ramblock.memory.block import RamBlock
-from ramblock.run.device import Buffer, Device
+from ramblock.run.counted import CountedMemory
+from ramblock.run.device import Device
 from ramblock.run.faults import FaultPlan
-from ramblock.run.guest_script import Action, GuestScript, Request
+from ramblock.run.guest_script import GuestScript, Request
 from ramblock.run.injected import InjectedTarget
-from ramblock.run.layout import BlockPlace, plan_layout
-from ramblock.run.pinned import PinnedIommu
+from ramblock.run.layout import BlockPlace, first_free, plan_layout
+from ramblock.run.ports import Ports, SoftPorts
+from ramblock.run.ram import GuestRam
 from ramblock.run.replay import RecordedGuest
-from ramblock.run.report import RunReport
+from ramblock.run.report import GuestFacts, RunReport
 from ramblock.run.scenario import Scenario, load_workload, workload_names
+from ramblock.run.scripted import Guest, ScriptedGuest, is_converted
 from ramblock.run.tally import Outcome, Tally
 from ramblock.run.trace_writer import TRACE_VERSION, TraceWriter
-from ramblock.run.verifier import Region, Verifier, ViolationKind
-from ramblock.run.watched import FreeAccount, WatchedIommu, WatchedPrivate, WatchedShared, WatchedVm
+from ramblock.run.verifier import Region, Verifier
+from ramblock.run.watched import (
+    FreeAccount,
+    Watch,
+    WatchedShared,
+    WatchedStandIn,
+    WatchedTarget,
+    WatchedVm,
+)
 from ramblock.units import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from ramblock.run.machine import Machine
 
 __all__ = ["Progress", "Run"]
 
 _PROGRESS_EVERY = 64
+_REQUESTS = 26_000
+# With a vCPU or real devices, which may be emulated ones on an emulated machine, a hundred times slower: a minute or two there.
+_REQUESTS_ON_REAL_PARTS = 1_000
 
 
 class Progress(Protocol):
@@ -64,42 +72,19 @@ class Run:
 
     :param scenario: What to run.
     :param trace_path: Where to write the trace; None: nowhere.
-    :raises UsageError: Unknown workload, or faults that cannot be read.
+    :raises UsageError: Unknown workload, faults that cannot be read, or this host lacks what was asked for; the text says what.
     :raises TraceError: The workload is a trace that cannot be read.
-    :raises OSError: The host lacks memory, or a file cannot be opened.
+    :raises OSError: The host lacks memory, a file cannot be opened, or the kernel refused. Nothing is held, and devices are
+        bound to what they were bound to.
     """
 
     def __init__(self, scenario: Scenario, trace_path: Path | None = None) -> None:
         self._scenario = scenario
         self._faults = FaultPlan.parse(scenario.run.inject)
         self._recorded = self._find_recording()
-        devices = scenario.devices.count
-        if self._recorded is not None:
-            self._places = self._recorded.places
-            self._script = None
-        else:
-            self._places = plan_layout(int(scenario.guest.memory), int(scenario.guest.bios))
-            self._script = GuestScript(
-                load_workload(scenario.run.workload), self._places, devices, scenario.run.seed
-            )
-        self._trace = TraceWriter(trace_path)
-        self._emit_start()
-        names = [f"iommu{number}" for number in range(devices)]
-        regions = [Region(place.gpa, place.size, place.confidential) for place in self._places]
-        self._verifier = Verifier(regions, names)
-        self._account = FreeAccount()
-        self._tally = Tally()
-        self._peak_entries = 0
-        self._peak_shared = 0
-        self._memory = GuestMemory(WatchedVm(self._verifier, self._trace, self._faults))
-        self._memory.observer = self._note_state_change
-        self._watched_shared: list[WatchedShared] = []
-        self._private: dict[str, StandInPrivate] = {}
-        self._blocks = {place.name: self._make_block(place) for place in self._places}
-        self._iommus = [self._make_iommu(name) for name in names]
-        self._injected: InjectedTarget | None = None
-        self._mappers = self._attach()
-        self._devices = self._make_devices()
+        with ExitStack() as resources:
+            self._build(trace_path, resources)
+            self._resources = resources.pop_all()
 
     # -- building -------------------------------------------------------------------------------------------------
 
@@ -108,6 +93,71 @@ class Run:
         path = Path(name)
         return RecordedGuest(path) if name not in workload_names() and path.is_file() else None
 
+    def _build(self, trace_path: Path | None, resources: ExitStack) -> None:
+        """Make everything; what is made later is closed first."""
+        scenario = self._scenario
+        workload = None if self._recorded is not None else load_workload(scenario.run.workload)
+        self._places = (
+            plan_layout(int(scenario.guest.memory), int(scenario.guest.bios))
+            if self._recorded is None
+            else self._recorded.places
+        )
+        self._trace = resources.enter_context(TraceWriter(trace_path))
+        regions = [Region(place.gpa, place.size, place.confidential) for place in self._places]
+        self._ports = self._open_ports(resources)
+        self._watch = Watch(
+            Verifier(regions, self._ports.names), self._trace, self._faults, FreeAccount()
+        )
+        machine = self._open_machine(resources)
+        self._facts = GuestFacts(kind="script", why=self._why) if machine is None else machine.facts
+        self._emit_start()
+        devices = len(self._ports.names)
+        self._script = (
+            None
+            if workload is None
+            else GuestScript(workload, self._places, devices, scenario.run.seed)
+        )
+        vm = WatchedVm(self._watch) if machine is None else machine.vm
+        self._memory = CountedMemory(vm, self._watch.verifier, self._trace)
+        self._memory.observer = self._note_state_change
+        self._ram = GuestRam(self._places)
+        for place in self._places:
+            self._add_block(place, machine, resources)
+        self._injected: InjectedTarget | None = None
+        self._mappers = self._attach()
+        self._devices = self._make_devices()
+        self._guest = self._start_guest(machine, resources)
+
+    def _open_ports(self, resources: ExitStack) -> Ports:
+        devices = self._scenario.devices
+        ports: Ports
+        if devices.iommu == "soft":
+            pin = self._scenario.run.uncoordinated
+            ports = SoftPorts(devices.count, cut=devices.cut, pin=pin)
+        else:
+            # Not at the top: most runs need nothing of VFIO.
+            from ramblock.run.hardware import HardwarePorts
+            from ramblock.run.preflight import choose_devices, refuse_unless_ready
+
+            addresses = choose_devices(devices.pci)
+            refuse_unless_ready(devices.iommu, addresses)
+            ports = HardwarePorts(devices.iommu, addresses, first_free(self._places))
+        resources.callback(ports.close)
+        return ports
+
+    def _open_machine(self, resources: ExitStack) -> Machine | None:
+        self._why = ""
+        if self._scenario.guest.kind == "script":
+            return None
+        from ramblock.run.machine import Machine, open_kvm
+
+        kvm, self._why = open_kvm(self._scenario.guest.kind)
+        if kvm is None:
+            return None
+        machine = Machine(kvm, self._why, self._watch)
+        resources.callback(machine.close)
+        return machine
+
     def _emit_start(self) -> None:
         self._trace.emit(
             "start",
@@ -115,63 +165,78 @@ class Run:
             clock="CLOCK_MONOTONIC",
             page_size=PAGE_SIZE,
             blocks=[place._asdict() for place in self._places],
+            guest=self._facts.kind,
+            enforced_by=self._facts.enforced_by,
+            targets=self._targets(),
         )
 
-    def _make_block(self, place: BlockPlace) -> RamBlock:
-        watch = (place.gpa, self._verifier, self._trace, self._faults, self._account)
-        shared = WatchedShared(HostMemoryBackend(size=place.size).allocate(place.name), *watch)
-        self._watched_shared.append(shared)
+    def _targets(self) -> dict[str, str]:
+        return dict(zip(self._ports.names, self._ports.descriptions, strict=True))
+
+    def _add_block(self, place: BlockPlace, machine: Machine | None, resources: ExitStack) -> None:
+        backing = HostMemoryBackend(size=place.size).allocate(place.name)
+        shared = WatchedShared(backing, place.gpa, self._watch)
+        if isinstance(self._ports, SoftPorts):
+            self._ports.pin(shared)
         private = None
         if place.confidential:
-            self._private[place.name] = StandInPrivate(place.name, place.size)
-            private = WatchedPrivate(self._private[place.name], *watch)
+            private = (
+                WatchedStandIn(place.name, place.size, place.gpa, self._watch)
+                if machine is None
+                else machine.create_private(place)
+            )
+            self._ram.private[place.name] = private
+            resources.callback(private.close)
         block = RamBlock(place.name, shared, private, owns_private=False)
+        self._ram.blocks[place.name] = block
+        resources.callback(block.close)
         self._memory.map(block, place.gpa, readonly=not place.confidential)
-        return block
-
-    def _make_iommu(self, name: str) -> WatchedIommu:
-        if self._scenario.run.uncoordinated:
-            pinned = PinnedIommu()
-            for shared in self._watched_shared:
-                shared.pinned.append(pinned)
-            return WatchedIommu(name, pinned, self._verifier, self._trace)
-        return WatchedIommu(
-            name, SoftIommu(cut=self._scenario.devices.cut), self._verifier, self._trace
-        )
 
     def _attach(self) -> list[Mapper]:
+        targets = self._ports.watch(self._watch)
         if self._scenario.run.uncoordinated:
-            self._map_everything()
+            self._map_everything(targets)
             return []
         devices = self._scenario.devices
         mappers = []
-        for number, iommu in enumerate(self._iommus):
-            target: DmaTarget = iommu
+        for number, watched in enumerate(targets):
+            target: DmaTarget = watched
             if number == 0 and self._faults:
-                target = self._injected = InjectedTarget(iommu, self._faults)
+                target = self._injected = InjectedTarget(watched, self._faults)
+            budgets = (devices.max_mappings, self._ports.budget(number))
             mappers.append(
                 self._memory.attach(
-                    target, devices.mapping_policy, max_mappings=devices.max_mappings
+                    target,
+                    devices.mapping_policy,
+                    max_mappings=min(
+                        (limit for limit in budgets if limit is not None), default=None
+                    ),
                 )
             )
         return mappers
 
-    def _map_everything(self) -> None:
+    def _map_everything(self, targets: Sequence[WatchedTarget]) -> None:
         """Map all RAM once, and tell nobody of what comes: what a VMM without this mechanism does."""
-        for iommu in self._iommus:
+        for target in targets:
             for place in self._places:
-                block = self._blocks[place.name]
+                block = self._ram.blocks[place.name]
                 memory = HostRange(block.fd, 0, block.address, block.size)
-                iommu.map(place.gpa, memory, writable=place.confidential)
+                target.map(place.gpa, memory, writable=place.confidential)
 
-    def _make_devices(self) -> list[Device]:
+    def _make_devices(self) -> Sequence[Device]:
         ram = [(place.gpa, place.size) for place in self._places]
         forbidden = None if self._script is None else self._script.forbidden
-        seed = self._scenario.run.seed
-        return [
-            Device(number, iommu, self._verifier, seed, ram, forbidden)
-            for number, iommu in enumerate(self._iommus)
-        ]
+        return self._ports.make_devices(self._watch, self._scenario.run.seed, ram, forbidden)
+
+    def _start_guest(self, machine: Machine | None, resources: ExitStack) -> Guest:
+        parts = (self._memory, self._ram, self._devices, self._watch.verifier)
+        if machine is None:
+            return ScriptedGuest(*parts)
+        from ramblock.run.programmed import ProgrammedGuest
+
+        program = machine.start_program(self._places)
+        resources.callback(program.close)
+        return ProgrammedGuest(program, *parts, enforced=machine.enforced)
 
     # -- running --------------------------------------------------------------------------------------------------
 
@@ -180,19 +245,35 @@ class Run:
         Run it, compare everything, and give everything back.
 
         Ctrl-C ends the run early, not the report. The trace is written in any case.
+
+        :raises GuestProgramError: The guest on the vCPU cannot go on; everything is given back.
+        :raises StuckGuestError: It faults for ever; likewise.
         """
         began = perf_counter_ns()
         interrupted = False
-        try:
-            for device in self._devices:
-                device.start()
-            self._work(progress)
-        except KeyboardInterrupt:
-            interrupted = True
-        elapsed = perf_counter_ns() - began
+        with ExitStack() as on_failure:
+            on_failure.callback(self._close)
+            on_failure.callback(self._stop_devices)
+            try:
+                for device in self._devices:
+                    device.start()
+                self._work(progress)
+            except KeyboardInterrupt:
+                interrupted = True
+            elapsed = perf_counter_ns() - began
+            self._stop_devices()
+            on_failure.pop_all()
+        return self._finish(elapsed, interrupted=interrupted)
+
+    def _stop_devices(self) -> None:
         for device in self._devices:
             device.stop()
-        return self._finish(elapsed, interrupted=interrupted)
+
+    @property
+    def _wanted(self) -> int:
+        """How many requests there are to be."""
+        real = self._facts.kind == "kvm" or self._scenario.devices.iommu != "soft"
+        return self._scenario.run.conversions or (_REQUESTS_ON_REAL_PARTS if real else _REQUESTS)
 
     def _requests(self) -> Iterator[Request]:
         if self._recorded is not None:
@@ -204,7 +285,7 @@ class Run:
             boot += 1
             yield request
         self._arm()
-        yield from islice(self._script.steady(), max(self._scenario.run.conversions - boot, 0))
+        yield from islice(self._script.steady(), max(self._wanted - boot, 0))
 
     def _arm(self) -> None:
         """Faults on purpose count from here."""
@@ -213,101 +294,21 @@ class Run:
             self._injected.arm()
 
     def _work(self, progress: Progress) -> None:
-        total = None if self._recorded is not None else self._scenario.run.conversions
+        total = None if self._recorded is not None else self._wanted
+        tally, counts = self._memory.tally, self._watch.verifier.counts
         if self._recorded is not None:
             self._arm()
         for number, request in enumerate(self._requests(), 1):
-            outcome = self._serve(request)
+            outcome = self._guest.serve(request)
             if self._script is not None:
-                self._script.done(request, converted=outcome in (Outcome.DONE, Outcome.UNCHANGED))
+                self._script.done(request, converted=is_converted(outcome))
             if number % _PROGRESS_EVERY == 0:
-                progress.update(number, total, self._tally, self._verifier.counts.total())
+                progress.update(number, total, tally, counts.total())
             if outcome is Outcome.POISONED:
                 break  # a VMM stops the guest here
-        progress.update(self._tally.requests, total, self._tally, self._verifier.counts.total())
-
-    def _serve(self, request: Request) -> Outcome:
-        """Do what a driver does around one request, and the request."""
-        buffer = request.buffer
-        if request.action is Action.FREE and buffer is not None:
-            self._devices[buffer.device].take(buffer)
-            self._check_content(buffer)
-        outcome = self._convert(request)
-        if buffer is None:
-            return outcome
-        converted = outcome in (Outcome.DONE, Outcome.UNCHANGED)
-        if request.to is PageState.PRIVATE and converted:
-            self._touch_privately(buffer)
-        elif converted or request.action is Action.FREE:
-            self._devices[buffer.device].give(buffer)
-        return outcome
-
-    def _convert(self, request: Request) -> Outcome:
-        watching = self._verifier.spent_here_ns()
-        reason = ""
-        began = perf_counter_ns()
-        try:
-            result = self._memory.convert(request.gpa, request.size, request.to)
-        except ConversionInterrupted:
-            raise
-        except RamblockError as error:
-            ended = perf_counter_ns()
-            outcome, reason = _classify(error)
         else:
-            ended = perf_counter_ns()
-            outcome = Outcome.DONE if result.changed_bytes else Outcome.UNCHANGED
-            self._count(request, result.changed_bytes, result.map_calls, result.unmap_calls)
-        spent = self._verifier.spent_here_ns() - watching
-        self._tally.note(
-            request.action.value, max(request.size, 0), outcome, max(ended - began - spent, 0)
-        )
-        if reason:
-            self._tally.reasons[reason] += 1
-        if self._trace.active:
-            self._trace.emit(
-                "conversion",
-                gpa=_encodable(request.gpa),
-                size=_encodable(request.size),
-                to=request.to,
-                action=request.action,
-                result=outcome,
-                took=ended - began,
-                **({"reason": reason} if reason else {}),
-            )
-        return outcome
-
-    def _count(self, request: Request, changed: int, map_calls: int, unmap_calls: int) -> None:
-        tally = self._tally
-        tally.changed_bytes += changed
-        tally.map_calls += map_calls
-        tally.unmap_calls += unmap_calls
-        if request.to is PageState.SHARED:
-            tally.pages_to_shared += changed // PAGE_SIZE
-        else:
-            tally.pages_to_private += changed // PAGE_SIZE
-        self._peak_shared = max(self._peak_shared, tally.pages_to_shared - tally.pages_to_private)
-        self._peak_entries = max(
-            self._peak_entries, sum(mapper.entries for mapper in self._mappers)
-        )
-
-    def _check_content(self, buffer: Buffer) -> None:
-        """Read, as the guest, what the device wrote last: it must be there."""
-        place, block = self._block_at(buffer.gpa)
-        for offset, data in buffer.written.items():
-            if block.read(buffer.gpa - place.gpa + offset, len(data)) != data:
-                device = self._iommus[buffer.device].name
-                self._verifier.violation(
-                    ViolationKind.LOST_WRITE, device, buffer.gpa + offset, len(data)
-                )
-
-    def _touch_privately(self, buffer: Buffer) -> None:
-        """Use the page privately, so that there is something to free when it is shared again."""
-        place, _ = self._block_at(buffer.gpa)
-        self._private[place.name].write(buffer.gpa - place.gpa, b"private")
-
-    def _block_at(self, gpa: int) -> tuple[BlockPlace, RamBlock]:
-        place = next(place for place in self._places if place.gpa <= gpa < place.end)
-        return place, self._blocks[place.name]
+            self._guest.finish()
+        progress.update(tally.requests, total, tally, counts.total())
 
     def _note_state_change(self, event: StateChanged) -> None:
         self._trace.emit(
@@ -322,47 +323,54 @@ class Run:
     # -- the end --------------------------------------------------------------------------------------------------
 
     def _finish(self, elapsed: int, *, interrupted: bool) -> RunReport:
-        memory = self._memory
+        memory, verifier = self._memory, self._watch.verifier
         shared = list(memory.ranges(PageState.SHARED))
-        tables = {
-            iommu.name: [(mapping.iova, mapping.size) for mapping in iommu.inner.mappings()]
-            for iommu in self._iommus
-        }
         attached = not self._scenario.run.uncoordinated and not memory.poisoned
-        watching_ns = self._verifier.spent_ns()
-        self._verifier.compare(shared, tables, attached=attached)
+        watching_ns = verifier.spent_ns()
+        verifier.compare(shared, self._ports.tables(), attached=attached)
+        if attached:
+            writable = [
+                (start, end - start)
+                for gpa, size in shared
+                for place in self._places
+                if place.confidential
+                and (start := max(gpa, place.gpa)) < (end := min(gpa + size, place.end))
+            ]
+            self._ports.audit(writable, list(memory.ranges(PageState.PRIVATE)))
         if self._injected is not None:
             self._injected.account()
         state = "".join(f"{gpa:x}+{size:x}\n" for gpa, size in shared)
         report = RunReport(
             scenario=self._scenario,
+            guest=self._facts,
+            targets=self._targets(),
             places=self._places,
-            tally=self._tally,
-            verifier=self._verifier,
+            tally=memory.tally,
+            verifier=verifier,
             devices=[device.counts for device in self._devices],
             device_errors=[
                 repr(device.error) for device in self._devices if device.error is not None
             ],
             entries={mapper_name(mapper): mapper.entries for mapper in self._mappers},
+            kernel_entries=self._ports.kernel_entries() if attached else {},
             policy=self._mappers[0].policy.value if self._mappers else "none",
-            peak_entries=self._peak_entries,
-            peak_shared_pages=self._peak_shared,
+            peak_entries=memory.peak_entries,
+            peak_shared_pages=memory.peak_shared_pages,
             in_doubt=[(gpa, size, repr(target)) for gpa, size, target in memory.in_doubt()],
             poisoned=memory.poisoned,
-            freed_bytes=self._account.freed_bytes,
-            not_freed_bytes=sum(block.not_freed_bytes for block in self._blocks.values()),
-            orphaned_bytes=sum(
-                iommu.inner.orphaned_bytes
-                for iommu in self._iommus
-                if isinstance(iommu.inner, PinnedIommu)
-            ),
+            freed_bytes=self._watch.account.freed_bytes,
+            not_freed_bytes=sum(block.not_freed_bytes for block in self._ram.blocks.values()),
+            orphaned_bytes=self._ports.freed_while_mapped(),
             injected=dict(+self._faults.happened),
             state_hash=hashlib.sha256(state.encode()).hexdigest()[:16],
             elapsed_ns=elapsed,
             watching_ns=watching_ns,
             interrupted=interrupted,
         )
-        self._close()
+        try:
+            self._close()
+        except (RamblockError, OSError) as error:
+            report.device_errors.append(repr(error))
         report.trace_error = self._trace.error
         report.trace_events = self._trace.events
         return report
@@ -370,46 +378,9 @@ class Run:
     def _close(self) -> None:
         self._memory.observer = None
         self._trace.close()
-        for block in self._blocks.values():
-            block.close()
-        for private in self._private.values():
-            private.close()
-        for iommu in self._iommus:
-            iommu.close()
+        self._resources.close()
 
 
 def mapper_name(mapper: Mapper) -> str:
     """Name a mapper after its IOMMU."""
     return repr(mapper.target)
-
-
-def _classify(error: RamblockError) -> tuple[Outcome, str]:
-    """Tell what a failed conversion counts as, and why it failed, in a few words."""
-    if isinstance(error, PoisonedError):
-        return Outcome.POISONED, str(error)
-    if isinstance(error, ConversionError):
-        return Outcome.ROLLED_BACK, f"step {error.step!r} failed: {error.__cause__}"
-    if isinstance(error, MappingLimitError):
-        return Outcome.OVER_BUDGET, f"the budget of {error.limit} mappings is used up"
-    if isinstance(error, UsageError):
-        return Outcome.REFUSED, _usage_reason(error)
-    raise error
-
-
-_USAGE_REASONS = (
-    ("nothing is mapped", "a hole"),
-    ("no private backing", "RAM without private backing"),
-    ("not aligned", "not aligned to pages"),
-    ("does not lie in", "past the end of the address space"),
-    ("must not be negative", "a negative address"),
-)
-
-
-def _usage_reason(error: UsageError) -> str:
-    text = str(error)
-    return next((reason for part, reason in _USAGE_REASONS if part in text), text)
-
-
-def _encodable(value: int) -> int | str:
-    """Write a number as JSON readers take it; hostile ones do not fit into 64 bits."""
-    return value if 0 <= value < 1 << 64 else hex(value)

@@ -13,11 +13,12 @@ As on QEMU's q35 machine (hw/i386/pc_q35.c); the high part lies on two nodes, so
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ramblock.units import GIB, MIB
 
-__all__ = ["BlockPlace", "plan_layout"]
+__all__ = ["BlockPlace", "first_free", "plan_layout"]
 
 _ALIGN = 2 * MIB
 
@@ -53,3 +54,8 @@ def plan_layout(memory: int, bios: int) -> list[BlockPlace]:
     places.append(BlockPlace("high0", 4 * GIB, node0, confidential=True))
     places.append(BlockPlace("high1", 4 * GIB + node0, high - node0, confidential=True))
     return places
+
+
+def first_free(places: Sequence[BlockPlace]) -> int:
+    """Find an address behind all of *places*, a multiple of 2 MiB."""
+    return -(-max(place.end for place in places) // _ALIGN) * _ALIGN

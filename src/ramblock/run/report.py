@@ -13,7 +13,34 @@ from ramblock.run.tally import Outcome, Tally
 from ramblock.run.verifier import Verifier
 from ramblock.units import PAGE_SIZE
 
-__all__ = ["RunReport"]
+__all__ = ["GuestFacts", "RunReport"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestFacts:
+    """What made the requests, and who kept the page attributes."""
+
+    kind: str
+    """``kvm`` or ``script``."""
+    why: str = ""
+    """Why it was chosen, where it was left to the run."""
+    call: str | None = None
+    """What the guest asks with."""
+    vm_type: str | None = None
+    """Type of the VM."""
+    enforced: bool = False
+    """Whether the kernel enforces page attributes; otherwise they are only tracked."""
+    private: str = "a stand-in"
+    """What private pages are in."""
+
+    @property
+    def enforced_by(self) -> str:
+        """Who enforces page attributes, in a few words."""
+        if self.enforced:
+            return "KVM"
+        if self.kind == "kvm":
+            return "tracked only: this KVM does not know private pages"
+        return "tracked only: no KVM in this run"
 
 
 @dataclass(kw_only=True)
@@ -21,6 +48,9 @@ class RunReport:
     """Everything that is known at the end of a run."""
 
     scenario: Scenario
+    guest: GuestFacts
+    targets: dict[str, str]
+    """What each device is and sits behind, by the name of its target."""
     places: list[BlockPlace]
     tally: Tally
     verifier: Verifier
@@ -28,6 +58,8 @@ class RunReport:
     device_errors: list[str]
     entries: dict[str, int]
     """Mappings at the end, by device."""
+    kernel_entries: dict[str, int]
+    """The same as the kernel counts them, where it does."""
     policy: str
     """What AUTO came to; ``none`` without coordination."""
     peak_entries: int
@@ -58,6 +90,7 @@ class RunReport:
             not self.verifier.clean
             or self.poisoned
             or bool(self.device_errors)
+            or self.miscounted
             or self.trace_error is not None
         )
 
@@ -65,6 +98,11 @@ class RunReport:
     def exit_code(self) -> int:
         """0 clean, 1 a violation or a failure, 130 interrupted."""
         return 130 if self.interrupted else int(self.failed)
+
+    @property
+    def miscounted(self) -> bool:
+        """Whether the kernel counts other mappings than we do."""
+        return any(self.entries.get(name) != count for name, count in self.kernel_entries.items())
 
     def devices_total(self) -> DeviceCounts:
         """All devices together."""
@@ -92,11 +130,17 @@ class RunReport:
             "guest": {
                 "memory": self.scenario.guest.memory,
                 "blocks": [place._asdict() for place in self.places],
+                "kind": self.guest.kind,
+                "why": self.guest.why,
+                "call": self.guest.call,
+                "vm_type": self.guest.vm_type,
+                "private": self.guest.private,
             },
+            "targets": self.targets,
             "seed": self.scenario.run.seed,
             "workload": self.scenario.run.workload,
             "coordinated": not self.scenario.run.uncoordinated,
-            "enforced_by": "tracked only: no KVM in this run",
+            "enforced_by": self.guest.enforced_by,
             "conversions": {
                 "requests": tally.requests,
                 "outcomes": {outcome.value: tally.outcomes[outcome] for outcome in Outcome},
@@ -110,6 +154,7 @@ class RunReport:
                 "map_calls": tally.map_calls,
                 "unmap_calls": tally.unmap_calls,
                 "entries": self.entries,
+                "kernel_entries": self.kernel_entries,
                 "peak_entries": self.peak_entries,
                 "one_per_page": self.per_page(),
             },

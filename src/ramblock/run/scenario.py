@@ -51,12 +51,14 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Guest(_Strict, frozen=True):
-    """The guest's memory."""
+    """The guest: its memory, and what it runs on."""
 
     memory: Size = Size(4 * GIB)
     """Below 2 GiB first, the rest from 4 GiB up on two NUMA nodes."""
     bios: Size = Size(4 * MIB)
     """Ordinary RAM that ends at 4 GiB, read-only for devices; 0: none."""
+    kind: Literal["auto", "kvm", "script"] = "auto"
+    """A vCPU of KVM, or only a script; ``auto``: a vCPU where KVM enforces page attributes."""
 
 
 class Devices(_Strict, frozen=True):
@@ -67,7 +69,11 @@ class Devices(_Strict, frozen=True):
     max_mappings: Positive | None = None
     """The operator's budget per device."""
     cut: bool = True
-    """Whether the IOMMUs can cut."""
+    """Whether the software IOMMUs can cut."""
+    iommu: Literal["soft", "type1", "iommufd", "iommufd-native", "iommufd-cutting"] = "soft"
+    """What maps for the devices; but for ``soft``, the devices are real ones of this host, and ``count`` has no meaning."""
+    pci: list[str] = []
+    """Addresses of the real devices; none: the edu and the iommu-testdev that are there."""
 
     @property
     def mapping_policy(self) -> MappingPolicy:
@@ -78,7 +84,8 @@ class Devices(_Strict, frozen=True):
 class Job(_Strict, frozen=True):
     """How long to run, and what to do to it."""
 
-    conversions: Positive = 26_000
+    conversions: Positive | None = None
+    """Requests in all, those of boot among them; None: as many as suit the kind of guest."""
     seed: int = 1
     workload: str = "linux"
     """A named workload, or the path of a trace written by ``--trace``."""
@@ -187,8 +194,14 @@ def check_scenario(scenario: Scenario, where: str) -> None:
     Check what the types cannot say.
 
     :param where: The file or the command line, for the message.
-    :raises UsageError: Too little memory; the text says how much.
+    :raises UsageError: Too little memory; the text says how much. Or real devices without a real IOMMU.
     """
+    if scenario.devices.pci and scenario.devices.iommu == "soft":
+        raise UsageError(
+            f"{where}: devices.pci: {', '.join(scenario.devices.pci)} behind a software IOMMU",
+            value=scenario.devices.pci,
+            expected="devices.iommu (--iommu) to be a real one",
+        )
     if scenario.guest.memory < _LEAST_MEMORY:
         raise UsageError(
             f"{where}: guest.memory: {format_size(scenario.guest.memory)} is too small,"

@@ -30,7 +30,10 @@ class ViolationKind(Enum):
     """What must never happen; worst first."""
 
     DEVICE_REACHED_PRIVATE = "a device reached a private page"
+    PRIVATE_SEEN = "the host sees what the guest wrote to a private page"
     LOST_WRITE = "a device's write was never seen by the guest"
+    LOST_DATA = "the guest does not find what it wrote"
+    HOST_BLIND = "the host does not see what the guest wrote to a shared page"
     FREED = "a freed page is mapped"
     STALE = "stale mapping: a private page is mapped"
     MISSING = "missing mapping: a shared page is not mapped"
@@ -216,15 +219,16 @@ class Verifier:
         Compare everything: page states with attributes, and each IOMMU's table with both.
 
         :param shared: What the memory says is shared, as (gpa, size).
-        :param mappings: What each IOMMU says is mapped, as (iova, size).
+        :param mappings: What each IOMMU says is mapped, as (iova, size). Of one that does not say it is what was seen to
+            be mapped.
         :param attached: Whether the IOMMUs are meant to map exactly what is shared.
         """
         with self._timed():
             says = self._paint(shared)
             for index, region in enumerate(self.regions):
                 self._differ(ViolationKind.STATE, "", index, says[index], region.shared)
-            for target, table in mappings.items():
-                painted = self._paint(table)
+            for target, seen in self.mapped.items():
+                painted = self._paint(mappings[target]) if target in mappings else seen
                 for index, region in enumerate(self.regions):
                     self._differ(
                         ViolationKind.UNMAP_COUNT,

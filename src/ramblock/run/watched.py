@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from ramblock.dma.soft import SoftIommu
-from ramblock.dma.target import DmaCapabilities, HostRange
+from ramblock.dma.target import DmaCapabilities, DmaTarget, HostRange
 from ramblock.errors import IommuFault
 from ramblock.memory.backing import SharedBacking, StandInPrivate
 from ramblock.run.faults import FaultPlan
@@ -12,7 +15,16 @@ from ramblock.run.pinned import PinnedIommu
 from ramblock.run.trace_writer import TraceWriter
 from ramblock.run.verifier import Verifier
 
-__all__ = ["FreeAccount", "WatchedIommu", "WatchedPrivate", "WatchedShared", "WatchedVm"]
+__all__ = [
+    "FreeAccount",
+    "PrivateFree",
+    "Watch",
+    "WatchedIommu",
+    "WatchedShared",
+    "WatchedStandIn",
+    "WatchedTarget",
+    "WatchedVm",
+]
 
 
 class FreeAccount:
@@ -29,101 +41,121 @@ class FreeAccount:
             self.freed_bytes += max(before - after, 0)
 
 
-class WatchedIommu:
+class Watch(NamedTuple):
+    """Who watches."""
+
+    verifier: Verifier
+    trace: TraceWriter
+    faults: FaultPlan
+    account: FreeAccount
+
+
+class WatchedTarget:
     """
-    An IOMMU whose real effects are watched. Fault injection goes around it, so the verifier sees what really happened.
+    A DMA target whose real effects are watched. Fault injection goes around it, so the verifier sees what really happened.
 
     :param name: In reports and traces.
-    :param inner: The IOMMU.
+    :param inner: The target.
     """
 
-    def __init__(self, name: str, inner: SoftIommu, verifier: Verifier, trace: TraceWriter) -> None:
+    def __init__(self, name: str, inner: DmaTarget, watch: Watch) -> None:
         self.name = name
-        self.inner = inner
-        self._verifier = verifier
-        self._trace = trace
+        self._target = inner
+        self._verifier = watch.verifier
+        self._trace = watch.trace
 
     @property
     def capabilities(self) -> DmaCapabilities:
-        """Those of the IOMMU."""
-        return self.inner.capabilities
+        """Those of the target."""
+        return self._target.capabilities
 
     def map(self, iova: int, memory: HostRange, *, writable: bool = True) -> None:
         """Map, watched."""
         self._verifier.about_to_map(self.name, iova, memory.size)
-        self.inner.map(iova, memory, writable=writable)
+        self._target.map(iova, memory, writable=writable)
         self._verifier.has_mapped(self.name, iova, memory.size)
         self._trace.emit("map", target=self.name, iova=iova, size=memory.size, writable=writable)
 
     def unmap(self, iova: int, size: int) -> int:
         """Unmap, watched."""
-        removed = self.inner.unmap(iova, size)
+        removed = self._target.unmap(iova, size)
         self._verifier.has_unmapped(self.name, iova, size, removed)
         self._trace.emit("unmap", target=self.name, iova=iova, size=size, unmapped=removed)
         return removed
 
     def close(self) -> None:
-        """Close the IOMMU."""
-        self.inner.close()
+        """Close the target."""
+        self._target.close()
 
-    def device_read(self, iova: int, size: int) -> bytes:
-        """Read as the device behind it; an access that should have faulted is a violation."""
-        since = self._verifier.before_access()
-        try:
-            data = self.inner.read(iova, size)
-        except IommuFault:
-            self._trace.emit("fault", target=self.name, iova=iova, size=size, write=False)
-            raise
+    def before_access(self) -> int:
+        """Take a time stamp before an access of the device behind it."""
+        return self._verifier.before_access()
+
+    def note_access(self, iova: int, size: int, since: int) -> None:
+        """Note an access that was let through; one that should have faulted is a violation."""
         self._verifier.device_reached(self.name, iova, size, since)
-        return data
 
-    def device_write(self, iova: int, data: bytes) -> None:
-        """Write as the device behind it; an access that should have faulted is a violation."""
-        since = self._verifier.before_access()
-        try:
-            self.inner.write(iova, data)
-        except IommuFault:
-            self._trace.emit("fault", target=self.name, iova=iova, size=len(data), write=True)
-            raise
-        self._verifier.device_reached(self.name, iova, len(data), since)
+    def note_fault(self, iova: int, size: int, *, write: bool) -> None:
+        """Note an access that was refused."""
+        self._trace.emit("fault", target=self.name, iova=iova, size=size, write=write)
 
     def __repr__(self) -> str:
         return self.name
 
 
-class WatchedVm:
-    """Page attributes that only the verifier and the trace keep: there is no kernel in this run."""
+class WatchedIommu(WatchedTarget):
+    """A software IOMMU, watched; and the accesses of the device behind it."""
 
-    def __init__(self, verifier: Verifier, trace: TraceWriter, faults: FaultPlan) -> None:
-        self._verifier = verifier
-        self._trace = trace
-        self._faults = faults
+    def __init__(self, name: str, inner: SoftIommu, watch: Watch) -> None:
+        super().__init__(name, inner, watch)
+        self.inner = inner
+
+    def device_read(self, iova: int, size: int) -> bytes:
+        """Read as the device behind it; an access that should have faulted is a violation."""
+        since = self.before_access()
+        try:
+            data = self.inner.read(iova, size)
+        except IommuFault:
+            self.note_fault(iova, size, write=False)
+            raise
+        self.note_access(iova, size, since)
+        return data
+
+    def device_write(self, iova: int, data: bytes) -> None:
+        """Write as the device behind it; an access that should have faulted is a violation."""
+        since = self.before_access()
+        try:
+            self.inner.write(iova, data)
+        except IommuFault:
+            self.note_fault(iova, len(data), write=True)
+            raise
+        self.note_access(iova, len(data), since)
+
+
+class WatchedVm:
+    """Page attributes that only the verifier and the trace keep: there is no kernel behind them."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
 
     def set_memory_attributes(self, gpa: int, size: int, private: bool) -> None:  # noqa: FBT001 - a fixed name
         """Set, watched."""
-        self._faults.attribute()
-        self._verifier.about_to_set_attribute(gpa, size, private=private)
-        self._trace.emit("attributes", gpa=gpa, size=size, private=private)
+        self._watch.faults.attribute()
+        self._watch.verifier.about_to_set_attribute(gpa, size, private=private)
+        self.set_for_guest(gpa, size, private=private)
+        self._watch.trace.emit("attributes", gpa=gpa, size=size, private=private)
+
+    def set_for_guest(self, gpa: int, size: int, *, private: bool) -> None:
+        """Set them where the guest meets them: nowhere."""
 
 
 class WatchedShared:
     """A block's shared backing; its frees are watched."""
 
-    def __init__(
-        self,
-        inner: SharedBacking,
-        gpa: int,
-        verifier: Verifier,
-        trace: TraceWriter,
-        faults: FaultPlan,
-        account: FreeAccount,
-    ) -> None:
+    def __init__(self, inner: SharedBacking, gpa: int, watch: Watch) -> None:
         self._inner = inner
         self._gpa = gpa
-        self._verifier = verifier
-        self._trace = trace
-        self._faults = faults
-        self._account = account
+        self._watch = watch
         #: IOMMUs that hold on to freed pages; only in a run without coordination.
         self.pinned: list[PinnedIommu] = []
         self.fd = inner.fd
@@ -137,46 +169,62 @@ class WatchedShared:
 
     def discard(self, offset: int, size: int) -> None:
         """Free, watched."""
-        self._faults.free()
+        verifier, trace, faults, account = self._watch
+        faults.free()
         gpa = self._gpa + offset
-        self._verifier.about_to_free_shared(gpa, size)
+        verifier.about_to_free_shared(gpa, size)
         for iommu in self.pinned:
             iommu.about_to_free(gpa, size)
         before = self._inner.allocated_bytes()
         self._inner.discard(offset, size)
-        self._account.note(before, self._inner.allocated_bytes())
-        self._trace.emit("free", side="shared", gpa=gpa, size=size)
+        account.note(before, self._inner.allocated_bytes())
+        trace.emit("free", side="shared", gpa=gpa, size=size)
 
 
-class WatchedPrivate:
-    """A block's private backing; its frees are watched."""
+class WatchedStandIn(StandInPrivate):
+    """A block's private backing where no kernel has one; its frees are watched."""
 
-    def __init__(
-        self,
-        inner: StandInPrivate,
-        gpa: int,
-        verifier: Verifier,
-        trace: TraceWriter,
-        faults: FaultPlan,
-        account: FreeAccount,
-    ) -> None:
-        self._inner = inner
-        self._gpa = gpa
-        self._verifier = verifier
-        self._trace = trace
-        self._faults = faults
-        self._account = account
-        self.fd = inner.fd
-        self.size = inner.size
-        self.write = inner.write
-        self.close = inner.close
+    def __init__(self, name: str, size: int, gpa: int, watch: Watch) -> None:
+        super().__init__(name, size)
+        self._free = PrivateFree(gpa, watch, super().discard, self.allocated_bytes)
 
     def discard(self, offset: int, size: int) -> None:
         """Free, watched."""
-        self._faults.free()
+        self._free(offset, size)
+
+    def use(self, offset: int) -> None:
+        """Use a page in the guest's name, so that there is something to free."""
+        self.write(offset, b"private")
+
+
+class PrivateFree:
+    """
+    A free of private memory, watched.
+
+    :param gpa: Where the memory begins for the guest.
+    :param discard: What frees.
+    :param allocated: Bytes in use; None where the kernel does not tell.
+    """
+
+    def __init__(
+        self,
+        gpa: int,
+        watch: Watch,
+        discard: Callable[[int, int], None],
+        allocated: Callable[[], int | None],
+    ) -> None:
+        self._gpa = gpa
+        self._watch = watch
+        self._discard = discard
+        self._allocated = allocated
+
+    def __call__(self, offset: int, size: int) -> None:
+        """Free."""
+        verifier, trace, faults, account = self._watch
+        faults.free()
         gpa = self._gpa + offset
-        self._verifier.about_to_free_private(gpa, size)
-        before = self._inner.allocated_bytes()
-        self._inner.discard(offset, size)
-        self._account.note(before, self._inner.allocated_bytes())
-        self._trace.emit("free", side="private", gpa=gpa, size=size)
+        verifier.about_to_free_private(gpa, size)
+        before = self._allocated()
+        self._discard(offset, size)
+        account.note(before, self._allocated())
+        trace.emit("free", side="private", gpa=gpa, size=size)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The blocks of a run's guest, by guest address, as the host sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ramblock.memory.block import RamBlock
+from ramblock.run.layout import BlockPlace
+
+__all__ = ["GuestRam", "UsablePrivate"]
+
+
+class UsablePrivate(Protocol):
+    """A private backing that the run can use in the guest's name."""
+
+    def use(self, offset: int) -> None:
+        """Use the page at *offset*, so that there is something to free."""
+
+    def close(self) -> None:
+        """Give it back."""
+
+
+class GuestRam:
+    """All blocks: the run adds them while it builds the guest."""
+
+    def __init__(self, places: Sequence[BlockPlace]) -> None:
+        self.places = places
+        self.blocks: dict[str, RamBlock] = {}
+        self.private: dict[str, UsablePrivate] = {}
+
+    def _place(self, gpa: int) -> BlockPlace:
+        return next(place for place in self.places if place.gpa <= gpa < place.end)
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Read the shared side, inside one block, as the host does: in any state of the pages."""
+        place = self._place(gpa)
+        return self.blocks[place.name].read(gpa - place.gpa, size)
+
+    def use_privately(self, gpa: int) -> None:
+        """Use a private page in the guest's name."""
+        place = self._place(gpa)
+        self.private[place.name].use(gpa - place.gpa)
