@@ -51,7 +51,17 @@ class InPlaceBacking(SharedBacking, PrivateBacking, Protocol):
         """
 
 
-_MEMBERS = "fd address size page_size read write discard allocated_bytes close".split()
+_MEMBERS = (
+    "fd",
+    "address",
+    "size",
+    "page_size",
+    "read",
+    "write",
+    "discard",
+    "allocated_bytes",
+    "close",
+)
 
 
 def is_in_place(private: object) -> TypeGuard[InPlaceBacking]:
