@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import shlex
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -15,13 +16,13 @@ from pathlib import Path
 from lab import build, emulator, kernel, suite, virtme
 from lab.build import Lab
 from lab.cache import Cache
-from lab.errors import LabError
+from lab.errors import EXIT_LAB, LabError
 from lab.variants import VARIANTS
 from lab.vm import Machine, Work
 
 __all__ = ["main", "make_parser"]
 
-EXIT_FAILED, EXIT_USAGE, EXIT_LAB, EXIT_INTERRUPTED = 1, 2, 125, 130
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # as a shell has it for SIGINT and SIGPIPE
 
 _EPILOG = f"""\
 exit codes: boot: that of the command; test: 0 all passed, 1 some failed or none ran; {EXIT_LAB} the lab itself failed (it
@@ -107,8 +108,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and arguments.command != "test":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
-    # As for Ctrl-C: what runs for us ends with us.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code: int = arguments.start(arguments)
         return code
@@ -118,6 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lab: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # `... | head`: whoever read has enough. Nothing more is to be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
 
 
 def _file(text: str) -> Path:
@@ -141,7 +144,7 @@ def _boot(arguments: argparse.Namespace) -> int:
     command = words[0] if len(words) == 1 else shlex.join(words)
     work = Work(
         command=command,
-        name=Path(command.split()[0]).name,
+        name=command,
         directory=Path.cwd(),
         places=suite.places(),
         environment=suite.environment(),
@@ -160,53 +163,38 @@ def _boot(arguments: argparse.Namespace) -> int:
 
 
 def _test(arguments: argparse.Namespace) -> int:
-    options, host_paths, inside_paths = suite.split_arguments(arguments.rest)
+    if lacking := [name for name in ("pytest", "ramblock") if not importlib.util.find_spec(name)]:
+        raise LabError(f"{sys.executable} has no {' and no '.join(lacking)}; run: make lab-test")
     lab = _provided(arguments)
-    some = bool(host_paths or inside_paths)
-    names = arguments.variant or [suite.HOST, *VARIANTS]
     outcomes = []
-    for name in names:
-        paths = host_paths if name == suite.HOST else inside_paths
-        if some and not paths:
+    # With a kernel of somebody's own there are no headers of it.
+    host = [suite.HOST] if lab.headers else []
+    for part in suite.parts(arguments.variant or [*host, *VARIANTS], arguments.rest):
+        machine = None if part.name == suite.HOST else _machine(lab, part.name)
+        if arguments.dry_run:
+            if machine is None:
+                print(shlex.join(suite.host_command(part)))
+            else:
+                _print_run(machine, suite.work_for(part, arguments.timeout))
             continue
-        if name == suite.HOST:
-            everything, selected = ["tests/lab/host"], bool(arguments.rest)
+        print(f"lab: {part.name}", flush=True)
+        if machine is None:
+            outcomes.append(suite.run_host(lab, part))
         else:
-            everything, selected = ["tests/lab"], bool(arguments.rest)
-        pytest_arguments = [*options, *(paths or everything)]
-        if name != suite.HOST:
-            machine = _machine(lab, name)
-            if arguments.dry_run:
-                _print_run(machine, suite.work_for(pytest_arguments, arguments.timeout))
-                continue
-        elif arguments.dry_run:
-            print(shlex.join([sys.executable, "-m", "pytest", *pytest_arguments]))
-            continue
-        print(f"lab: {name}", flush=True)
-        if name == suite.HOST:
-            outcomes.append(suite.run_host(lab, pytest_arguments, selected=selected))
-        else:
-            outcomes.append(
-                suite.run_variant(
-                    machine, pytest_arguments, timeout=arguments.timeout, selected=selected
-                )
-            )
+            outcomes.append(suite.run_variant(machine, part, timeout=arguments.timeout))
     if arguments.dry_run:
         return 0
     print(suite.summary(outcomes))
-    if any(outcome.lost for outcome in outcomes):
-        return EXIT_LAB
-    ran = any(outcome.counts.passed or outcome.counts.failed for outcome in outcomes)
-    return 0 if ran and not any(outcome.failed for outcome in outcomes) else EXIT_FAILED
+    return suite.exit_code(outcomes)
 
 
 def _list(arguments: argparse.Namespace) -> int:
     for variant in VARIANTS.values():
         print(f"{variant.name:<12} {variant.about}")
     cache = Cache()
-    current = {name: find(cache) for name, find in _FINDERS.items()}
+    current = {name: find(cache) for name, find in FINDERS.items()}
     print()
-    for kind in _FINDERS:
+    for kind in FINDERS:
         for entry in cache.entries(kind):
             mark = "*" if entry == current[kind] else " "
             facts = " ".join(
@@ -222,9 +210,9 @@ def _clean(arguments: argparse.Namespace) -> int:
         current = (
             set()
             if arguments.all
-            else {entry.path for find in _FINDERS.values() if (entry := find(cache))}
+            else {entry.path for find in FINDERS.values() if (entry := find(cache))}
         )
-        for kind in _FINDERS:
+        for kind in FINDERS:
             for path in (cache.root / kind).glob("*"):
                 if path not in current:
                     shutil.rmtree(path)
@@ -233,7 +221,7 @@ def _clean(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_FINDERS = {"kernel": kernel.find, "qemu": emulator.find, "virtme": virtme.find}
+FINDERS = {"kernel": kernel.find, "qemu": emulator.find, "virtme": virtme.find}
 
 
 def _provided(arguments: argparse.Namespace) -> Lab:

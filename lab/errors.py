@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = [
+    "EXIT_LAB",
     "CommandError",
     "KernelOptionsError",
     "LabError",
     "LostVmError",
     "MissingPackagesError",
 ]
+
+
+EXIT_LAB = 125
+"""Exit code that no command of people's own has: the lab failed, not what ran in it. ``git bisect run`` skips on it."""
 
 
 class LabError(Exception):

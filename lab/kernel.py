@@ -35,14 +35,15 @@ _PACKAGE = r"linux-source-(7\.\d+)"
 # Lines like "  CC      drivers/iommu/iommu.o" of a whole build; it varies a little with the version.
 _USUAL_STEPS = 2500
 _STEP = re.compile(rb"  [A-Z][A-Z0-9_-]+ +\S")
-_MAKE = ("make", "--no-print-directory")
+# Kernel developers have the two settings in their environment, for other machines than this one.
+_MAKE = ("make", "--no-print-directory", "ARCH=x86_64", "CROSS_COMPILE=")
 # Into the image goes who built it and where, unless something else is given.
 _ANONYMOUS = {"KBUILD_BUILD_USER": "ramblock", "KBUILD_BUILD_HOST": "lab"}
 
 
 def find(cache: Cache) -> Entry | None:
     """Return the kernel that is built already, whichever version of the source was the newest then."""
-    return cache.find("kernel", _inputs())
+    return cache.find("kernel", _inputs(FRAGMENT.read_text()))
 
 
 def build(cache: Cache, shell: Shell, tools: Path) -> None:
@@ -53,11 +54,13 @@ def build(cache: Cache, shell: Shell, tools: Path) -> None:
     :raises KernelOptionsError: Options of the fragment did not come out.
     :raises CommandError: A step failed. What was downloaded, unpacked and compiled is kept.
     """
+    # Read once: the file may be edited while the build goes on, and the entry must not be named for the new text.
+    fragment = FRAGMENT.read_text()
     archive = Archive(cache.work("apt"), shell)
     archive.update()
     package = Package("linux-source-7.x", "VERSION") if shell.dry_run else archive.newest(_PACKAGE)
     tree = _unpacked(cache, shell, archive, package)
-    _configure(shell, tree, tools)
+    _configure(shell, tree, tools, fragment)
     compiled = _Compiled(tree)
     # Nothing is gained from more jobs than processors: the sources are in the page cache by now.
     jobs = f"--jobs={len(os.sched_getaffinity(0))}"
@@ -78,7 +81,7 @@ def build(cache: Cache, shell: Shell, tools: Path) -> None:
         return
     shutil.copy(tree / "arch/x86/boot/bzImage", result / IMAGE)
     shutil.copy(tree / ".config", result / "config")
-    inputs = {**_inputs(), "package": package.name, "version": package.version}
+    inputs = {**_inputs(fragment), "package": package.name, "version": package.version}
     cache.publish(result, "kernel", inputs, now=time.time())
     # The tree stays: two gigabytes, but a changed kernel.config then costs a minute and not a quarter of an hour.
     for other in tree.parent.glob("linux-*"):
@@ -110,9 +113,9 @@ def _options(text: str) -> dict[str, str]:
     }
 
 
-def _inputs() -> Inputs:
-    fragment = hashlib.sha256(FRAGMENT.read_bytes()).hexdigest()
-    return {"recipe": _RECIPE, "fragment": fragment, "virtme-ng": virtme.VERSION}
+def _inputs(fragment: str) -> Inputs:
+    digest = hashlib.sha256(fragment.encode()).hexdigest()
+    return {"recipe": _RECIPE, "fragment": digest, "virtme-ng": virtme.VERSION}
 
 
 def _unpacked(cache: Cache, shell: Shell, archive: Archive, package: Package) -> Path:
@@ -135,12 +138,13 @@ def _unpacked(cache: Cache, shell: Shell, archive: Archive, package: Package) ->
     return tree
 
 
-def _configure(shell: Shell, tree: Path, tools: Path) -> None:
+def _configure(shell: Shell, tree: Path, tools: Path, fragment: str) -> None:
+    custom = tree / "lab.config"
+    if not shell.dry_run:
+        custom.write_text(fragment)
     # Written anew each time; make compares option by option, so equal ones cost an interrupted build nothing.
     shell.run([*_MAKE, "tinyconfig"], what="kernel tinyconfig", cwd=tree)
-    shell.run(
-        virtme.configure_command(tools, FRAGMENT), what="kernel options of virtme-ng", cwd=tree
-    )
+    shell.run(virtme.configure_command(tools, custom), what="kernel options of virtme-ng", cwd=tree)
     # virtme-ng wants debug information: five times the build's size and no use to us.
     shell.run(
         ["scripts/config", "-d", "DEBUG_INFO_DWARF_TOOLCHAIN_DEFAULT", "-e", "DEBUG_INFO_NONE"],
@@ -149,7 +153,7 @@ def _configure(shell: Shell, tree: Path, tools: Path) -> None:
     )
     shell.run([*_MAKE, "olddefconfig"], what="kernel olddefconfig", cwd=tree)
     if not shell.dry_run:
-        lost = lost_options(FRAGMENT.read_text(), (tree / ".config").read_text())
+        lost = lost_options(fragment, (tree / ".config").read_text())
         if lost:
             raise KernelOptionsError(lost)
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import shlex
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lab.errors import CommandError
@@ -18,6 +19,9 @@ __all__ = ["Shell", "end_group"]
 
 # Of a failed program's output; the rest is in its log.
 _TAIL_LINES = 15
+# For a program that is to end to put away what it is writing.
+_GRACE_S = 5
+_OF_MAKE = ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS")
 
 
 class Shell:
@@ -39,7 +43,7 @@ class Shell:
         *,
         what: str,
         cwd: Path | None = None,
-        environment: Mapping[str, str] | None = None,
+        environment: dict[str, str] | None = None,
         describe: Callable[[bytes], str] | None = None,
     ) -> None:
         """
@@ -63,7 +67,7 @@ class Shell:
             process = subprocess.Popen(
                 words,
                 cwd=cwd,
-                env={**os.environ, **(environment or {})},
+                env=_environment() | (environment or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -100,6 +104,11 @@ class Shell:
         return done.stdout
 
 
+def _environment() -> dict[str, str]:
+    # `make lab` would hand down its own options and variables, and a jobserver that is not there, to the kernel's make.
+    return {name: value for name, value in os.environ.items() if name not in _OF_MAKE}
+
+
 def _follow(
     process: subprocess.Popen[bytes],
     write: Callable[[bytes], object],
@@ -127,12 +136,10 @@ def _follow(
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
     """End *process*, which leads a group of its own, and all that it started; return when it is gone."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(timeout=5)
-        except ProcessLookupError:
-            break
-        except subprocess.TimeoutExpired:
-            continue
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_GRACE_S)
+        # Whatever did not listen, the leader itself perhaps.
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -18,13 +18,26 @@ from pathlib import Path
 
 from lab import guest, junit
 from lab.build import Lab
-from lab.errors import LostVmError
+from lab.errors import EXIT_LAB, LostVmError
 from lab.junit import Counts
 from lab.progress import clock
-from lab.variants import VARIANTS, Variant
+from lab.variants import VARIANTS
 from lab.vm import Machine, Work
 
-__all__ = ["HOST", "Outcome", "run_host", "run_variant", "split_arguments", "summary", "work_for"]
+__all__ = [
+    "HOST",
+    "Outcome",
+    "Part",
+    "environment",
+    "exit_code",
+    "host_command",
+    "parts",
+    "places",
+    "run_host",
+    "run_variant",
+    "summary",
+    "work_for",
+]
 
 HOST = "host"
 """The name, among those of variants, of the tests on this machine."""
@@ -32,13 +45,28 @@ HOST = "host"
 _REPOSITORY = Path(__file__).parent.parent
 _TESTS = "tests/lab"
 _HOST_TESTS = "tests/lab/host"
+# Of pytest's options those that choose tests.
+_SELECTING = ("-k", "-m", "--deselect", "--last-failed", "--lf")
+_NO_TESTS = 5  # pytest's exit code
 # Told to the tests in the VM as they are here.
 _PASSED_ON = ("CI", "HYPOTHESIS_PROFILE")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The tests of one run of pytest."""
+
+    name: str
+    """A variant's, or HOST."""
+    arguments: Sequence[str]
+    """pytest's."""
+    may_be_empty: bool
+    """Somebody chose tests, and they may all be in other parts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What came of the tests in one variant, or on the host."""
+    """What came of the tests of one part."""
 
     name: str
     counts: Counts
@@ -48,40 +76,45 @@ class Outcome:
     remarks: Sequence[str] = ()
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Divide pytest's arguments into those for everybody, the paths of host tests and the paths of tests in the VM."""
-    options, host, inside = [], [], []
-    for argument in arguments:
-        if argument.startswith(_HOST_TESTS):
-            host.append(argument)
-        elif argument.startswith(_TESTS):
-            inside.append(argument)
-        else:
-            options.append(argument)
-    return options, host, inside
-
-
-def run_host(lab: Lab, arguments: Sequence[str], *, selected: bool) -> Outcome:
+def parts(names: Sequence[str], arguments: Sequence[str]) -> list[Part]:
     """
-    Run the tests that need the lab's kernel but not the VM.
+    Divide pytest's *arguments* among the variants (and HOST) called *names*.
 
-    :param selected: The arguments choose tests, so that none at all is no failure.
+    Paths below ``tests/lab`` choose tests, each in the part where it can run; parts for which that leaves none are left out.
     """
+    paths = [a for a in arguments if a.startswith(_TESTS)]
+    options = [a for a in arguments if a not in paths]
+    for_host = [path for path in paths if path.startswith(_HOST_TESTS)]
+    inside = [path for path in paths if path not in for_host]
+    selected = bool(paths) or any(a in _SELECTING for a in options)
+    found = []
+    for name in names:
+        chosen, everything = (for_host, _HOST_TESTS) if name == HOST else (inside, _TESTS)
+        if paths and not chosen:
+            continue
+        found.append(
+            Part(name=name, arguments=[*options, *(chosen or [everything])], may_be_empty=selected)
+        )
+    return found
+
+
+def run_host(lab: Lab, part: Part) -> Outcome:
+    """Run the tests that need the lab's kernel but not the VM."""
     environment = dict(os.environ)
     if lab.headers is not None:
-        environment |= {"RAMBLOCK_LAB_HEADERS": str(lab.headers), "RAMBLOCK_REQUIRE": "lab_headers"}
+        environment |= {
+            "RAMBLOCK_LAB_HEADERS": str(lab.headers),
+            "RAMBLOCK_REQUIRE": "lab_headers",
+        }
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", f"--junit-xml={report}", *arguments]
+        command = [*host_command(part), f"--junit-xml={report}"]
         status = subprocess.run(command, cwd=_REPOSITORY, env=environment, check=False).returncode
-        return _outcome(HOST, status, junit.read(report), selected=selected)
+        return _outcome(part, status, junit.read(report))
 
 
-def run_variant(
-    machine: Machine, arguments: Sequence[str], *, timeout: float, selected: bool
-) -> Outcome:
-    """Run the tests inside the VM."""
-    name = machine.variant.name
+def run_variant(machine: Machine, part: Part, *, timeout: float) -> Outcome:
+    """Run the tests inside the VM; a VM that was lost is an outcome too."""
     counts: Counts | None = None
 
     def collect(exchange: Path) -> None:
@@ -89,31 +122,33 @@ def run_variant(
         counts = junit.read(exchange / "report.xml")
 
     try:
-        result = machine.run(work_for(arguments, timeout), show=_show, collect=collect)
+        result = machine.run(work_for(part, timeout), show=_show, collect=collect)
     except LostVmError as error:
         return Outcome(
-            name=name, counts=counts or Counts(), failed=True, lost=True, remarks=[str(error)]
+            name=part.name, counts=counts or Counts(), failed=True, lost=True, remarks=[str(error)]
         )
-    outcome = _outcome(name, result.status, counts, selected=selected)
-    remarks = list(outcome.remarks)
-    remarks += [f"the kernel is broken: {line}" for line in result.broken]
-    remarks += [f"the kernel complained: {line}" for line in result.dubious]
-    remarks.append(
-        f"booted in {clock(result.boot_seconds)}, tests took {clock(result.seconds)}; log: {result.log}"
-    )
-    return Outcome(
-        name=name,
-        counts=outcome.counts,
-        failed=outcome.failed or bool(result.broken),
-        remarks=remarks,
-    )
+    outcome = _outcome(part, result.status, counts)
+    times = f"booted in {clock(result.boot_seconds)}, tests took {clock(result.seconds)}"
+    remarks = [
+        *outcome.remarks,
+        *(f"the kernel is broken: {line}" for line in result.broken),
+        *(f"the kernel complained: {line}" for line in result.dubious),
+        f"{times}; log: {result.log}",
+    ]
+    failed = outcome.failed or bool(result.broken)
+    return Outcome(name=part.name, counts=outcome.counts, failed=failed, remarks=remarks)
 
 
-def work_for(arguments: Sequence[str], timeout: float) -> Work:
+def host_command(part: Part) -> list[str]:
+    """Return the command that runs the tests on this machine."""
+    return [sys.executable, "-m", "pytest", *part.arguments]
+
+
+def work_for(part: Part, timeout: float) -> Work:
     """Return what the VM has to do to run the tests."""
     python = Path(sys.executable)
     command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", f"--ignore={_HOST_TESTS}"]
-    command += [f"--junit-xml={guest.EXCHANGE}/report.xml", *arguments]
+    command += [f"--junit-xml={guest.EXCHANGE}/report.xml", *part.arguments]
     return Work(
         command=shlex.join(command),
         name="test",
@@ -155,19 +190,25 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     return "\n".join([*lines, str(total)])
 
 
-def _outcome(name: str, status: int, counts: Counts | None, *, selected: bool) -> Outcome:
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """Return 0 if all is well, 1 if a test failed or none ran, and the lab's own if a VM was lost."""
+    if any(outcome.lost for outcome in outcomes):
+        return EXIT_LAB
+    ran = any(outcome.counts.passed for outcome in outcomes)
+    return 0 if ran and not any(outcome.failed for outcome in outcomes) else 1
+
+
+def _outcome(part: Part, status: int, counts: Counts | None) -> Outcome:
     remarks = []
-    # pytest's exit code for "no tests"
-    nothing = status == 5 or (counts is not None and not counts.passed + counts.failed)
     if counts is None:
         remarks.append(f"pytest wrote no report; its exit code is {status}")
-    elif nothing and not selected:
+        counts = Counts()
+    elif not counts.passed + counts.failed and not part.may_be_empty:
         remarks.append("no test ran")
-    elif status not in (0, 1, 5):
+    elif status not in (0, 1, _NO_TESTS):
         remarks.append(f"pytest's exit code is {status}")
-    counts = counts or Counts()
-    failed = bool(remarks) or counts.failed > 0 or status == 1
-    return Outcome(name=name, counts=counts, failed=failed, remarks=remarks)
+    failed = bool(remarks) or bool(counts.failed) or status == 1
+    return Outcome(name=part.name, counts=counts, failed=failed, remarks=remarks)
 
 
 def _show(line: str) -> None:

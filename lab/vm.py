@@ -32,13 +32,21 @@ __all__ = ["Machine", "Result", "Work"]
 
 _MEMORY = "2G"
 # A boot takes about five seconds on an idle machine; a busy one is not lost yet.
-BOOT_TIMEOUT_S = 180.0
+_BOOT_TIMEOUT_S = 180.0
 # From the command's end to that of QEMU.
-POWER_OFF_TIMEOUT_S = 60.0
+_POWER_OFF_TIMEOUT_S = 60.0
 _POLL_S = 0.05
 # Fit for any host: virtme-ng's own have no caching, and then each import of the guest asks the host for every file again.
 # The guest's view is one of a moment, which is what a test run wants.
 _ROOT_FLAGS = "rootflags=version=9p2000.L,trans=virtio,access=any,msize=512000,cache=loose"
+_KERNEL_ARGUMENTS = (
+    _ROOT_FLAGS,
+    # A kernel that goes on after an oops may hang with a lock held.
+    "oops=panic",
+    # The check waits for a few ticks, and panics on a host that is too busy to deliver them
+    # (arch/x86/kernel/apic/io_apic.c, check_timer()).
+    "no_timer_check",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +56,7 @@ class Work:
     command: str
     """Text for a shell, which runs it as root."""
     name: str
-    """For the log's name: a word or two."""
+    """For the log's name; its beginning will do."""
     directory: Path
     """Where the command runs."""
     places: Sequence[Path] = ()
@@ -86,15 +94,14 @@ class Machine:
 
     def command(self, exchange: Path) -> list[str]:
         """Return the command that boots the VM with *exchange* as the folder between host and guest."""
+        arguments = (*_KERNEL_ARGUMENTS, *self.variant.kernel_arguments)
         return [
             *self.launcher,
             *("--kimg", str(self.kernel), "--qemu-bin", str(self.qemu)),
             *("--mods", "none", "--force-9p", "--disable-kvm", "--disable-microvm"),
             *("--show-boot-console", "--verbose"),
             *("--memory", _MEMORY, "--cpus", str(self.variant.vcpus)),
-            # An oops ends the VM: a kernel that goes on after one may hang with a lock held.
-            *(word for argument in (_ROOT_FLAGS, "oops=panic") for word in ("--kopt", argument)),
-            *(word for argument in self.variant.kernel_arguments for word in ("--kopt", argument)),
+            *(word for argument in arguments for word in ("--kopt", argument)),
             *("--script-sh", guest.bootstrap()),
             *("--qemu-opts", *self.variant.qemu_options, *guest.exchange_options(exchange)),
         ]
@@ -149,7 +156,7 @@ class Machine:
 
 
 def _as_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")[:40] or "run"
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text[:40]).strip("-") or "run"
 
 
 class _Run:
@@ -246,12 +253,12 @@ class _Run:
     def _too_late(self) -> str | None:
         now = time.monotonic()
         if self._running is None:
-            over = now - self._started > BOOT_TIMEOUT_S
-            return f"it did not boot in {BOOT_TIMEOUT_S:.0f} s" if over else None
+            over = now - self._started > _BOOT_TIMEOUT_S
+            return f"it did not boot in {_BOOT_TIMEOUT_S:.0f} s" if over else None
         if self._ended is None:
             over = now - self._running > self._work.timeout
             return f"the command was not done after {self._work.timeout:.0f} s" if over else None
-        return "it did not power off" if now - self._ended > POWER_OFF_TIMEOUT_S else None
+        return "it did not power off" if now - self._ended > _POWER_OFF_TIMEOUT_S else None
 
     def _reason(self) -> str:
         when = "while it booted" if self._running is None else "while the command ran"

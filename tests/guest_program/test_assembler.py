@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from binutils import disassemble, needs_objdump
 from ramblock.errors import UsageError
 from ramblock.guest_program.assembler import Assembler, Condition, Register
 
-_OBJDUMP = shutil.which("objdump")
-_NAMES = [register.name.lower() for register in Register]
-
-needs_objdump = pytest.mark.skipif(
-    _OBJDUMP is None, reason="no objdump; install GNU binutils (apt-get install binutils)"
-)
-
 registers = st.sampled_from(Register)
 signed32 = st.integers(-(1 << 31), (1 << 31) - 1)
-
-
-def disassemble(code: bytes, folder: Path) -> list[str]:
-    """Give each instruction of *code* as binutils read it, in Intel's syntax, without spaces."""
-    assert _OBJDUMP is not None
-    path = folder / "code.bin"
-    path.write_bytes(code)
-    done = subprocess.run(
-        [_OBJDUMP, "-D", "-b", "binary", "-m", "i386:x86-64", "-M", "intel", "-w", str(path)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    lines = re.findall(r"^ +[0-9a-f]+:\t[0-9a-f ]+\t(.*)$", done.stdout, re.MULTILINE)
-    return [line.partition("#")[0].replace(" ", "") for line in lines]
 
 
 def hexadecimal(value: int) -> str:
@@ -136,14 +111,12 @@ instructions: st.SearchStrategy[Instruction] = st.one_of(
 
 @needs_objdump
 @given(chosen=st.lists(instructions, min_size=1, max_size=200))
-def test_binutils_read_what_was_meant(
-    tmp_path_factory: pytest.TempPathFactory, chosen: list[Instruction]
-) -> None:
+def test_binutils_read_what_was_meant(chosen: list[Instruction]) -> None:
     code = Assembler()
     for emit, _ in chosen:
         emit(code)
     expected = [text for _, text in chosen]
-    assert disassemble(code.code(), tmp_path_factory.mktemp("code")) == expected
+    assert disassemble(code.code()) == expected
 
 
 @needs_objdump
@@ -153,7 +126,6 @@ def test_binutils_read_what_was_meant(
     condition=st.sampled_from([None, *Condition]),
 )
 def test_jumps_lead_to_their_labels(
-    tmp_path_factory: pytest.TempPathFactory,
     before: int,
     behind: int,
     condition: Condition | None,
@@ -171,7 +143,7 @@ def test_jumps_lead_to_their_labels(
         code.vmcall()
     code.label("forth")
     code.vmcall()
-    lines = disassemble(code.code(), tmp_path_factory.mktemp("code"))
+    lines = disassemble(code.code())
     jumps = [line for line in lines if line.startswith("j")]
     names = {
         None: "jmp",

@@ -125,6 +125,19 @@ class Type1Container:
 
     # -- groups ---------------------------------------------------------------------------------------------------
 
+    @property
+    def groups(self) -> list[VfioGroup]:
+        """The groups that are in it."""
+        return list(self._groups.values())
+
+    def fileno(self) -> int:
+        """
+        Tell the descriptor.
+
+        :raises DmaError: EBADF: it is closed.
+        """
+        return self._fd.fileno()
+
     def group(self, number: int) -> VfioGroup | None:
         """Look up a group that is in it."""
         return self._groups.get(number)

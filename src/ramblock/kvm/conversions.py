@@ -71,7 +71,7 @@ class GuestConversions:
         :return: For :meth:`Vcpu.set_hypercall_result`.
         :raises PoisonedError: The memory is poisoned, or became so: the vCPU must not go on.
         :raises KeyboardInterrupt: Nothing has changed (:class:`~ramblock.errors.ConversionInterrupted`), or, while freeing,
-            the conversion is done. The call is not answered: :meth:`answer` it again.
+            the conversion is done. The call is not answered: :meth:`answer` it again, or the guest is told EINVAL.
         """
         try:
             request = MapGpaRange.decode(call)

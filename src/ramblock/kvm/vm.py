@@ -42,7 +42,13 @@ class VmType(IntEnum):
     DEFAULT = VmTypeNumber.KVM_X86_DEFAULT_VM
     """An ordinary one. It has no private pages: attributes are tracked and not enforced."""
     SW_PROTECTED = VmTypeNumber.KVM_X86_SW_PROTECTED_VM
-    """Private pages without encryption, for testing (CONFIG_KVM_SW_PROTECTED_VM)."""
+    """
+    Private pages without encryption, for testing (CONFIG_KVM_SW_PROTECTED_VM).
+
+    One trait of it, in Linux 7.3: where its guest looked while nothing was there, KVM keeps an MMIO entry that neither a slot
+    nor an attribute removes, and takes an access through it for a shared one (kvm_mmu_page_fault(), arch/x86/kvm/mmu/mmu.c).
+    A private page that appears there later is then answered with a memory fault, flags 0.
+    """
 
 
 class KvmVm:
