@@ -167,8 +167,9 @@ class IommuFault(RamblockError):
 
 class GuestProgramError(RamblockError):
     """
-    The guest program cannot go on: an exception, a triple fault, or an answer that it cannot have. Its vCPU is of no more use;
-    memory and devices are as they were.
+    The guest program cannot go on: an exception, a triple fault, or an answer that it cannot have.
+
+    Its vCPU is of no more use; memory and devices are as they were.
 
     :ivar rip: Address of the instruction that failed, where it is known.
     :ivar vector: Number of the exception, where there was one.
