@@ -6,29 +6,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import weakref
 from pathlib import Path
 
 from ramblock.dma.kernel_errors import Refused, refusal
+from ramblock.errors import DmaError
 from ramblock.uapi import ioctl
+from ramblock.uapi.owned import OwnedDescriptor
 
 __all__ = ["Descriptor"]
 
 
-class Descriptor:
-    """
-    Closes its descriptor once: by :meth:`close`, or when nobody has it any more.
-
-    Its number is not handed out after that, so that no call can hit a file that got the same number later.
-
-    :param fd: What it owns from now on.
-    :param name: For messages.
-    """
-
-    def __init__(self, fd: int, name: str) -> None:
-        self._fd = fd
-        self.name = name
-        self._close = weakref.finalize(self, os.close, fd)
+class Descriptor(OwnedDescriptor):
+    """Of a container, a group, a device or an iommufd."""
 
     @classmethod
     def open(cls, path: str | Path, what: str, *, group: int | None = None) -> Descriptor:
@@ -47,20 +36,8 @@ class Descriptor:
             raise refusal(Refused(f"open {what}", number, group=group), detail=detail) from None
         return cls(fd, str(path))
 
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed."""
-        return not self._close.alive
-
-    def fileno(self) -> int:
-        """
-        Tell the number.
-
-        :raises DmaError: EBADF: it was closed.
-        """
-        if not self._close.alive:
-            raise refusal(Refused(self.name, errno.EBADF), detail="it was closed")
-        return self._fd
+    def _closed_error(self) -> DmaError:
+        return refusal(Refused(self.name, errno.EBADF), detail="it was closed")
 
     def call(
         self,
@@ -82,10 +59,3 @@ class Descriptor:
             return ioctl.call(fd, request, argument)
         except OSError as error:
             raise refusal(Refused(name, error.errno or 0, group=group)) from None
-
-    def close(self) -> None:
-        """Close it; nothing happens the second time."""
-        self._close()
-
-    def __repr__(self) -> str:
-        return f"<{self.name}, {'closed' if self.closed else self._fd}>"

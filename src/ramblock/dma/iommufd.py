@@ -33,9 +33,9 @@ from ramblock.dma.iommufd_calls import (
     unmap_all,
 )
 from ramblock.dma.iommufd_probe import why_not_cutting
-from ramblock.dma.kernel_errors import KernelRefusal, Refused, refusal
+from ramblock.dma.kernel_errors import KernelRefusal
 from ramblock.dma.target import DmaCapabilities, HostRange
-from ramblock.dma.vfio_dma import unmap_dma
+from ramblock.dma.vfio_dma import check_pages, unmap_dma
 from ramblock.errors import DmaError, describe_range
 from ramblock.units import PAGE_SIZE
 
@@ -125,7 +125,7 @@ class IommufdIoas:
 
         :raises DmaError: The kernel refused (:data:`~ramblock.dma.kernel_errors.TABLE`); nothing has changed.
         """
-        self._check("map", iova, memory.size)
+        check_pages("map", iova, memory.size)
         with self._lock:
             if self.mode is IommufdMode.NATIVE and memory.fd is not None and self._has_map_file:
                 try:
@@ -149,16 +149,11 @@ class IommufdIoas:
         :raises DmaError: Native: ENOENT: nothing is mapped there, or a mapping sticks out. Nothing has changed, unless
             the error is in doubt.
         """
-        self._check("unmap", iova, size)
+        check_pages("unmap", iova, size)
         with self._lock:
             if self.mode is IommufdMode.CUTTING:
                 return unmap_dma(self._fd, iova, size)
             return unmap(self._fd, self.ioas_id, iova, size)
-
-    def _check(self, call: str, iova: int, size: int) -> None:
-        # The kernel takes any bytes as long as no device is attached; then no device could be any more.
-        if size <= 0 or iova < 0 or iova + size > 1 << 64 or (iova | size) & (PAGE_SIZE - 1):
-            raise refusal(Refused(call, errno.EINVAL, iova, size), detail="not made of whole pages")
 
     def close(self) -> None:
         """

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ramblock.dma.descriptor import Descriptor
 from ramblock.dma.info_chain import ask_with_chain, read_array, read_structure, walk_chain
 from ramblock.dma.target import DmaCapabilities, HostRange
-from ramblock.dma.vfio_dma import map_dma, unmap_all_dma, unmap_dma
+from ramblock.dma.vfio_dma import check_pages, map_dma, unmap_all_dma, unmap_dma
 from ramblock.dma.vfio_group import VfioGroup
 from ramblock.errors import DmaError, UsageError, describe_range
 from ramblock.uapi.vfio import (
@@ -218,6 +218,7 @@ class Type1Container:
 
         :raises DmaError: The kernel refused (:data:`~ramblock.dma.kernel_errors.TABLE`); nothing has changed.
         """
+        check_pages("map", iova, memory.size)
         with self._lock:
             map_dma(
                 self._fd, iova, memory.address, memory.size, writable=writable, detail=self._usable
@@ -230,6 +231,7 @@ class Type1Container:
         :return: Bytes really unmapped; 0 where nothing was mapped.
         :raises DmaError: EINVAL: it would cut a mapping. Nothing has changed.
         """
+        check_pages("unmap", iova, size)
         with self._lock:
             return unmap_dma(self._fd, iova, size)
 

@@ -24,14 +24,30 @@ from ramblock.uapi.vfio import (
     DmaUnmap,
     DmaUnmapFlags,
 )
+from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE
 
-__all__ = ["map_dma", "unmap_all_dma", "unmap_dma"]
+__all__ = ["check_pages", "map_dma", "unmap_all_dma", "unmap_dma"]
 
 _READ = DmaMapFlags.VFIO_DMA_MAP_FLAG_READ.value
 _WRITE = DmaMapFlags.VFIO_DMA_MAP_FLAG_WRITE.value
 _ALL = DmaUnmapFlags.VFIO_DMA_UNMAP_FLAG_ALL.value
 _MAP_SIZE = ctypes.sizeof(DmaMap)
 _UNMAP_SIZE = ctypes.sizeof(DmaUnmap)
+
+
+def check_pages(call: str, iova: int, size: int) -> None:
+    """
+    Refuse what is not made of whole pages below 2**64.
+
+    Before the kernel sees it: a field of 64 bits would take the low ones of a larger number without a word, and iommufd maps
+    any bytes as long as no device is attached that wants pages.
+
+    :raises DmaError: EINVAL; nothing has changed.
+    """
+    if size <= 0 or iova < 0 or iova + size > ADDRESS_LIMIT or (iova | size) & (PAGE_SIZE - 1):
+        raise refusal(
+            Refused(call, errno.EINVAL, iova, size), detail="not made of whole pages below 2**64"
+        )
 
 
 def map_dma(

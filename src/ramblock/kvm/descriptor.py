@@ -1,31 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file descriptor with one owner: closed once, never used after that, and named in errors."""
+"""A descriptor of KVM's: its calls name the object in their errors."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import weakref
 
 from ramblock.errors import UsageError
 from ramblock.uapi import ioctl
+from ramblock.uapi.owned import OwnedDescriptor
 
 __all__ = ["Descriptor"]
 
 
-class Descriptor:
-    """
-    Owns *fd* from now on, and closes it at the latest when nobody holds this object any more.
-
-    :param fd: Open; not inheritable from here on (KVM_CREATE_GUEST_MEMFD, alone among its kind, does not set FD_CLOEXEC).
-    :param name: For messages.
-    """
-
-    def __init__(self, fd: int, name: str) -> None:
-        self.name = name
-        self._fd = fd
-        self._close = weakref.finalize(self, os.close, fd)
-        os.set_inheritable(fd, False)  # noqa: FBT003 - takes no keyword
+class Descriptor(OwnedDescriptor):
+    """Of /dev/kvm, a VM, a vCPU or a guest_memfd."""
 
     @property
     def fd(self) -> int:
@@ -34,14 +23,10 @@ class Descriptor:
 
         :raises UsageError: It is closed: the number may be somebody else's by now.
         """
-        if not self._close.alive:
-            raise UsageError(f"{self.name} is closed", value=self.name)
-        return self._fd
+        return self.fileno()
 
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return not self._close.alive
+    def _closed_error(self) -> UsageError:
+        return UsageError(f"{self.name} is closed", value=self.name)
 
     def call(
         self,
@@ -62,7 +47,3 @@ class Descriptor:
         except OSError as error:
             number = error.errno or 0
             raise OSError(number, f"{self.name}: {what}: {os.strerror(number)}") from None
-
-    def close(self) -> None:
-        """Close it; twice is the same as once."""
-        self._close()
