@@ -104,6 +104,11 @@ class Cache:
         work.rename(path)
         return Entry(path=path, inputs=inputs, built=now)
 
+    def remove(self, path: Path) -> None:
+        """Remove an entry. Its manifest goes first: what is left after an interruption is none."""
+        (path / _MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path)
+
     @contextmanager
     def lock(self) -> Iterator[int]:
         """

@@ -159,7 +159,8 @@ def _boot(arguments: argparse.Namespace) -> int:
         print(f"lab: kernel: {line}", file=sys.stderr)
     if result.status:
         print(f"lab: exit code {result.status}; log: {result.log}", file=sys.stderr)
-    return result.status
+    # A kernel that is broken leaves no result that counts.
+    return EXIT_LAB if result.broken else result.status
 
 
 def _test(arguments: argparse.Namespace) -> int:
@@ -215,7 +216,7 @@ def _clean(arguments: argparse.Namespace) -> int:
         for kind in FINDERS:
             for path in (cache.root / kind).glob("*"):
                 if path not in current:
-                    shutil.rmtree(path)
+                    cache.remove(path)
         for path in (cache.root / "work", cache.logs):
             shutil.rmtree(path, ignore_errors=True)
     return 0

@@ -25,6 +25,7 @@ _DUBIOUS = re.compile(
     r"|rcu: INFO: .* stall.*"
     r"|INFO: task .* blocked for more than .*"
     r"|watchdog: .* stuck .*"
+    r"|Out of memory: Killed process.*"
 )
 
 

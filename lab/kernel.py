@@ -133,6 +133,7 @@ def _unpacked(cache: Cache, shell: Shell, archive: Archive, package: Package) ->
         what="unpacking of the source",
     )
     if not shell.dry_run:
+        os.sync()  # as for an entry: what has this name is whole
         (folder / package.name).rename(tree)
         shutil.rmtree(folder)
     return tree

@@ -47,6 +47,7 @@ _TESTS = "tests/lab"
 _HOST_TESTS = "tests/lab/host"
 # Of pytest's options those that choose tests.
 _SELECTING = ("-k", "-m", "--deselect", "--last-failed", "--lf")
+_WITH_VALUE = ("-k", "-m", "-p", "-c", "-o", "-W", "--deselect", "--ignore", "--rootdir")
 _NO_TESTS = 5  # pytest's exit code
 # Told to the tests in the VM as they are here.
 _PASSED_ON = ("CI", "HYPOTHESIS_PROFILE")
@@ -82,11 +83,10 @@ def parts(names: Sequence[str], arguments: Sequence[str]) -> list[Part]:
 
     Paths below ``tests/lab`` choose tests, each in the part where it can run; parts for which that leaves none are left out.
     """
-    paths = [a for a in arguments if a.startswith(_TESTS)]
-    options = [a for a in arguments if a not in paths]
+    paths, options = _divide(arguments)
     for_host = [path for path in paths if path.startswith(_HOST_TESTS)]
     inside = [path for path in paths if path not in for_host]
-    selected = bool(paths) or any(a in _SELECTING for a in options)
+    selected = bool(paths) or any(a.startswith(_SELECTING) for a in options)
     found = []
     for name in names:
         chosen, everything = (for_host, _HOST_TESTS) if name == HOST else (inside, _TESTS)
@@ -96,6 +96,22 @@ def parts(names: Sequence[str], arguments: Sequence[str]) -> list[Part]:
             Part(name=name, arguments=[*options, *(chosen or [everything])], may_be_empty=selected)
         )
     return found
+
+
+def _divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    # Paths below tests/lab, however they are written, and everything else. The value of an option is no path.
+    paths, options = [], []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        path = (
+            os.path.relpath(argument, _REPOSITORY)
+            if Path(argument).is_absolute()
+            else os.path.normpath(argument)
+        )
+        if path.startswith(_TESTS) and before not in _WITH_VALUE:
+            paths.append(path)
+        else:
+            options.append(argument)
+    return paths, options
 
 
 def run_host(lab: Lab, part: Part) -> Outcome:
@@ -191,9 +207,9 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
-    """Return 0 if all is well, 1 if a test failed or none ran, and the lab's own if a VM was lost."""
+    """Return 0 if all is well, 1 if a test failed or none ran, and the lab's own if a VM was lost and no test failed."""
     if any(outcome.lost for outcome in outcomes):
-        return EXIT_LAB
+        return 1 if any(outcome.counts.failed for outcome in outcomes) else EXIT_LAB
     ran = any(outcome.counts.passed for outcome in outcomes)
     return 0 if ran and not any(outcome.failed for outcome in outcomes) else 1
 
@@ -205,6 +221,10 @@ def _outcome(part: Part, status: int, counts: Counts | None) -> Outcome:
         counts = Counts()
     elif not counts.passed + counts.failed and not part.may_be_empty:
         remarks.append("no test ran")
+    elif counts.skipped and part.name != HOST:
+        remarks.append(
+            f"{counts.skipped} tests were skipped: what is skipped in the lab should have run"
+        )
     elif status not in (0, 1, _NO_TESTS):
         remarks.append(f"pytest's exit code is {status}")
     failed = bool(remarks) or bool(counts.failed) or status == 1

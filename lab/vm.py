@@ -213,6 +213,8 @@ class _Run:
                 reason = lost or self._reason()
                 log.write(f"# lost: {reason}\n".encode())
                 raise LostVmError(reason, self._log)
+            if lost is not None:  # it hangs in its own shutdown, with what the command has left
+                self._watch.broken.append(lost)
             log.write(f"# exit code {status}\n".encode())
         assert self._running is not None
         assert self._ended is not None

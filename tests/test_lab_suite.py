@@ -126,7 +126,13 @@ _EMPTY = '<testsuites><testsuite errors="0" failures="0" skipped="0" tests="0"/>
     ("status", "report", "broken", "failed", "remark"),
     [
         (0, _PASSED, False, False, "booted in 5s, tests took 1m01s; log: /the.log"),
-        (1, _REPORT, False, True, "booted in"),
+        (
+            1,
+            _REPORT,
+            False,
+            True,
+            "3 tests were skipped: what is skipped in the lab should have run",
+        ),
         (5, _EMPTY, False, True, "no test ran"),
         (0, _SKIPPED, False, True, "no test ran"),
         (0, None, False, True, "pytest wrote no report; its exit code is 0"),

@@ -320,8 +320,13 @@ def test_what_kvm_refuses_itself_is_counted_as_refused(rig: Rig) -> None:
     assert rig.ask(SHARED) is Outcome.DONE
 
 
-@pytest.mark.parametrize(("gpa", "size"), [(-PAGE_SIZE, PAGE_SIZE), (1 << 64, PAGE_SIZE)])
-def test_what_no_register_holds_is_asked_without_the_guest(rig: Rig, gpa: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("gpa", "size"),
+    [(-PAGE_SIZE, PAGE_SIZE), (1 << 64, PAGE_SIZE), (0, -1), (0, 1 << 64), (0, 100)],
+)
+def test_what_no_hypercall_can_say_is_asked_without_the_guest(
+    rig: Rig, gpa: int, size: int
+) -> None:
     assert rig.ask(SHARED, gpa=gpa, size=size) is Outcome.REFUSED
     assert rig.program.exits == 0
     assert rig.memory.tally.requests == 1

@@ -19,7 +19,7 @@ import pytest
 from lab_devices import BASE, Rig, Way, open_rig
 from ramblock import GuestMemory, PageState, RamBlock
 from ramblock.dma import DmaCapabilities, DmaTarget, HostRange, Type1Container
-from ramblock.errors import ConversionError, DmaError, PoisonedError
+from ramblock.errors import ConversionError, ConversionInterrupted, DmaError, PoisonedError
 from ramblock.memory.backing import AnonymousBacking
 from ramblock.units import MIB, PAGE_SIZE
 
@@ -202,6 +202,65 @@ def test_the_same_is_put_back_when_mappings_are_named_one_by_one(
         assert not memory.poisoned
         assert check_nothing_is_stale(rig, memory, foreign=frozenset({3, 4})) == {0, 1, 2, 3, 4}
         rig.target.unmap(at(3), 2 * PAGE_SIZE)
+
+
+# -- Ctrl-C -----------------------------------------------------------------------------------------------------------
+
+
+class Interrupted:
+    """A target in one of whose calls Ctrl-C comes, before or after the kernel has done it."""
+
+    def __init__(self, inner: DmaTarget, verb: str, number: int, *, done: bool) -> None:
+        self.inner = inner
+        self.verb, self.left, self.done = verb, number, done
+
+    @property
+    def capabilities(self) -> DmaCapabilities:
+        return self.inner.capabilities
+
+    def _is_now(self, verb: str) -> bool:
+        self.left -= verb == self.verb
+        return verb == self.verb and self.left == 0
+
+    def map(self, iova: int, memory: HostRange, *, writable: bool = True) -> None:
+        now = self._is_now("map")
+        if not now or self.done:
+            self.inner.map(iova, memory, writable=writable)
+        if now:
+            raise KeyboardInterrupt
+
+    def unmap(self, iova: int, size: int) -> int:
+        now = self._is_now("unmap")
+        removed = self.inner.unmap(iova, size) if not now or self.done else 0
+        if now:
+            raise KeyboardInterrupt
+        return removed
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("to", [SHARED, PRIVATE])
+def test_ctrl_c_in_a_call_is_put_back(
+    rig: Rig, memory: GuestMemory, to: PageState, *, done: bool
+) -> None:
+    """The mapper finds out what happened by asking the kernel: what it answers to that is what is tested."""
+    several = (rig.way is Way.NATIVE) if to is PRIVATE else rig.way is not Way.CUTTING
+    for number in (1, 2) if several else (1,):
+        memory.convert(BASE, 4 * PAGE_SIZE, PRIVATE if to is SHARED else SHARED)
+        before = shared_pages(memory)
+        target = Interrupted(rig.target, "never", 0, done=done)
+        mapper = memory.attach(target)
+        target.verb, target.left = ("map" if to is SHARED else "unmap"), number
+        with pytest.raises(ConversionInterrupted) as caught:
+            memory.convert(BASE, 4 * PAGE_SIZE, to)
+        assert caught.value.rolled_back
+        assert not memory.poisoned
+        assert rig.reached(PAGES) == shared_pages(memory) == before
+        memory.convert(BASE, 4 * PAGE_SIZE, to)
+        assert rig.reached(PAGES) == shared_pages(memory) == set(range(4) if to is SHARED else ())
+        memory.detach(mapper)
 
 
 # -- RLIMIT_MEMLOCK ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from lab_devices import BASE, BOUNCE, Rig, Way, entry_limit, open_rig, wait_for_
 from lab_faults import FaultLog
 from ramblock import GuestMemory, MappingPolicy, PageState, RamBlock
 from ramblock.dma import SoftIommu
-from ramblock.errors import DmaError, MappingLimitError
+from ramblock.errors import DmaError, MappingLimitError, UsageError
 from ramblock.testing import RecordingTarget
 from ramblock.units import KIB, MIB, PAGE_SIZE
 from ramblock.vfio import BouncePage
@@ -114,6 +114,15 @@ def test_ordinary_ram_is_mapped_and_a_rom_not_for_writing(rig: Rig) -> None:
         assert not rig.reaches(BASE + MIB)
         with BouncePage(rig.target, BOUNCE) as bounce:
             assert rig.edu.read_from_ram(BASE + MIB, 8, bounce) == b"firmware"
+
+
+def test_a_section_where_no_dma_goes_is_refused(rig: Rig) -> None:
+    with RamBlock.create("ram", 2 * MIB, private="stand-in") as block:
+        memory = GuestMemory()
+        # Writes to [0xfee00000, 0xfef00000) are interrupts.
+        memory.map(block, 0xFED0_0000)
+        with pytest.raises(UsageError, match=r"outside the target's addresses \[0x0, 0xfee00000\)"):
+            memory.attach(rig.target)
 
 
 # -- DMA --------------------------------------------------------------------------------------------------------------

@@ -104,6 +104,13 @@ def test_memlock(root: Path, memlock: None, call: str) -> None:
     )
 
 
+def test_memlock_when_a_device_comes(root: Path, memlock: None) -> None:
+    # How much is mapped already only the kernel knows.
+    error = refusal(Refused("VFIO_DEVICE_ATTACH_IOMMUFD_PT", errno.ENOMEM, root=root))
+    assert error.hint is not None
+    assert "9 MiB of it in use: raise it" in error.hint
+
+
 def test_memlock_is_not_blamed_without_a_limit(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
     error = refusal(Refused("IOMMU_IOAS_MAP", errno.ENOMEM, 0, 4096, root=root))

@@ -116,6 +116,34 @@ def test_a_refused_map_says_what_helps(kernel: FakeKernel, dev: Path, block: Ram
     assert "usable: [0x0, 0xfee00000), [0xfef00000, 0x1000000000000)" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("iova", "size"),
+    [
+        (1, PAGE),
+        (0, 0),
+        (0, PAGE + 1),
+        (-PAGE, PAGE),
+        (1 << 64, PAGE),
+        ((1 << 64) - PAGE, 2 * PAGE),
+    ],
+)
+def test_bad_addresses_do_not_get_to_the_kernel(
+    kernel: FakeKernel, dev: Path, iova: int, size: int
+) -> None:
+    # A field of 64 bits takes 2**64 for 0.
+    target = with_group(dev)
+    kernel.calls.clear()
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: target.map(iova, HostRange(None, 0, 0, size)),
+        lambda: target.unmap(iova, size),
+    )
+    for call in calls:
+        with pytest.raises(DmaError, match="not made of whole pages") as caught:
+            call()
+        assert (caught.value.errno, caught.value.in_doubt) == (errno.EINVAL, False)
+    assert kernel.calls == []
+
+
 def test_an_unmap_that_would_cut_is_undone(kernel: FakeKernel, dev: Path, block: RamBlock) -> None:
     target = with_group(dev)
     target.map(0, host(block, 0, 4))

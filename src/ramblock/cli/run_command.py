@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -32,7 +35,7 @@ def start(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"--trace {arguments.trace}: {error.strerror}", value=str(arguments.trace)
         ) from error
-    with _progress(quiet=arguments.quiet) as progress:
+    with _ended_like_ctrl_c(), _progress(quiet=arguments.quiet) as progress:
         report = run.execute(progress)
     if arguments.json:
         print(json.dumps(report.as_dict(), indent=2))
@@ -41,6 +44,19 @@ def start(arguments: argparse.Namespace) -> int:
     if report.trace_error is not None:
         print(f"ramblock: error: the trace is incomplete: {report.trace_error}", file=sys.stderr)
     return report.exit_code
+
+
+@contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """Take SIGTERM for Ctrl-C: the run gives back what it holds, devices bound to vfio-pci above all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread has signal handlers
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _progress(*, quiet: bool) -> AbstractContextManager[NoProgress | PlainProgress | RichProgress]:

@@ -78,7 +78,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--conversions",
         type=positive,
         metavar="N",
-        help="requests in all (default: 26000; with KVM or a real IOMMU 1000)",
+        help="requests in all (default: 26000; with KVM or a real IOMMU 500)",
     )
     guest.add_argument(
         "--seed", type=int, metavar="N", help="same seed, same requests (default: 1)"

@@ -73,10 +73,10 @@ def _memlock(refused: Refused) -> str | None:
     if limit is None:
         return None
     held = locked if refused.call == "VFIO_IOMMU_MAP_DMA" else pinned
-    needed = held + (refused.size or 0)
+    needed = "" if refused.size is None else f", at least {format_size(held + refused.size)} needed"
     return (
-        f"RLIMIT_MEMLOCK is {format_size(limit)}, {format_size(held)} of it in use, "
-        f"at least {format_size(needed)} needed: raise it (ulimit -l, LimitMEMLOCK=) or grant CAP_IPC_LOCK"
+        f"RLIMIT_MEMLOCK is {format_size(limit)}, {format_size(held)} of it in use{needed}: "
+        "raise it (ulimit -l, LimitMEMLOCK=) or grant CAP_IPC_LOCK"
     )
 
 

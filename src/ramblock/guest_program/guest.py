@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ramblock.errors import GuestProgramError, UsageError, describe_range
+from ramblock.guest.memory import GuestMemory
 from ramblock.guest_program.image import build_image
 from ramblock.guest_program.long_mode import enter_long_mode
 from ramblock.guest_program.mailbox import MAILBOX_SIZE, Command, Mailbox, Result
@@ -38,7 +39,6 @@ from ramblock.kvm import (
     ShutdownExit,
 )
 from ramblock.memory.block import RamBlock
-from ramblock.memory.section import RamSection
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["GuestEvent", "GuestProgram", "IdleEvent"]
@@ -86,9 +86,8 @@ class GuestProgram:
         with ExitStack() as resources:
             block = resources.enter_context(RamBlock.create("guest-program", size))
             block.write(0, image.content)
-            section = RamSection(block, 0, size, base)
-            vm.add_memory_slot(section)
-            resources.callback(vm.remove_memory_slot, section)
+            # A memory of its own: closing the block takes the slot away first, or keeps the pages if that is refused.
+            GuestMemory(vm).map(block, base)
             if call is not ConversionCall.DOORBELL:
                 vm.enable_map_gpa_range_exits()
             self._vcpu = resources.enter_context(vm.create_vcpu())
@@ -98,7 +97,8 @@ class GuestProgram:
                 block.address + image.mailbox_offset
             )
             self._mailbox: Mailbox | None = Mailbox(memoryview(words).cast("B").cast("Q"))
-            self._resources = resources.pop_all()
+            self._block = block
+            resources.pop_all()
 
     # -- commands -------------------------------------------------------------------------------------------------
 
@@ -209,7 +209,8 @@ class GuestProgram:
     def close(self) -> None:
         """Take it out of its VM. Twice is the same as once."""
         self._mailbox = None
-        self._resources.close()
+        self._vcpu.close()
+        self._block.close()
 
     def __enter__(self) -> GuestProgram:
         return self

@@ -62,6 +62,8 @@ class GuestConversions:
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
         self._guard = FaultGuard()
+        # Apart, so that a guest that sends nonsense does not silence the rest.
+        self._log_nonsense = Sparingly(_log)
         self._log_refusal = Sparingly(_log)
 
     def answer(self, call: HypercallExit) -> HypercallResult:
@@ -76,7 +78,7 @@ class GuestConversions:
         try:
             request = MapGpaRange.decode(call)
         except UsageError as error:
-            self._log_refusal("hypercall refused: %s", error)
+            self._log_nonsense("hypercall refused: %s", error)
             return HypercallResult.EINVAL
         return self.request(request.gpa, request.size, request.to)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 
 from ramblock.errors import UsageError
 from ramblock.uapi import ioctl
@@ -14,7 +15,16 @@ __all__ = ["Descriptor"]
 
 
 class Descriptor(OwnedDescriptor):
-    """Of /dev/kvm, a VM, a vCPU or a guest_memfd."""
+    """
+    Of /dev/kvm, a VM, a vCPU or a guest_memfd.
+
+    A call and :meth:`close` wait for each other: a number that was closed meanwhile may be that of another VM.
+    """
+
+    def __init__(self, fd: int, name: str) -> None:
+        super().__init__(fd, name)
+        # Reentrant: the handler of a signal may close while its own thread is in a call.
+        self._in_use = threading.RLock()
 
     @property
     def fd(self) -> int:
@@ -41,9 +51,14 @@ class Descriptor(OwnedDescriptor):
         :raises OSError: With the kernel's errno.
         :raises UsageError: It is closed; nothing was called.
         """
-        fd = self.fd
         try:
-            return ioctl.call(fd, request, argument)
+            with self._in_use:
+                return ioctl.call(self.fd, request, argument)
         except OSError as error:
             number = error.errno or 0
             raise OSError(number, f"{self.name}: {what}: {os.strerror(number)}") from None
+
+    def close(self) -> None:
+        """Close it, after the call that is under way; nothing happens the second time."""
+        with self._in_use:
+            super().close()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import signal
 import struct
-import threading
 from collections.abc import Iterable
 
 from ramblock.kvm.descriptor import Descriptor
@@ -27,23 +26,14 @@ _KICK = signal.SIGRTMIN
 _MASK_BYTES = 8
 
 
-class _Thread(threading.local):
-    blocked: frozenset[int] | None = None
-
-
-_thread = _Thread()
-
-
 def enter_thread() -> frozenset[int]:
     """
-    Block the signal in the calling thread, from now on.
+    Block the signal in the calling thread, from now on. Called before each run: somebody may have put an older mask back.
 
-    :return: What was blocked there otherwise, when it was first called.
+    :return: What is blocked there otherwise.
     """
-    if _thread.blocked is None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {_KICK})
-        _thread.blocked = frozenset(int(number) for number in before) - {_KICK}
-    return _thread.blocked
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {_KICK})
+    return frozenset(int(number) for number in before) - {_KICK}
 
 
 def set_mask(vcpu: Descriptor, blocked: Iterable[int]) -> None:

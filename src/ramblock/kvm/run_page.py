@@ -98,8 +98,9 @@ class RunPage:
         self._run.hypercall.ret = result
 
     def release(self) -> None:
-        """Let go of the buffer, so that it can be unmapped; nothing else may be called after that."""
-        del self._run, self._buffer
+        """Let go of the buffer, so that it can be unmapped; nothing else may be called after that but this again."""
+        vars(self).pop("_run", None)
+        vars(self).pop("_buffer", None)
 
 
 def _io(run: KvmRun, buffer: mmap.mmap | bytearray) -> IoExit:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
-from ramblock.errors import describe_range
+from ramblock.errors import UsageError, describe_range
 from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.guest_memfd import GuestMemfd
 from ramblock.memory.section import RamSection
@@ -17,6 +17,7 @@ from ramblock.uapi.kvm import (
     KvmUserspaceMemoryRegion2,
     MemoryRegionFlags,
 )
+from ramblock.units import PAGE_SIZE
 
 __all__ = ["SlotTable"]
 
@@ -26,6 +27,10 @@ class _Slot:
     number: int
     sure: bool = False
     """Whether the kernel certainly has it. False from before a call until it has returned."""
+
+
+# KVM_MEM_MAX_NR_PAGES (include/linux/kvm_host.h): the kernel says EINVAL to more, and not why.
+_MAX_SLOT_BYTES = ((1 << 31) - 1) * PAGE_SIZE
 
 
 class SlotTable:
@@ -102,6 +107,12 @@ class SlotTable:
         return number
 
     def _set(self, number: int, section: RamSection, private: GuestMemfd | None) -> None:
+        if section.size > _MAX_SLOT_BYTES:
+            raise UsageError(
+                f"{section!r}: a memory slot has at most {_MAX_SLOT_BYTES:#x} bytes, not {section.size:#x}",
+                value=section.size,
+                expected="the block mapped in several sections",
+            )
         flags = MemoryRegionFlags.KVM_MEM_READONLY if section.readonly else MemoryRegionFlags(0)
         address = section.block.address + section.offset
         what = f"slot {number} for {describe_range(section.gpa, section.size)}"

@@ -37,8 +37,10 @@ class Vcpu:
     The first run in a thread blocks SIGRTMIN there, which is the kick, for good.
     """
 
-    def __init__(self, descriptor: Descriptor, id: int, *, run_size: int) -> None:
+    def __init__(self, descriptor: Descriptor, id: int, *, run_size: int, keeps: object) -> None:
         self.id = id
+        # The slots: the kernel keeps them as long as the vCPU is open, so what the guest sees has to live as long.
+        self._keeps = keeps
         self._descriptor = descriptor
         try:
             self._mapping = mmap.mmap(descriptor.fd, run_size, mmap.MAP_SHARED)
@@ -52,6 +54,9 @@ class Vcpu:
         # Held for moments. Reentrant: the handler of a signal may kick while its own thread is entering or leaving.
         self._kick_lock = threading.RLock()
         self._runner: int | None = None
+        # Who is inside run(); and whether a kick's signal is on its way: they queue, and one is enough.
+        self._user: int | None = None
+        self._signalled = False
         self._mask: frozenset[int] | None = None
         # The last exit that was handed out, and whether what it asked for was given.
         self._exit: Exit | None = None
@@ -116,16 +121,27 @@ class Vcpu:
         with self._run_lock:
             if self._closing:
                 raise UsageError(f"{self._descriptor.name} is closed", value=self.id)
-            self._refuse_unanswered()
-            error = self._enter()
-            exit = self._page.read_exit(error)
-            if exit is None:
-                assert error is not None  # only a failure can be no exit
-                raise OSError(error, f"{self._descriptor.name}: KVM_RUN: {os.strerror(error)}")
-            if isinstance(exit, InterruptedExit):
-                self._consume_kick()
-            self._exit = exit
-            return exit
+            try:
+                self._user = threading.get_ident()
+                return self._run()
+            finally:
+                self._user = None
+                if (
+                    self._closing
+                ):  # by a signal's handler in this thread, which could not wait for it
+                    self._release()
+
+    def _run(self) -> Exit:
+        self._refuse_unanswered()
+        error = self._enter()
+        exit = self._page.read_exit(error)
+        if exit is None:
+            assert error is not None  # only a failure can be no exit
+            raise OSError(error, f"{self._descriptor.name}: KVM_RUN: {os.strerror(error)}")
+        if isinstance(exit, InterruptedExit):
+            self._consume_kick()
+        self._exit = exit
+        return exit
 
     def _enter(self) -> int | None:
         """Call KVM_RUN; return its errno, None if it succeeded."""
@@ -154,6 +170,7 @@ class Vcpu:
         with self._kick_lock:
             self._page.request_exit(wanted=False)
             discard_kick()
+            self._signalled = False
 
     def _refuse_unanswered(self) -> None:
         """Fail closed: KVM itself presets success for a hypercall, and for a read what was there before."""
@@ -181,7 +198,9 @@ class Vcpu:
                 value=exit,
                 expected="after an IoExit or MmioExit",
             )
-        self._page.answer_read(exit, data)
+        with self._kick_lock:
+            self._check_open()
+            self._page.answer_read(exit, data)
         self._answered = True
 
     def set_hypercall_result(self, result: HypercallResult) -> None:
@@ -196,8 +215,14 @@ class Vcpu:
                 value=result,
                 expected="a HypercallResult after a HypercallExit",
             )
-        self._page.answer_hypercall(result)
+        with self._kick_lock:
+            self._check_open()
+            self._page.answer_hypercall(result)
         self._answered = True
+
+    def _check_open(self) -> None:
+        if self._mapping.closed:
+            raise UsageError(f"{self._descriptor.name} is closed", value=self.id)
 
     # -- stopping ---------------------------------------------------------------------------------------------------
 
@@ -208,18 +233,33 @@ class Vcpu:
         A kick is never lost, but several may become one. On a closed vCPU nothing happens.
         """
         with self._kick_lock:
-            if self._descriptor.closed:
+            if self._mapping.closed or self._descriptor.closed:
                 return
             self._page.request_exit(wanted=True)
-            if self._runner is not None and self._runner != threading.get_ident():
-                send_kick(self._runner)
+            if self._runner is None or self._runner == threading.get_ident() or self._signalled:
+                return
+            send_kick(self._runner)
+            self._signalled = True
 
     def close(self) -> None:
-        """Close it, and unmap what it shared; whoever runs it is kicked out first. Twice is the same as once."""
+        """
+        Close it, and unmap what it shared; whoever runs it is kicked out first. Twice is the same as once.
+
+        From a signal's handler in the thread that runs it, it is closed when that run returns.
+
+        :raises OSError: EAGAIN: the kick cannot be sent, because the user's signals have used up RLIMIT_SIGPENDING. Nothing
+            is closed, and the guest runs.
+        """
         self._closing = True
         self.kick()
-        with self._run_lock, self._kick_lock:
-            if self._descriptor.closed:
+        if self._user == threading.get_ident():
+            return
+        with self._run_lock:
+            self._release()
+
+    def _release(self) -> None:
+        with self._kick_lock:
+            if self._mapping.closed:
                 return
             self._descriptor.close()
             self._page.release()

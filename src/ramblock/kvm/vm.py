@@ -66,6 +66,7 @@ class KvmVm:
         self._descriptor = descriptor
         self._run_size = run_size
         self._vcpus: list[Vcpu] = []
+        self._next_id = 0
         self._slots = SlotTable(descriptor, self.capability(Capability.KVM_CAP_NR_MEMSLOTS))
         #: Whether the kernel knows private pages for this VM. If not, attributes are only tracked, by the page states.
         self.enforces_attributes = bool(
@@ -198,15 +199,17 @@ class KvmVm:
         argument.args[0] = bit
         self._descriptor.call(KVM_ENABLE_CAP, "KVM_ENABLE_CAP KVM_CAP_EXIT_HYPERCALL", argument)
 
-    def create_vcpu(self, id: int = 0) -> Vcpu:
+    def create_vcpu(self, id: int | None = None) -> Vcpu:
         """
         Make a vCPU, in the state of a processor after reset.
 
-        :param id: Unlike that of any other vCPU of this VM.
+        :param id: Unlike that of any vCPU there has been: KVM gives none back. None: the next.
         :raises OSError: EEXIST: there is one; EINVAL: beyond what the kernel allows.
         """
+        id = self._next_id if id is None else id
         fd = self._descriptor.call(KVM_CREATE_VCPU, f"vCPU {id}", id)
-        vcpu = Vcpu(Descriptor(fd, f"vCPU {id}"), id, run_size=self._run_size)
+        self._next_id = max(self._next_id, id + 1)
+        vcpu = Vcpu(Descriptor(fd, f"vCPU {id}"), id, run_size=self._run_size, keeps=self._slots)
         self._vcpus.append(vcpu)
         return vcpu
 

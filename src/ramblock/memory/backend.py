@@ -111,7 +111,11 @@ class HostMemoryBackend:
         return None if self.numa.nodes == nodes_with_memory() else self.numa.nodes
 
     def _check_available(self, what: str) -> None:
-        """Refuse what could only end in the OOM killer or in a SIGBUS: neither is an error that anybody can handle."""
+        """
+        Refuse what could only end in the OOM killer or in a SIGBUS: neither is an error that anybody can handle.
+
+        It looks at the host's memory, not at the limit of a control group, which may be less.
+        """
         nodes = self._only_on
         if self.kind is BackendKind.HUGETLB:
             if nodes is not None and lacking_on(nodes, self.size, self.page_size):

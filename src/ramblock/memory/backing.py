@@ -8,6 +8,7 @@ memfd drops page table entries, not pages (firecracker #6167). So each kind know
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import weakref
@@ -104,6 +105,10 @@ def write_fd(fd: int, offset: int, data: bytes) -> None:
         done += os.pwrite(fd, view[done : done + _MAX_TRANSFER], offset + done)
 
 
+# What memfd_create(2) and mmap(2) say where there is no such pool, or not enough in it.
+_ABOUT_THE_POOL = frozenset({errno.ENOMEM, errno.ENOENT, errno.EINVAL, errno.ENODEV, errno.ENOSPC})
+
+
 class MemfdBacking:
     """
     A memfd, mapped shared; with a *page_size* above the host's, on hugetlbfs.
@@ -123,7 +128,7 @@ class MemfdBacking:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"memfd {name!r} with pages of {format_size(page_size)}: {error.strerror}{self._hint()}",
+                f"memfd {name!r} with pages of {format_size(page_size)}: {error.strerror}{self._hint(error)}",
             ) from error
         self._close_fd = weakref.finalize(self, os.close, fd)
         try:
@@ -135,13 +140,15 @@ class MemfdBacking:
             self._close_fd()
             raise OSError(
                 error.errno,
-                f"memfd {name!r} of {format_size(size)}: {error.strerror}{self._hint()}",
+                f"memfd {name!r} of {format_size(size)}: {error.strerror}{self._hint(error)}",
             ) from error
         self.fd = fd
         self.address = address_of(self._mapping)
 
-    def _hint(self) -> str:
-        return f"; {describe_shortage(self.size, self.page_size)}" if self._huge else ""
+    def _hint(self, error: OSError) -> str:
+        if not self._huge or error.errno not in _ABOUT_THE_POOL:
+            return ""
+        return f"; {describe_shortage(self.size, self.page_size)}"
 
     def read(self, offset: int, size: int) -> bytes:
         """Copy bytes out; pread does not allocate, where a load through the mapping would."""

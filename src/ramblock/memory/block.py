@@ -15,7 +15,7 @@ from ramblock.memory.backing import PrivateBacking, SharedBacking, StandInPrivat
 from ramblock.memory.coordination import DiscardHold
 from ramblock.memory.discard_manager import RamDiscardManager
 from ramblock.memory.guard import Guard, Moved
-from ramblock.memory.in_place import check_in_place, is_in_place
+from ramblock.memory.in_place import check_in_place, is_in_place, take_in_place
 from ramblock.memory.prealloc import Progress
 from ramblock.memory.sides import Sides
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_range, format_size
@@ -101,7 +101,9 @@ class RamBlock:
             _check_name(name)
             check_range(0, size, limit=ADDRESS_LIMIT, align=PAGE_SIZE, what=f"block {name!r}")
             check_in_place(private, size, name)
-            return cls(name, private, private, owns_private=False)
+            block = cls(name, private, private, owns_private=False)
+            take_in_place(private)
+            return block
         return cls.from_backend(name, HostMemoryBackend(size=size), private=private)
 
     @classmethod

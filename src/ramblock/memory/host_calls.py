@@ -71,7 +71,7 @@ def write_own_memory(address: int, data: bytes) -> None:
     :raises OSError: EFAULT. Bytes before the page that is missing may be written.
     """
     done = 0
-    source = ctypes.create_string_buffer(data, len(data))
+    source = ctypes.create_string_buffer(bytes(data), len(data))
     while done < len(data):
         local = _Iovec(ctypes.addressof(source) + done, len(data) - done)
         remote = _Iovec(address + done, len(data) - done)

@@ -74,7 +74,7 @@ class HugePagePool:
 def _count(path: Path, name: str) -> int:
     try:
         return int((path / name).read_text())
-    except OSError:
+    except FileNotFoundError:
         return 0  # the pool of a node has no resv_hugepages
 
 
@@ -85,7 +85,12 @@ def describe_shortage(size: int, page_size: int, nodes: frozenset[int] | None = 
     :param nodes: Where the pages have to come from; None: anywhere.
     """
     places = [None] if nodes is None else sorted(nodes)
-    pools = [pool for node in places if (pool := HugePagePool.read(page_size, node)) is not None]
+    try:
+        pools = [
+            pool for node in places if (pool := HugePagePool.read(page_size, node)) is not None
+        ]
+    except OSError as error:
+        return f"the pool of {format_size(page_size)} pages cannot be read: {error.strerror}"
     if not pools:
         there = sorted(
             int(path.name.removeprefix("hugepages-").removesuffix("kB")) * KIB
@@ -96,7 +101,8 @@ def describe_shortage(size: int, page_size: int, nodes: frozenset[int] | None = 
     needed = size // page_size
     lacking = max(needed - sum(pool.available for pool in pools), 0)
     state = "; ".join(map(str, pools))
-    return f"pages needed: {needed}, but {state}; {pools[0].advise(lacking)}"
+    shortage = f"pages needed: {needed}, but {state}"
+    return f"{shortage}; {pools[0].advise(lacking)}" if lacking else shortage
 
 
 def lacking_on(nodes: frozenset[int], size: int, page_size: int) -> int:

@@ -18,11 +18,19 @@ from __future__ import annotations
 
 import errno
 from typing import Protocol, TypeGuard
+from weakref import WeakSet
 
 from ramblock.errors import UsageError
 from ramblock.memory.backing import PrivateBacking, SharedBacking
 
-__all__ = ["TRIES", "InPlaceBacking", "check_in_place", "is_in_place", "set_attributes"]
+__all__ = [
+    "TRIES",
+    "InPlaceBacking",
+    "check_in_place",
+    "is_in_place",
+    "set_attributes",
+    "take_in_place",
+]
 
 #: How often an attribute is set that is refused with EAGAIN. Nobody waits in between, because the memory's lock is held and
 #: the guest asks again anyway (KVM: TDG.VP.VMCALL<MapGPA> is answered with RETRY); what lets go meanwhile is what the kernel
@@ -51,6 +59,7 @@ class InPlaceBacking(SharedBacking, PrivateBacking, Protocol):
         """
 
 
+_in_use: WeakSet[InPlaceBacking] = WeakSet()
 _MEMBERS = (
     "fd",
     "address",
@@ -78,12 +87,24 @@ def check_in_place(private: InPlaceBacking, size: int, name: str) -> None:
             value=private,
             expected="an InPlaceBacking",
         )
+    if private in _in_use:
+        # Two blocks would convert the same pages behind each other's back.
+        raise UsageError(
+            f"block {name!r}: {private!r} is all the memory of another block already",
+            value=private,
+            expected="an InPlaceBacking that no block has",
+        )
     if private.size != size:
         raise UsageError(
             f"block {name!r} has {size:#x} bytes, the memory that is to be all of it {private.size:#x}",
             value=private.size,
             expected=f"{size:#x}",
         )
+
+
+def take_in_place(private: InPlaceBacking) -> None:
+    """Note that a block has it; there is no way back, because the block closes it."""
+    _in_use.add(private)
 
 
 def set_attributes(backing: InPlaceBacking, offset: int, size: int, *, private: bool) -> None:

@@ -12,6 +12,7 @@ meanwhile), and at the end of the run a sample of everything.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from threading import Lock
@@ -20,17 +21,27 @@ from typing import Literal, Protocol, TypeAlias
 
 from ramblock.dma.iommufd import IommufdIoas
 from ramblock.dma.type1 import Type1Container
+from ramblock.errors import DmaError, UsageError
 from ramblock.run.device import ACCESS_BYTES, ACCESS_STEP, Buffer, Device
 from ramblock.run.ports import Ranges
 from ramblock.run.verifier import Verifier, ViolationKind
 from ramblock.run.watched import Watch, WatchedTarget
 from ramblock.units import PAGE_SIZE
-from ramblock.vfio import BouncePage, EduDevice, IommuTestdev, PciAddress, VfioDevice, bind_to_vfio
+from ramblock.vfio import (
+    BouncePage,
+    DmaResult,
+    EduDevice,
+    IommuTestdev,
+    PciAddress,
+    VfioDevice,
+    bind_to_vfio,
+)
 
 __all__ = ["DmaEngine", "HardwareDevice", "HardwarePort", "HardwarePorts", "IommuKind"]
 
 IommuKind: TypeAlias = Literal["type1", "iommufd", "iommufd-native", "iommufd-cutting"]
 
+_PROOF_BYTES = 64
 _CUTTING = {"iommufd": None, "iommufd-native": False, "iommufd-cutting": True}
 
 
@@ -60,6 +71,8 @@ class TestdevEngine:
     def write(self, iova: int, data: bytes) -> bytes | None:
         """Write its pattern."""
         result = self._device.dma_write(iova, len(data))
+        if not result.written and result is not DmaResult.REFUSED:
+            raise DmaError(f"iommu-testdev neither wrote {iova:#x} nor was refused: {result.name}")
         return IommuTestdev.pattern(len(data)) if result.written else None
 
 
@@ -73,6 +86,26 @@ class EduEngine:
     def __init__(self, device: VfioDevice, bounce: BouncePage) -> None:
         self._device = EduDevice(device)
         self._bounce = bounce
+        self._check_reach()
+
+    def _check_reach(self) -> None:
+        """
+        Refuse an edu that does not reach all of the guest.
+
+        The page lies behind all of it: what reaches the page reaches the guest. An address that is cut off faults, since
+        nothing else is mapped yet.
+        """
+        proof = os.urandom(_PROOF_BYTES)
+        self._bounce.write(proof)
+        self._device.load(self._bounce.iova, len(proof))
+        self._bounce.write(bytes(len(proof)))
+        self._device.store(self._bounce.iova, len(proof))
+        if self._bounce.read(len(proof)) != proof:
+            raise UsageError(
+                f"edu does not reach {self._bounce.iova:#x}: its DMA mask is too small, or the IOMMU is not in its way",
+                value=self._bounce.iova,
+                expected="QEMU started with -device edu,dma_mask=0xffffffffffff",
+            )
 
     def write(self, iova: int, data: bytes) -> bytes | None:
         """Write, and read it again: through a fault nothing is written, and zeros are read."""

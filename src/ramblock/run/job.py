@@ -56,7 +56,7 @@ __all__ = ["Progress", "Run"]
 _PROGRESS_EVERY = 64
 _REQUESTS = 26_000
 # With a vCPU or real devices, which may be emulated ones on an emulated machine, a hundred times slower: a minute or two there.
-_REQUESTS_ON_REAL_PARTS = 1_000
+_REQUESTS_ON_REAL_PARTS = 500
 
 
 class Progress(Protocol):
@@ -262,8 +262,9 @@ class Run:
                 interrupted = True
             elapsed = perf_counter_ns() - began
             self._stop_devices()
+            report = self._finish(elapsed, interrupted=interrupted)
             on_failure.pop_all()
-        return self._finish(elapsed, interrupted=interrupted)
+        return self._closed(report)
 
     def _stop_devices(self) -> None:
         for device in self._devices:
@@ -328,6 +329,7 @@ class Run:
         attached = not self._scenario.run.uncoordinated and not memory.poisoned
         watching_ns = verifier.spent_ns()
         verifier.compare(shared, self._ports.tables(), attached=attached)
+        device_errors = [repr(device.error) for device in self._devices if device.error is not None]
         if attached:
             writable = [
                 (start, end - start)
@@ -336,11 +338,16 @@ class Run:
                 if place.confidential
                 and (start := max(gpa, place.gpa)) < (end := min(gpa + size, place.end))
             ]
-            self._ports.audit(writable, list(memory.ranges(PageState.PRIVATE)))
+            try:
+                self._ports.audit(writable, list(memory.ranges(PageState.PRIVATE)))
+            except KeyboardInterrupt:
+                interrupted = True
+            except (RamblockError, OSError) as error:
+                device_errors.append(repr(error))
         if self._injected is not None:
             self._injected.account()
         state = "".join(f"{gpa:x}+{size:x}\n" for gpa, size in shared)
-        report = RunReport(
+        return RunReport(
             scenario=self._scenario,
             guest=self._facts,
             targets=self._targets(),
@@ -348,9 +355,7 @@ class Run:
             tally=memory.tally,
             verifier=verifier,
             devices=[device.counts for device in self._devices],
-            device_errors=[
-                repr(device.error) for device in self._devices if device.error is not None
-            ],
+            device_errors=device_errors,
             entries={mapper_name(mapper): mapper.entries for mapper in self._mappers},
             kernel_entries=self._ports.kernel_entries() if attached else {},
             policy=self._mappers[0].policy.value if self._mappers else "none",
@@ -367,6 +372,9 @@ class Run:
             watching_ns=watching_ns,
             interrupted=interrupted,
         )
+
+    def _closed(self, report: RunReport) -> RunReport:
+        """Give everything back; what cannot be is part of the report."""
         try:
             self._close()
         except (RamblockError, OSError) as error:

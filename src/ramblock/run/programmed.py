@@ -79,6 +79,12 @@ def _spans(gpa: int, size: int) -> list[_Span]:
     return [span] if span.last == last else [span, _Span(last, _WORD, PAGE_SIZE)]
 
 
+def _can_be_said(request: Request) -> bool:
+    """Whether a hypercall can ask for it: in two registers, and in whole pages, unless it is refused for its address anyway."""
+    fits = 0 <= request.gpa < ADDRESS_LIMIT and 0 <= request.size < ADDRESS_LIMIT
+    return fits and bool(request.size % PAGE_SIZE == 0 or request.gpa % PAGE_SIZE)
+
+
 class ProgrammedGuest:
     """
     The script's requests, made by a vCPU.
@@ -122,8 +128,8 @@ class ProgrammedGuest:
         :raises GuestProgramError: The guest cannot go on.
         :raises StuckGuestError: It faults for ever.
         """
-        if not (0 <= request.gpa < ADDRESS_LIMIT and 0 <= request.size < ADDRESS_LIMIT):
-            return self._memory.ask(request)  # no register holds it
+        if not _can_be_said(request):
+            return self._memory.ask(request)
         self._prepare(request)
         pages = -(-request.size // PAGE_SIZE)
         attributes = _ENCRYPTED if request.to is PageState.PRIVATE else 0

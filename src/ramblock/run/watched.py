@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from ramblock.dma.soft import SoftIommu
 from ramblock.dma.target import DmaCapabilities, DmaTarget, HostRange
-from ramblock.errors import IommuFault
+from ramblock.errors import DmaError, IommuFault
 from ramblock.memory.backing import SharedBacking, StandInPrivate
 from ramblock.run.faults import FaultPlan
 from ramblock.run.pinned import PinnedIommu
@@ -72,16 +73,28 @@ class WatchedTarget:
     def map(self, iova: int, memory: HostRange, *, writable: bool = True) -> None:
         """Map, watched."""
         self._verifier.about_to_map(self.name, iova, memory.size)
-        self._target.map(iova, memory, writable=writable)
-        self._verifier.has_mapped(self.name, iova, memory.size)
+        with self._unless_refused(iova, memory.size):
+            self._target.map(iova, memory, writable=writable)
+            self._verifier.has_mapped(self.name, iova, memory.size)
         self._trace.emit("map", target=self.name, iova=iova, size=memory.size, writable=writable)
 
     def unmap(self, iova: int, size: int) -> int:
         """Unmap, watched."""
-        removed = self._target.unmap(iova, size)
-        self._verifier.has_unmapped(self.name, iova, size, removed)
+        with self._unless_refused(iova, size):
+            removed = self._target.unmap(iova, size)
+            self._verifier.has_unmapped(self.name, iova, size, removed)
         self._trace.emit("unmap", target=self.name, iova=iova, size=size, unmapped=removed)
         return removed
+
+    @contextmanager
+    def _unless_refused(self, iova: int, size: int) -> Iterator[None]:
+        """After anything but success or a plain refusal, Ctrl-C for instance, nobody knows whether the call was carried out."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, DmaError) or error.in_doubt:
+                self._verifier.note_uncertain(self.name, iova, size)
+            raise
 
     def close(self) -> None:
         """Close the target."""

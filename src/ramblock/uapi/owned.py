@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 import weakref
+from abc import ABC, abstractmethod
 
 __all__ = ["OwnedDescriptor"]
 
 
-class OwnedDescriptor:
+class OwnedDescriptor(ABC):
     """
     Owns *fd* from now on, and closes it at the latest when nobody holds this object any more.
 
@@ -40,9 +41,9 @@ class OwnedDescriptor:
             raise self._closed_error()
         return self._fd
 
+    @abstractmethod
     def _closed_error(self) -> Exception:
         """Say that it is closed, as the part of the library does that it belongs to."""
-        return ValueError(f"{self.name} is closed")
 
     def close(self) -> None:
         """Close it; nothing happens the second time."""

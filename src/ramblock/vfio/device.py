@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -179,8 +180,13 @@ class VfioDevice:
         return self._regions[index]
 
     def map_region(self, index: int) -> MappedRegion:
-        """Map a region into the process; closed with the device. Raises as ``Region.map``."""
-        mapped = self.region(index).map()
+        """
+        Map all of a region into the process, for accesses without a system call; closed with the device.
+
+        :raises UsageError: The kernel lets only parts of it be mapped, or nothing.
+        """
+        mapped = MappedRegion(self._fd, self.region(index).layout)
+        note_open(self.address, mapped)
         self._mapped.append(mapped)
         return mapped
 
@@ -234,9 +240,10 @@ class VfioDevice:
 
     def close(self) -> None:
         """Detach and close it, and all that is mapped of its regions; nothing happens the second time."""
-        for mapped in self._mapped:
-            mapped.close()
-        self._fd.close()
+        with ExitStack() as everything:  # one that is still in use must not keep the others open
+            everything.callback(self._fd.close)
+            for mapped in self._mapped:
+                everything.callback(mapped.close)
 
     def __enter__(self) -> VfioDevice:
         return self

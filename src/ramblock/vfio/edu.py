@@ -74,6 +74,8 @@ class EduDevice:
     def read_from_ram(self, iova: int, size: int, bounce: BouncePage) -> bytes:
         """Read memory as the device: into its buffer, and from there through *bounce*. Zeros where it faulted."""
         self.load(iova, size)
+        # The device's store may fault as well, and would leave what was there.
+        bounce.write(bytes(size))
         self.store(bounce.iova, size)
         return bounce.read(size)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from threading import Event
 
-from ramblock.errors import UsageError
+from ramblock.errors import DmaError, UsageError
 from ramblock.uapi.vfio import PciRegion
 from ramblock.units import check_range
 from ramblock.vfio.device import VfioDevice
@@ -114,6 +114,7 @@ class IommuTestdev:
         Write over and over until *stop* is set; for a thread of its own, which alone uses the device meanwhile.
 
         :return: *tally*, or a new one.
+        :raises DmaError: It neither writes nor is refused: it is switched off, or gone.
         """
         tally = TransferTally() if tally is None else tally
         self._aim(iova, length)
@@ -122,13 +123,17 @@ class IommuTestdev:
             register >> 2 for register in (_Register.DOORBELL, _Register.TRIGGER, _Register.RESULT)
         )
         refused = DmaResult.REFUSED.value
+        written = frozenset(answer.value for answer in DmaResult if answer.written)
         while not stop.is_set():
             refusals = 0
             for _ in range(_BATCH):
                 words[doorbell] = _ARM
                 words[trigger]
-                if words[result] == refused:
+                value = words[result]
+                if value == refused:
                     refusals += 1
+                elif value not in written:
+                    raise DmaError(f"{self.device!r} answers {value:#x}: it does no DMA any more")
             tally.refusals += refusals
             tally.transfers += _BATCH - refusals
         return tally

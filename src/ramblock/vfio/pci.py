@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 from weakref import WeakSet
 
-from ramblock.dma.descriptor import Descriptor
 from ramblock.errors import BusyError, DmaError, UsageError
 
 __all__ = [
@@ -132,17 +132,26 @@ def vfio_cdev(address: PciAddress, *, sysfs: Path = _SYSFS, dev: Path = Path("/d
 
 # -- who has a device open in this process ----------------------------------------------------------------------------
 
-# Weakly: a device that is forgotten is closed.
-_open: defaultdict[PciAddress, WeakSet[Descriptor]] = defaultdict(WeakSet)
+
+class _Opener(Protocol):
+    """What keeps a device open: its descriptor, or a mapping of one of its regions."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
 
 
-def note_open(address: PciAddress, descriptor: Descriptor) -> None:
-    """Note that *address* is open in this process until *descriptor* is closed."""
-    _open[address].add(descriptor)
+# Weakly: what is forgotten is closed.
+_open: defaultdict[PciAddress, WeakSet[_Opener]] = defaultdict(WeakSet)
+
+
+def note_open(address: PciAddress, opener: _Opener) -> None:
+    """Note that *address* is open in this process until *opener* is closed."""
+    _open[address].add(opener)
 
 
 def _is_open(address: PciAddress) -> bool:
-    return any(not descriptor.closed for descriptor in _open[address])
+    return any(not opener.closed for opener in _open[address])
 
 
 # -- binding ----------------------------------------------------------------------------------------------------------

@@ -107,19 +107,6 @@ class Region:
                 f"region {self.layout.index}: {done} bytes of {describe_range(offset, len(data))} written"
             )
 
-    def map(self) -> MappedRegion:
-        """
-        Map all of it into the process, for accesses without a system call.
-
-        :raises UsageError: The kernel lets only parts of it be mapped, or nothing.
-        """
-        if self.layout.mappable != ((0, self.layout.size),):
-            raise UsageError(
-                f"region {self.layout.index} cannot be mapped as a whole",
-                value=self.layout.mappable,
-            )
-        return MappedRegion(self._fd, self.layout)
-
     def _check(self, offset: int, size: int, what: str) -> None:
         check_range(
             offset, size, limit=self.layout.size, align=1,
@@ -131,10 +118,17 @@ class MappedRegion:
     """
     A region in the process's address space. An access is one load or store of its width, as registers need it.
 
-    It keeps the device open until it is closed.
+    It keeps the device open until it is closed. Made by ``VfioDevice.map_region``.
+
+    :raises UsageError: The kernel lets only parts of it be mapped, or nothing.
+    :raises DmaError: It cannot be mapped.
     """
 
     def __init__(self, fd: Descriptor, layout: RegionLayout) -> None:
+        if layout.mappable != ((0, layout.size),):
+            raise UsageError(
+                f"region {layout.index} cannot be mapped as a whole", value=layout.mappable
+            )
         try:
             self._mapping = mmap.mmap(fd.fileno(), layout.size, offset=layout.offset)
         except OSError as error:
@@ -161,6 +155,11 @@ class MappedRegion:
     def write64(self, offset: int, value: int) -> None:
         """Write a 64-bit register."""
         self._views[1][offset >> 3] = value
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._mapping.closed
 
     def close(self) -> None:
         """Unmap it; an access afterwards is a ValueError. Nothing happens the second time."""
