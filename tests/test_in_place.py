@@ -520,3 +520,12 @@ def test_the_simulated_memory_takes_whole_pages_of_itself(
 ) -> None:
     with pytest.raises(UsageError, match="memory in place"):
         guest.ram.set_attributes(offset, size, True)
+
+
+def test_one_memory_is_that_of_one_block() -> None:
+    memory = SimulatedInPlace("ram", 4 * PAGE)
+    with (
+        RamBlock.create("a", 4 * PAGE, private=memory),
+        pytest.raises(UsageError, match="all the memory of another block already"),
+    ):
+        RamBlock.create("b", 4 * PAGE, private=memory)

@@ -100,3 +100,18 @@ def test_lock_outlives_its_holder_in_a_program_that_inherited_it(cache: Cache) -
     assert cache.is_locked()
     child.communicate()
     assert not cache.is_locked()
+
+
+def test_removal_that_was_interrupted_leaves_no_entry(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _publish(cache, {"recipe": "1"})
+
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lab.cache.shutil.rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.remove(path)
+    assert (path / "file").exists()
+    assert cache.find("kernel", {"recipe": "1"}) is None

@@ -462,3 +462,63 @@ def test_failure_leaves_nothing(vm: KvmVm, monkeypatch: pytest.MonkeyPatch) -> N
         vm.create_guest_memfd(PAGE, flags=1 << 40)  # type: ignore[arg-type]
     gc.collect()
     assert held() == before
+
+
+def test_closed_by_the_handler_of_a_signal_while_it_runs(
+    vm: KvmVm, ram: RamBlock, vcpu: Vcpu
+) -> None:
+    write_code(ram, CODE, ENDLESS)
+    before = signal.signal(signal.SIGUSR1, lambda *_: vm.close())
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        assert vcpu.run() == InterruptedExit()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        timer.join()
+    with pytest.raises(UsageError, match="closed"):
+        vcpu.run()
+
+
+def test_what_the_guest_sees_lives_as_long_as_its_vcpu() -> None:
+    def vcpu_alone() -> tuple[Vcpu, int]:
+        kvm = Kvm()
+        vm = kvm.create_vm()
+        block = RamBlock.create("ram", SIZE)
+        GuestMemory(vm).map(block, 0)
+        return vm.create_vcpu(), block.address
+
+    vcpu, address = vcpu_alone()
+    gc.collect()
+    maps = Path("/proc/self/maps").read_text()
+    assert f"{address:x}-" in maps  # otherwise something else could come to lie there
+    vcpu.close()
+
+
+def test_kicks_do_not_pile_up(ram: RamBlock, vcpu: Vcpu) -> None:
+    write_code(ram, CODE, ENDLESS)
+    kicked = threading.Event()
+
+    def kick_often() -> None:
+        time.sleep(0.05)
+        for _ in range(200):
+            vcpu.kick()
+        kicked.set()
+
+    thread = threading.Thread(target=kick_often)
+    thread.start()
+    exits = 0
+    while not kicked.is_set():
+        assert vcpu.run() == InterruptedExit()
+        exits += 1
+    thread.join()
+    vcpu.kick()
+    assert vcpu.run() == InterruptedExit()
+    write_code(ram, CODE, HALT)
+    registers = vcpu.registers
+    registers.rip = CODE
+    vcpu.registers = registers
+    exit = vcpu.run()
+    if exit == InterruptedExit():  # the last of the kicks, at most
+        exit = vcpu.run()
+    assert exit == HaltExit()
