@@ -43,14 +43,14 @@ def test_a_device_does_not_outlive_the_memory_it_reaches() -> None:
 
 def test_also_what_was_mapped_after_the_device_came() -> None:
     iommu = SoftIommu()
-    memory, block = make("first", iommu)
-    second = RamBlock.create("second", PAGE)
+    memory, block = make("attached-first", iommu)
+    second = RamBlock.create("attached-second", PAGE)
     memory.map(second, 8 * PAGE)
     del memory, block, second
     assert iommu.read(8 * PAGE, 1) == b"\0"
     del iommu
-    assert not is_mapped("first")
-    assert not is_mapped("second")
+    assert not is_mapped("attached-first")
+    assert not is_mapped("attached-second")
 
 
 @pytest.mark.parametrize("how", ["detach", "unmap", "close"])

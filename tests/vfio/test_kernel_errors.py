@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 
 from ramblock.dma.kernel_errors import TABLE, Refused, refusal
-from ramblock.dma.vfio_facts import GroupMember, group_members, locked_memory, module_parameter
+from ramblock.dma.vfio_facts import (
+    GroupMember,
+    LockedMemory,
+    group_members,
+    locked_memory,
+    module_parameter,
+)
 from ramblock.errors import DmaError
 from ramblock.uapi import iommufd, vfio
 from ramblock.units import MIB
@@ -159,7 +165,14 @@ def test_module_parameters(root: Path) -> None:
 
 
 def test_locked_memory(root: Path, memlock: None, tmp_path: Path) -> None:
-    assert locked_memory(root=root) == (8 * MIB, 7 * MIB, 9 * MIB)
-    assert locked_memory(root=tmp_path / "none") == (8 * MIB, 0, 0)
+    assert locked_memory(root=root) == LockedMemory(8 * MIB, 7 * MIB, 9 * MIB, exempt=False)
+    assert locked_memory(root=tmp_path / "none") == LockedMemory(8 * MIB, 0, 0, exempt=False)
     # This process's own, whatever they are.
     assert locked_memory().locked >= 0
+
+
+def test_the_limit_is_not_to_blame_with_the_capability(root: Path, memlock: None) -> None:
+    status = root / "proc/self/status"
+    status.write_text(status.read_text() + "CapEff:\t0000000000004000\n")
+    error = refusal(Refused("IOMMU_IOAS_MAP", errno.ENOMEM, 0, 4096, root=root))
+    assert "RLIMIT_MEMLOCK does not count" in str(error)

@@ -69,7 +69,9 @@ class KernelRefusal(DmaError):
 
 
 def _memlock(refused: Refused) -> str | None:
-    limit, locked, pinned = locked_memory(root=refused.root)
+    limit, locked, pinned, exempt = locked_memory(root=refused.root)
+    if exempt:
+        return "RLIMIT_MEMLOCK does not count with CAP_IPC_LOCK: look at the memory limit of the control group"
     if limit is None:
         return None
     held = locked if refused.call == "VFIO_IOMMU_MAP_DMA" else pinned
@@ -83,7 +85,7 @@ def _memlock(refused: Refused) -> str | None:
 def _entry_limit(refused: Refused) -> str:
     now = module_parameter("vfio_iommu_type1", "dma_entry_limit", root=refused.root)
     return (
-        f"vfio_iommu_type1.dma_entry_limit is {now or 'not readable'} now; a container keeps the value it was opened with: "
+        f"vfio_iommu_type1.dma_entry_limit is {now or 'not readable'} now; a container keeps the value that its first group found: "
         "raise it and open a new one, or use iommufd, which has no limit"
     )
 

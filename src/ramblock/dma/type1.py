@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+from contextlib import suppress
 from threading import Lock
 from typing import NamedTuple
 
@@ -162,7 +163,12 @@ class Type1Container:
                 self._refresh()
                 self._groups[group.number] = group
             except BaseException:
-                group.unset_container()
+                if not self._groups:
+                    self._capabilities = None
+                with suppress(
+                    DmaError
+                ):  # what failed first is what matters; closing the group takes it out as well
+                    group.unset_container()
                 raise
 
     def _refresh(self) -> None:

@@ -18,6 +18,8 @@ __all__ = [
 ]
 
 _ROOT = Path("/")
+# include/uapi/linux/capability.h
+_CAP_IPC_LOCK = 14
 
 
 class GroupMember(NamedTuple):
@@ -40,6 +42,8 @@ class LockedMemory(NamedTuple):
     """VmLck: what type1 has charged to this process (mm->locked_vm)."""
     pinned: int
     """VmPin: what iommufd has pinned for it (mm->pinned_vm); it charges the user, who may have other processes."""
+    exempt: bool
+    """CAP_IPC_LOCK: neither type1 nor iommufd looks at the limit."""
 
 
 def module_parameter(module: str, name: str, *, root: Path = _ROOT) -> str | None:
@@ -79,8 +83,11 @@ def locked_memory(*, root: Path = _ROOT) -> LockedMemory:
         name, _, value = line.partition(":")
         if name in ("VmLck", "VmPin"):
             status[name] = int(value.split()[0]) * KIB
+        elif name == "CapEff":
+            status[name] = int(value, 16)
     return LockedMemory(
         None if limit == resource.RLIM_INFINITY else limit,
         status.get("VmLck", 0),
         status.get("VmPin", 0),
+        bool(status.get("CapEff", 0) >> _CAP_IPC_LOCK & 1),
     )
