@@ -375,7 +375,8 @@ class Looker:
                 assert isinstance(exit, MemoryFaultExit | InterruptedExit), exit
 
     def look_at(self, gpa: int) -> None:
-        self._code.write(self.WHERE, gpa.to_bytes(4, "little"))
+        # One store: pwrite(2) copies byte by byte, and the guest would look at an address that is new in part.
+        ctypes.c_uint32.from_address(self._code.address + self.WHERE).value = gpa
 
     def wait_for_looks(self, count: int) -> None:
         end = self.looks + count
@@ -383,7 +384,7 @@ class Looker:
 
     def look_away(self) -> None:
         """Return when it does not look any more."""
-        self._code.write(self.WHERE, bytes(4))
+        self.look_at(0)
         before = self._code.read(self.IDLE, 4)
         wait_until(lambda: self._code.read(self.IDLE, 4) != before)
 
