@@ -1,6 +1,7 @@
 """Hypothesis's profiles, and what happens to a test whose requirement is missing."""
 
 import os
+import signal
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -40,6 +41,9 @@ _MUST_FAIL = pytest.StashKey[bool]()
 
 
 def pytest_configure() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell starts what it puts into the background with Ctrl-C ignored, and our children would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if unknown := required_names() - PROBES.keys():
         # A misspelt name would require nothing, without a word.
         raise pytest.UsageError(
