@@ -1,8 +1,9 @@
 """
 Ctrl-C at every point where it can strike.
 
-CPython delivers signals at function entry and at backward jumps. The first half of this file raises KeyboardInterrupt at
-each such point of our code in turn, by tracing; the second half uses real signals at random moments. Whatever is
+CPython delivers signals at function entry, at backward jumps, and when a function in C has returned (ceval.c,
+CHECK_EVAL_BREAKER). The first half of this file raises KeyboardInterrupt at each such point of our code in turn, by tracing
+and profiling; the second half uses real signals at random moments. Whatever is
 interrupted, nothing may be stale or missing, no lock may stay taken, and the next call must work; or it is poisoned.
 """
 
@@ -25,7 +26,7 @@ import pytest
 import ramblock
 from ramblock import GuestMemory, PageState, RamBlock, VirtioMem
 from ramblock.dma import SoftIommu
-from ramblock.errors import ConversionInterrupted
+from ramblock.errors import ConversionInterrupted, PoisonedError
 from ramblock.testing import SimulatedInPlace
 from ramblock.units import PAGE_SIZE
 
@@ -52,8 +53,7 @@ class Interrupter:
             raise KeyboardInterrupt
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
-        name = frame.f_code.co_filename
-        if not name.startswith(_PACKAGE) or any(part in name for part in _NOT_INTERRUPTED):
+        if not self._is_ours(frame):
             return None
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
@@ -65,13 +65,24 @@ class Interrupter:
             self._hit()
         return self._inside
 
+    def _called(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event == "c_return" and self._is_ours(frame):
+            self._hit()
+
+    @staticmethod
+    def _is_ours(frame: FrameType) -> bool:
+        name = frame.f_code.co_filename
+        return name.startswith(_PACKAGE) and not any(part in name for part in _NOT_INTERRUPTED)
+
     def __enter__(self) -> Interrupter:
         self._before = sys.gettrace()  # that of a measurement of coverage, for instance
+        sys.setprofile(self._called)
         sys.settrace(self._enter)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(self._before)
+        sys.setprofile(None)
 
 
 class Vm:
@@ -190,7 +201,7 @@ def _world(operation: str) -> World:
 
 def _interrupt(operation: str, *numbers: int) -> tuple[World, int]:
     world = _world(operation)
-    with suppress(KeyboardInterrupt), Interrupter(*numbers) as interrupter:
+    with suppress(KeyboardInterrupt, PoisonedError), Interrupter(*numbers) as interrupter:
         OPERATIONS[operation](world)
     return world, interrupter.points
 

@@ -39,6 +39,8 @@ class Buffer:
     device: int
     #: What the device wrote last at each offset: one word of 64 bits, repeated.
     written: dict[int, bytes] = field(default_factory=dict)
+    #: Held while the device uses it.
+    in_use: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass
@@ -79,23 +81,22 @@ class Device(threading.Thread):
         self.random = random.Random(f"{seed}/device{number}")
         self._pause = pause
         self._buffers: list[Buffer] = []
-        self._in_use: Buffer | None = None
         self.given_back: list[tuple[int, int]] = []
-        self._changed = threading.Condition()
+        # A plain lock, not a Condition: the guest's thread can be interrupted by Ctrl-C, and a Condition would stay taken then.
+        self._lists = threading.Lock()
         self._stopping = threading.Event()
         self._serial = count(1)
 
     def give(self, buffer: Buffer) -> None:
         """Hand *buffer* to the device."""
-        with self._changed:
+        with self._lists:
             self._buffers.append(buffer)
 
     def take(self, buffer: Buffer) -> None:
         """Take *buffer* back; the device does nothing with it any more when this returns."""
-        with self._changed:
+        with self._lists:
             self._buffers.remove(buffer)
-            while self._in_use is buffer:
-                self._changed.wait()
+        with buffer.in_use, self._lists:
             self.given_back.append((buffer.gpa, buffer.size))
             del self.given_back[:-64]
 
@@ -121,16 +122,16 @@ class Device(threading.Thread):
 
     def _round(self) -> None:
         """Use a buffer of its own."""
-        with self._changed:
+        with self._lists:
             if not self._buffers:
                 return
-            self._in_use = buffer = self.random.choice(self._buffers)
+            buffer = self.random.choice(self._buffers)
+            # Before the list is free again: who takes the buffer away waits for this.
+            buffer.in_use.acquire()
         try:
             self.use(buffer, self.random.randrange(0, buffer.size, ACCESS_STEP))
         finally:
-            with self._changed:
-                self._in_use = None
-                self._changed.notify_all()
+            buffer.in_use.release()
 
     def use(self, buffer: Buffer, offset: int) -> None:
         """Do DMA at *offset* of *buffer*, which stays the device's meanwhile."""
@@ -194,7 +195,7 @@ class SoftDevice(Device):
 
     def _probe(self) -> None:
         """Read what it was not given: whether that faults depends on what it is just now; the verifier knows."""
-        with self._changed:
+        with self._lists:
             where = (
                 self.random.choice(self.given_back)
                 if self.given_back and self.random.random() < 0.5

@@ -116,7 +116,7 @@ class Verifier:
 
     def about_to_map(self, target: str, gpa: int, size: int) -> None:
         """Check a map before it is made: every page shared, none freed, none mapped."""
-        with self._timed():
+        with self._lock, self._timed():
             mapped = self.mapped[target]
             for region, start, end in self._spans(gpa, size):
                 here = self.regions[region]
@@ -131,19 +131,19 @@ class Verifier:
 
     def has_mapped(self, target: str, gpa: int, size: int) -> None:
         """Note a map that was made."""
-        with self._timed():
+        with self._lock, self._timed():
             for region, start, end in self._spans(gpa, size):
                 self.mapped[target][region][start:end] = b"\1" * (end - start)
 
     def note_uncertain(self, target: str, gpa: int, size: int) -> None:
         """Note a call of which nobody knows whether it was carried out; the next one over these pages settles it."""
-        with self._timed():
+        with self._lock, self._timed():
             for region, start, end in self._spans(gpa, size):
                 self.mapped[target][region][start:end] = bytes((_PERHAPS,)) * (end - start)
 
     def has_unmapped(self, target: str, gpa: int, size: int, told: int) -> None:
         """Note an unmap that was made, and check the bytes it told."""
-        with self._timed():
+        with self._lock, self._timed():
             known = perhaps = 0
             for region, start, end in self._spans(gpa, size):
                 mapped = self.mapped[target][region]
@@ -155,7 +155,7 @@ class Verifier:
 
     def about_to_set_attribute(self, gpa: int, size: int, *, private: bool) -> None:
         """Check a change of attributes before it is made: what becomes private is mapped nowhere."""
-        with self._timed():
+        with self._lock, self._timed():
             self._sequence += 1
             for region, start, end in self._spans(gpa, size):
                 here = self.regions[region]
@@ -170,7 +170,7 @@ class Verifier:
 
     def about_to_free_shared(self, gpa: int, size: int) -> None:
         """Check a free of the shared side before it is made: private, and mapped nowhere."""
-        with self._timed():
+        with self._lock, self._timed():
             for region, start, end in self._spans(gpa, size):
                 here = self.regions[region]
                 self._check_unmapped(ViolationKind.FREED, region, start, end)
@@ -179,7 +179,7 @@ class Verifier:
 
     def about_to_free_private(self, gpa: int, size: int) -> None:
         """Check a free of the private side before it is made: the guest has given it up."""
-        with self._timed():
+        with self._lock, self._timed():
             for region, start, end in self._spans(gpa, size):
                 here = self.regions[region]
                 self._flag(ViolationKind.LOST_FREE, "", region, _where(here.shared, 0, start, end))
@@ -195,7 +195,7 @@ class Verifier:
 
         A page that became private during the access may have been reached before, rightly; that is what *since* is for.
         """
-        with self._timed():
+        with self._lock, self._timed():
             for region, start, end in self._spans(gpa, size):
                 here = self.regions[region]
                 private = (
@@ -208,7 +208,7 @@ class Verifier:
 
     def violation(self, kind: ViolationKind, target: str, gpa: int, size: int) -> None:
         """Note a violation that somebody else saw."""
-        with self._timed():
+        with self._lock, self._timed():
             self._flag_range(kind, target, gpa, size)
 
     def note_time(self, nanoseconds: int) -> None:
@@ -232,7 +232,7 @@ class Verifier:
             be mapped.
         :param attached: Whether the IOMMUs are meant to map exactly what is shared.
         """
-        with self._timed():
+        with self._lock, self._timed():
             says = self._paint(shared)
             for index, region in enumerate(self.regions):
                 self._differ(ViolationKind.STATE, "", index, says[index], region.shared)
@@ -285,7 +285,7 @@ class Verifier:
     # -- the naive part -------------------------------------------------------------------------------------------
 
     def _timed(self) -> _Timed:
-        return _Timed(self, self._lock)
+        return _Timed(self)
 
     def _spans(self, gpa: int, size: int) -> Iterator[_Span]:
         """Pages of each region that the range touches."""
@@ -333,22 +333,24 @@ class Verifier:
 
 
 class _Timed:
-    """The verifier's lock, with a clock that does not count waiting for it."""
+    """
+    A clock for what is done under the verifier's lock; it does not count waiting for it.
 
-    __slots__ = ("_lock", "_start", "_verifier")
+    The lock itself is taken by a ``with`` of its own: taken in here, it would stay taken where Ctrl-C comes before the
+    ``with`` has begun.
+    """
 
-    def __init__(self, verifier: Verifier, lock: Lock) -> None:
+    __slots__ = ("_start", "_verifier")
+
+    def __init__(self, verifier: Verifier) -> None:
         self._verifier = verifier
-        self._lock = lock
 
     def __enter__(self) -> None:
-        self._lock.acquire()
         self._start = perf_counter_ns()
 
     def __exit__(self, *_: object) -> None:
         self._verifier.checks += 1
         self._verifier.note_time(perf_counter_ns() - self._start)
-        self._lock.release()
 
 
 def _where(flags: bytearray, value: int, start: int, end: int) -> Stretches:
