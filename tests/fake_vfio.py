@@ -88,6 +88,7 @@ class FakeKernel:
         self.device_flags = 3
         self.attached: int | None = None
         self._small_pages: set[int] = set()
+        self.iova_alignment = 1
         self._compat: int | None = None
         self._next = 1
         self._handlers: dict[int, Callable[[int, Any], int | None]] = {}
@@ -252,7 +253,7 @@ class FakeKernel:
     def IOMMU_IOAS_IOVA_RANGES(self, fd: int, argument: i.IoasIovaRanges) -> None:
         ranges = [(0, _MSI[0] - 1), (_MSI[1], _IOVA_END - 1)] * 20
         room, argument.num_iovas = argument.num_iovas, len(ranges)
-        argument.out_iova_alignment = 1
+        argument.out_iova_alignment = self.iova_alignment
         found = (i.IovaRange * room).from_address(argument.allowed_iovas)
         for index, (start, last) in enumerate(ranges[:room]):
             found[index].start, found[index].last = start, last

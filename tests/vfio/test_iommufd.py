@@ -224,6 +224,18 @@ def test_one_page_is_removed_or_not(
         assert (caught.value.errno, caught.value.in_doubt) == (number, False)
 
 
+def test_one_large_page_is_removed_or_not(kernel: FakeKernel, block: RamBlock) -> None:
+    kernel.iova_alignment = 4 * PAGE
+    target = IommufdIoas(cutting=False, path=DEV)
+    target.map(0, host(block, 0, 4))
+    kernel.areas[target.ioas_id].locked.add(0)
+    with pytest.raises(DmaError) as one:
+        target.unmap(0, 4 * PAGE)
+    with pytest.raises(DmaError) as two:
+        target.unmap(0, 8 * PAGE)
+    assert [error.value.in_doubt for error in (one, two)] == [False, True]
+
+
 def test_several_pages_may_be_half_gone(
     kernel: FakeKernel, native: IommufdIoas, block: RamBlock
 ) -> None:

@@ -153,7 +153,8 @@ class IommufdIoas:
         with self._lock:
             if self.mode is IommufdMode.CUTTING:
                 return unmap_dma(self._fd, iova, size)
-            return unmap(self._fd, self.ioas_id, iova, size)
+            smallest = self._capabilities.page_size
+            return unmap(self._fd, self.ioas_id, iova, size, smallest=smallest)
 
     def close(self) -> None:
         """

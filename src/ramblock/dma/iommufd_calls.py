@@ -182,13 +182,14 @@ def _map(
         ) from None
 
 
-def unmap(fd: Descriptor, ioas: int, iova: int, size: int) -> int:
+def unmap(fd: Descriptor, ioas: int, iova: int, size: int, *, smallest: int = PAGE_SIZE) -> int:
     """
     IOMMU_IOAS_UNMAP: unmap the whole areas of ``[iova, iova + size)``.
 
+    :param smallest: What an area covers at least, in bytes.
     :return: Bytes removed.
-    :raises DmaError: ENOENT: nothing is mapped there, or an area sticks out. In doubt if more than a page was named:
-        areas before the one that failed may be gone.
+    :raises DmaError: ENOENT: nothing is mapped there, or an area sticks out. In doubt if there was room for several areas:
+        those before the one that failed may be gone.
     """
     number = fd.fileno()
     argument = IoasUnmap(_UNMAP_SIZE, ioas, iova, size)
@@ -196,7 +197,7 @@ def unmap(fd: Descriptor, ioas: int, iova: int, size: int) -> int:
         ioctl.call(number, IOMMU_IOAS_UNMAP, argument)
     except OSError as error:
         code = error.errno or 0
-        undone = code in _BEFORE_THE_FIRST_AREA or (size <= PAGE_SIZE and code in _AT_AN_AREA)
+        undone = code in _BEFORE_THE_FIRST_AREA or (size <= smallest and code in _AT_AN_AREA)
         raise refusal(
             Refused("IOMMU_IOAS_UNMAP", code, iova, size),
             detail=None if undone else "mappings before that one may be gone",
