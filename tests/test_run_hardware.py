@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ class Host:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for folder in ("sys/kernel/iommu_groups/1", "sys/bus/pci/drivers/vfio-pci", "dev/vfio"):
+        for folder in ("sys/kernel/iommu_groups", "sys/bus/pci/drivers/vfio-pci", "dev/vfio"):
             (root / folder).mkdir(parents=True)
         (root / "dev/vfio/vfio").touch()
         (root / "dev/iommu").touch()
@@ -48,7 +49,14 @@ class Host:
         folder.mkdir(parents=True)
         for name, number in zip(("vendor", "device"), ids, strict=True):
             (folder / name).write_text(f"{number:#06x}\n")
-        (folder / "iommu_group").symlink_to("../../../../kernel/iommu_groups/1")
+        self.put_into_group(address, address.device)
+
+    def put_into_group(self, address: PciAddress, number: int) -> None:
+        group = self.root / "sys/kernel/iommu_groups" / str(number)
+        group.mkdir(exist_ok=True)
+        link = self.root / "sys/bus/pci/devices" / str(address) / "iommu_group"
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"../../../../kernel/iommu_groups/{number}")
 
 
 @pytest.fixture
@@ -83,7 +91,7 @@ def test_of_two_of_a_kind_one_has_to_be_named(host: Host) -> None:
 @pytest.mark.parametrize(
     ("kind", "gone", "part"),
     [
-        ("type1", "sys/kernel/iommu_groups/1", "no IOMMU is active: switch it on"),
+        ("type1", "sys/kernel/iommu_groups", "no IOMMU is active: switch it on"),
         (
             "type1",
             "dev/vfio/vfio",
@@ -102,7 +110,7 @@ def test_what_is_missing_is_told_with_what_to_do(
     host: Host, kind: str, gone: str, part: str
 ) -> None:
     path = host.root / gone
-    path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     with pytest.raises(UsageError, match=f"--iommu {kind} cannot work on this host") as caught:
         refuse_unless_ready(kind, [EDU], root=host.root)
     assert part in str(caught.value)
@@ -123,6 +131,12 @@ def test_a_device_that_cannot_be_driven_is_named(
     with pytest.raises(UsageError) as caught:
         refuse_unless_ready("type1", devices, root=host.root)
     assert part in str(caught.value)
+
+
+def test_two_devices_of_one_group_cannot_have_an_address_space_each(host: Host) -> None:
+    host.put_into_group(TESTDEV, EDU.device)
+    with pytest.raises(UsageError, match=r"00:03\.0 and 0000:00:04\.0 are both in IOMMU group 3"):
+        refuse_unless_ready("iommufd", [EDU, TESTDEV], root=host.root)
 
 
 def test_all_that_is_missing_is_told_at_once(tmp_path: Path) -> None:

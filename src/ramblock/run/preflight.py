@@ -102,9 +102,17 @@ def _devices(devices: Sequence[PciAddress], root: Path) -> list[str]:
 
 def _groups(devices: Sequence[PciAddress], root: Path) -> list[str]:
     problems = []
+    first_in: dict[int, PciAddress] = {}
     for address in devices:
         try:
-            iommu_group(address, sysfs=root / "sys")
+            group = iommu_group(address, sysfs=root / "sys")
         except DmaError as error:
             problems.append(str(error.args[-1]))
+            continue
+        first = first_in.setdefault(group, address)
+        if first != address:
+            # A group is in one container or address space at a time, and each device of a run has one of its own.
+            problems.append(
+                f"{first} and {address} are both in IOMMU group {group}: name one of them (--device)"
+            )
     return problems

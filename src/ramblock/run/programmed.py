@@ -154,6 +154,8 @@ class ProgrammedGuest:
 
     def _run_to_request(self, request: Request) -> Outcome:
         """Run until the guest has asked, and answer; it runs on with the next request."""
+        # What is refused while it is decoded never gets as far as the memory.
+        self._memory.outcome = Outcome.REFUSED
         while True:
             event = self._program.run()
             self._take_results()
