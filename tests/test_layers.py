@@ -30,7 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"kvm", "trace", "vfio"}),
     # Runs on a vCPU.
     frozenset({"guest_program"}),
-    frozenset({"plan", "report", "run"}),
+    frozenset({"plan", "probe", "report", "run"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )

@@ -20,7 +20,7 @@ from ramblock.run.device import ACCESS_BYTES, Buffer
 from ramblock.run.faults import FaultPlan
 from ramblock.run.hardware import HardwareDevice
 from ramblock.run.preflight import choose_devices, refuse_unless_ready
-from ramblock.run.trace_writer import TraceWriter
+from ramblock.trace.writer import TraceWriter
 from ramblock.run.verifier import Region, Verifier, ViolationKind
 from ramblock.run.watched import FreeAccount, Watch, WatchedTarget
 from ramblock.units import MIB, PAGE_SIZE
@@ -156,7 +156,7 @@ def test_a_file_that_may_not_be_opened_is_told(host: Host) -> None:
     ("arguments", "part"),
     [
         (("--device", "00:03.0"), "behind a software IOMMU, expected devices.iommu (--iommu)"),
-        (("--iommu", "type1", "--devices", "1"), "expected real devices to be named by --device"),
+        (("--iommu", "type1", "--devices", "1"), "real devices to be named by --device"),
         (("--iommu", "type1", "--device", "nonsense"), "'nonsense' is not a PCI address"),
         (("--iommu", "vdpa"), "choose from"),
         (("--guest", "qemu"), "choose from"),

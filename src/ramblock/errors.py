@@ -17,9 +17,12 @@ __all__ = [
     "DmaError",
     "GuestProgramError",
     "IommuFault",
+    "LocalProtocolError",
     "MappingLimitError",
     "PoisonedError",
+    "ProtocolError",
     "RamblockError",
+    "RemoteProtocolError",
     "TraceError",
     "UsageError",
     "describe_range",
@@ -188,6 +191,37 @@ class GuestProgramError(RamblockError):
         self.rip = rip
         self.vector = vector
         self.address = address
+
+
+class ProtocolError(RamblockError):
+    """
+    A rule of the vfio-user protocol was broken; which side did it, says the class. Never raised itself.
+
+    :ivar command: The number of the message's command, where known.
+    :ivar message_id: The message's id, where known.
+    :ivar offset: Where the message begins, in bytes of the stream since the connection was made, where known.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        command: int | None = None,
+        message_id: int | None = None,
+        offset: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.command = command
+        self.message_id = message_id
+        self.offset = offset
+
+
+class LocalProtocolError(ProtocolError):
+    """This side was asked to break the protocol, or to go on with a connection that is over. Nothing was sent."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer broke the protocol. The connection is of no more use, and its descriptors are closed."""
 
 
 class TraceError(RamblockError):

@@ -89,7 +89,10 @@ def _scenario(arguments: argparse.Namespace) -> Scenario:
         guest = msgspec.structs.replace(guest, kind=arguments.guest)
     if arguments.device is not None:
         devices = msgspec.structs.replace(devices, pci=arguments.device)
-    for name in ("iommu", "policy", "max_mappings"):
+    if arguments.iommu is not None:
+        kind, _, path = arguments.iommu.partition(":")
+        devices = msgspec.structs.replace(devices, iommu=kind, sockets=[path] if path else [])
+    for name in ("policy", "max_mappings"):
         if getattr(arguments, name) is not None:
             devices = msgspec.structs.replace(devices, **{name: getattr(arguments, name)})
     for name in ("workload", "conversions", "seed", "uncoordinated", "inject"):
@@ -100,7 +103,7 @@ def _scenario(arguments: argparse.Namespace) -> Scenario:
         raise UsageError(
             f"--devices {arguments.devices} with --iommu {devices.iommu}",
             value=arguments.devices,
-            expected="real devices to be named by --device",
+            expected="one device for a socket, and real devices to be named by --device",
         )
     check_scenario(scenario, "command line")
     return scenario

@@ -13,7 +13,7 @@ from ramblock.units import parse_size
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
-__all__ = ["add_to"]
+__all__ = ["VFIO_USER", "add_to"]
 
 _DESCRIPTION = """\
 Run a confidential guest that converts pages while devices do DMA, on memory of this host, watched by a verifier that shares
@@ -29,7 +29,14 @@ examples:
   ramblock run examples/budget.toml --seed 7 --json
   ramblock run --guest kvm --iommu iommufd --memory 512M
                                             on real parts: KVM, an IOMMU, QEMU's edu or iommu-testdev
+  ramblock run --iommu vfio-user:/tmp/probe.sock
+                                            on the device of a running `ramblock probe`
 """
+
+
+#: What stands before the path of a server's socket.
+VFIO_USER = "vfio-user:"
+_IOMMUS = ("soft", "type1", "iommufd", "iommufd-native", "iommufd-cutting")
 
 
 def size(text: str) -> int:
@@ -45,6 +52,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
+
+
+def iommu(text: str) -> str:
+    """Read what maps for devices."""
+    if text in _IOMMUS or (text.startswith(VFIO_USER) and text != VFIO_USER):
+        return text
+    known = ", ".join([*_IOMMUS, f"{VFIO_USER}PATH"])
+    raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {known})")
 
 
 def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -78,7 +93,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--conversions",
         type=positive,
         metavar="N",
-        help="requests in all (default: 26000; with KVM or a real IOMMU 500)",
+        help="requests in all (default: 26000; with KVM, vfio-user or a real IOMMU 500)",
     )
     guest.add_argument(
         "--seed", type=int, metavar="N", help="same seed, same requests (default: 1)"
@@ -89,8 +104,10 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     devices.add_argument(
         "--iommu",
-        choices=("soft", "type1", "iommufd", "iommufd-native", "iommufd-cutting"),
-        help="what maps for the devices; all but soft (default) need an IOMMU, VFIO and test devices of QEMU",
+        type=iommu,
+        metavar="KIND",
+        help="what maps for the devices: soft (default), vfio-user:PATH (a server's socket), or, with an IOMMU, VFIO and"
+        " test devices of QEMU, type1, iommufd, iommufd-native, iommufd-cutting",
     )
     devices.add_argument(
         "--device",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DMA targets, and the mapper that drives them. The kernel's targets are imported when they are first asked for."""
+"""DMA targets, and the mapper that drives them. Targets outside this process are imported when first asked for."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ramblock.dma.iommufd import IommufdIoas, IommufdMode
     from ramblock.dma.type1 import Type1Container
     from ramblock.dma.vfio_group import VfioGroup
+    from ramblock.dma.vfio_user import VfioUserTarget
 
 __all__ = [
     "DmaCapabilities",
@@ -27,14 +28,16 @@ __all__ = [
     "SoftIommu",
     "Type1Container",
     "VfioGroup",
+    "VfioUserTarget",
 ]
 
-# They bring the kernel's structures along, which `ramblock --help` and a software IOMMU can do without.
+# They bring the kernel's structures or sockets along, which `ramblock --help` and a software IOMMU can do without.
 _LATER = {
     "IommufdIoas": "iommufd",
     "IommufdMode": "iommufd",
     "Type1Container": "type1",
     "VfioGroup": "vfio_group",
+    "VfioUserTarget": "vfio_user",
 }
 
 

@@ -8,11 +8,19 @@ import errno
 import os
 from collections.abc import Collection
 from mmap import mmap
+from typing import Any
 
 from ramblock.uapi.mempolicy import MempolicyMode
 from ramblock.units import PAGE_SIZE
 
-__all__ = ["address_of", "populate", "punch_hole", "set_memory_policy", "write_own_memory"]
+__all__ = [
+    "address_of",
+    "populate",
+    "punch_hole",
+    "read_own_memory",
+    "set_memory_policy",
+    "write_own_memory",
+]
 
 # include/uapi/linux/falloc.h
 _FALLOC_FL_KEEP_SIZE = 0x01
@@ -29,15 +37,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.syscall.restype = ctypes.c_long
-_libc.process_vm_writev.argtypes = (
-    ctypes.c_int,
-    ctypes.c_void_p,
-    ctypes.c_ulong,
-    ctypes.c_void_p,
-    ctypes.c_ulong,
-    ctypes.c_ulong,
-)
-_libc.process_vm_writev.restype = ctypes.c_ssize_t
+for _transfer in (_libc.process_vm_readv, _libc.process_vm_writev):
+    _transfer.argtypes = (
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_ulong,
+        ctypes.c_void_p,
+        ctypes.c_ulong,
+        ctypes.c_ulong,
+    )
+    _transfer.restype = ctypes.c_ssize_t
 
 
 class _Iovec(ctypes.Structure):
@@ -64,25 +73,35 @@ def address_of(mapping: mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
 
 
+def read_own_memory(address: int, size: int) -> bytes:
+    """
+    Copy *size* bytes from *address* of this process; a page that cannot be had is EFAULT, not SIGBUS (process_vm_readv(2)).
+
+    :raises OSError: EFAULT.
+    """
+    target = ctypes.create_string_buffer(size)
+    _copy(_libc.process_vm_readv, target, address)
+    return target.raw
+
+
 def write_own_memory(address: int, data: bytes) -> None:
     """
     Copy *data* to *address* of this process; a page that cannot be had is EFAULT, not SIGBUS (process_vm_writev(2)).
 
     :raises OSError: EFAULT. Bytes before the page that is missing may be written.
     """
-    done = 0
-    source = ctypes.create_string_buffer(bytes(data), len(data))
-    while done < len(data):
-        local = _Iovec(ctypes.addressof(source) + done, len(data) - done)
-        remote = _Iovec(address + done, len(data) - done)
-        count = _libc.process_vm_writev(
-            os.getpid(), ctypes.byref(local), 1, ctypes.byref(remote), 1, 0
-        )
+    _copy(_libc.process_vm_writev, ctypes.create_string_buffer(bytes(data), len(data)), address)
+
+
+def _copy(call: Any, buffer: ctypes.Array[ctypes.c_char], address: int) -> None:
+    done, size = 0, len(buffer)
+    while done < size:
+        local = _Iovec(ctypes.addressof(buffer) + done, size - done)
+        remote = _Iovec(address + done, size - done)
+        count = call(os.getpid(), ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
         if count <= 0:
             number = ctypes.get_errno()
-            raise OSError(
-                number, f"process_vm_writev to {address + done:#x}: {os.strerror(number)}"
-            )
+            raise OSError(number, f"{call.__name__} at {address + done:#x}: {os.strerror(number)}")
         done += count
 
 

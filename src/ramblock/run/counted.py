@@ -20,8 +20,8 @@ from ramblock.guest.vm import Vm
 from ramblock.memory.attributes import PageState
 from ramblock.run.guest_script import Action, Request
 from ramblock.run.tally import Outcome, Tally
-from ramblock.run.trace_writer import TraceWriter
 from ramblock.run.verifier import Verifier
+from ramblock.trace.writer import TraceWriter
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["CountedMemory"]

@@ -147,7 +147,7 @@ _PAUSE_SECONDS = 0.0004
 
 class SoftDevice(Device):
     """
-    A device in software, behind a software IOMMU.
+    A device that reads and writes on command: one in software, or that of a probe.
 
     :param iommu: What it sits behind.
     :param ram: Guest ranges it may probe, as (gpa, size).

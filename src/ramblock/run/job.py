@@ -36,7 +36,6 @@ from ramblock.run.report import GuestFacts, RunReport
 from ramblock.run.scenario import Scenario, load_workload, workload_names
 from ramblock.run.scripted import Guest, ScriptedGuest, is_converted
 from ramblock.run.tally import Outcome, Tally
-from ramblock.run.trace_writer import TRACE_VERSION, TraceWriter
 from ramblock.run.verifier import Region, Verifier
 from ramblock.run.watched import (
     FreeAccount,
@@ -46,6 +45,7 @@ from ramblock.run.watched import (
     WatchedTarget,
     WatchedVm,
 )
+from ramblock.trace.writer import TRACE_VERSION, TraceWriter
 from ramblock.units import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -134,6 +134,10 @@ class Run:
         if devices.iommu == "soft":
             pin = self._scenario.run.uncoordinated
             ports = SoftPorts(devices.count, cut=devices.cut, pin=pin)
+        elif devices.iommu == "vfio-user":
+            from ramblock.run.remote import RemotePorts
+
+            ports = RemotePorts(devices.sockets)
         else:
             # Not at the top: most runs need nothing of VFIO.
             from ramblock.run.hardware import HardwarePorts

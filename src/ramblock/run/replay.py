@@ -13,7 +13,7 @@ from ramblock.errors import TraceError
 from ramblock.memory.attributes import PageState
 from ramblock.run.guest_script import Action, Request
 from ramblock.run.layout import BlockPlace
-from ramblock.run.trace_writer import TRACE_VERSION
+from ramblock.trace.writer import TRACE_VERSION
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["RecordedGuest"]

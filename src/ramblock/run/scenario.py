@@ -70,10 +70,19 @@ class Devices(_Strict, frozen=True):
     """The operator's budget per device."""
     cut: bool = True
     """Whether the software IOMMUs can cut."""
-    iommu: Literal["soft", "type1", "iommufd", "iommufd-native", "iommufd-cutting"] = "soft"
-    """What maps for the devices; but for ``soft``, the devices are real ones of this host, and ``count`` has no meaning."""
+    iommu: Literal["soft", "type1", "iommufd", "iommufd-native", "iommufd-cutting", "vfio-user"] = (
+        "soft"
+    )
+    """What maps for the devices; ``count`` has a meaning for ``soft`` only."""
     pci: list[str] = []
-    """Addresses of the real devices; none: the edu and the iommu-testdev that are there."""
+    """Addresses of the real devices of this host; none: the edu and the iommu-testdev that are there."""
+    sockets: list[str] = []
+    """With ``vfio-user``: where the servers listen, one device each."""
+
+    @property
+    def on_hardware(self) -> bool:
+        """Whether the devices are real ones of this host."""
+        return self.iommu not in ("soft", "vfio-user")
 
     @property
     def mapping_policy(self) -> MappingPolicy:
@@ -194,13 +203,26 @@ def check_scenario(scenario: Scenario, where: str) -> None:
     Check what the types cannot say.
 
     :param where: The file or the command line, for the message.
-    :raises UsageError: Too little memory; the text says how much. Or real devices without a real IOMMU.
+    :raises UsageError: Too little memory; the text says how much. Or devices that do not go with the IOMMU.
     """
-    if scenario.devices.pci and scenario.devices.iommu == "soft":
+    devices = scenario.devices
+    if devices.pci and not devices.on_hardware:
         raise UsageError(
-            f"{where}: devices.pci: {', '.join(scenario.devices.pci)} behind a software IOMMU",
-            value=scenario.devices.pci,
+            f"{where}: devices.pci: {', '.join(devices.pci)} behind a software IOMMU",
+            value=devices.pci,
             expected="devices.iommu (--iommu) to be a real one",
+        )
+    if bool(devices.sockets) is not (devices.iommu == "vfio-user"):
+        raise UsageError(
+            f"{where}: devices.sockets: {', '.join(devices.sockets) or 'none'} with devices.iommu {devices.iommu}",
+            value=devices.sockets,
+            expected="sockets where devices.iommu is vfio-user (--iommu vfio-user:PATH), and only there",
+        )
+    if scenario.run.uncoordinated and devices.iommu == "vfio-user":
+        raise UsageError(
+            f"{where}: run.uncoordinated with vfio-user",
+            value=devices.iommu,
+            expected="an IOMMU that pins: a server with the descriptor reaches freed memory in any case",
         )
     if scenario.guest.memory < _LEAST_MEMORY:
         raise UsageError(

@@ -5,20 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from ramblock.dma.soft import SoftIommu
 from ramblock.dma.target import DmaCapabilities, DmaTarget, HostRange
 from ramblock.errors import DmaError, IommuFault
 from ramblock.memory.backing import SharedBacking, StandInPrivate
 from ramblock.run.faults import FaultPlan
 from ramblock.run.pinned import PinnedIommu
-from ramblock.run.trace_writer import TraceWriter
 from ramblock.run.verifier import Verifier
+from ramblock.trace.writer import TraceWriter
 
 __all__ = [
     "FreeAccount",
     "PrivateFree",
+    "ReachableTarget",
     "Watch",
     "WatchedIommu",
     "WatchedShared",
@@ -116,10 +116,24 @@ class WatchedTarget:
         return self.name
 
 
-class WatchedIommu(WatchedTarget):
-    """A software IOMMU, watched; and the accesses of the device behind it."""
+class ReachableTarget(DmaTarget, Protocol):
+    """A target with a device behind it that reads and writes on command: :class:`~ramblock.dma.soft.SoftIommu`, for one."""
 
-    def __init__(self, name: str, inner: SoftIommu, watch: Watch) -> None:
+    def read(self, iova: int, size: int) -> bytes:
+        """
+        Read as the device.
+
+        :raises IommuFault: Not all of it is mapped.
+        """
+
+    def write(self, iova: int, data: bytes) -> None:
+        """Write as the device; raises as :meth:`read`."""
+
+
+class WatchedIommu(WatchedTarget):
+    """A target whose device is at hand, watched; and the accesses of that device."""
+
+    def __init__(self, name: str, inner: ReachableTarget, watch: Watch) -> None:
         super().__init__(name, inner, watch)
         self.inner = inner
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Writes what happens in a run, one JSON object per line.
+Writes what happens, one JSON object per line.
 
 Every line has ``t`` (monotonic nanoseconds) and ``event``. The first is ``start`` and describes the guest. Addresses and
-sizes are numbers of bytes; ranges are given as start and size. A full disk ends the trace, not the run.
+sizes are numbers of bytes; ranges are given as start and size. A full disk ends the trace, not the job.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ class TraceWriter:
     """
     A trace file; without a path, one that writes nothing.
 
+    :param stream: Where to write instead, each line at once; stays open.
     :raises OSError: The file cannot be created.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, stream: IO[bytes] | None = None) -> None:
         self.path = path
         #: Why writing stopped early, if it did.
         self.error: OSError | None = None
@@ -37,7 +38,8 @@ class TraceWriter:
         self.events = 0
         self._encode = msgspec.json.Encoder().encode
         self._lock = Lock()
-        self._file: IO[bytes] | None = None if path is None else path.open("wb", buffering=1 << 20)
+        self._stream = stream
+        self._file = stream if path is None else path.open("wb", buffering=1 << 20)
 
     @property
     def active(self) -> bool:
@@ -54,6 +56,8 @@ class TraceWriter:
             line = self._encode({"t": monotonic_ns(), "event": event, **fields})
             try:
                 self._file.write(line + b"\n")
+                if self._stream is not None:
+                    self._stream.flush()
                 self.events += 1
             except OSError as error:
                 self._give_up(error)
@@ -63,7 +67,8 @@ class TraceWriter:
         with self._lock:
             if self._file is not None:
                 try:
-                    self._file.close()
+                    if self._stream is None:
+                        self._file.close()
                 except OSError as error:
                     self._give_up(error)
                 self._file = None
@@ -71,7 +76,7 @@ class TraceWriter:
     def _give_up(self, error: OSError) -> None:
         self.error = error
         file, self._file = self._file, None
-        if file is not None:
+        if file is not None and self._stream is None:
             try:
                 file.close()
             except OSError:

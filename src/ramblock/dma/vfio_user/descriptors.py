@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Descriptors as plain numbers with one owner at a time.
+
+Nothing here makes a system call: how a descriptor is closed is handed in by whoever received it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+__all__ = ["CloseDescriptor", "Descriptors"]
+
+#: Closes a descriptor: ``os.close``.
+CloseDescriptor = Callable[[int], object]
+
+
+class Descriptors:
+    """
+    Descriptors that this object owns, in the order in which they came.
+
+    What nobody took is closed by :meth:`close`, at the latest when nobody holds this object any more.
+
+    :param numbers: They belong to this object from now on.
+    :param close: Closes one.
+    """
+
+    __slots__ = ("_close", "_numbers")
+
+    def __init__(self, numbers: Iterable[int], close: CloseDescriptor) -> None:
+        self._close = close
+        self._numbers = list(numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the numbers, which still belong to this object."""
+        return iter(tuple(self._numbers))
+
+    def add_all(self, numbers: Iterable[int]) -> None:
+        """Own *numbers* as well, each from the moment when it is made."""
+        self._numbers.extend(numbers)
+
+    def take(self, index: int = 0) -> int:
+        """
+        Hand one out: from now on it is the caller's to close.
+
+        :raises IndexError: There is none.
+        """
+        return self._numbers.pop(index)
+
+    def take_all(self) -> list[int]:
+        """Hand all of them out."""
+        taken, self._numbers = self._numbers, []
+        return taken
+
+    def close(self) -> None:
+        """Close what nobody took; nothing happens the second time."""
+        while self._numbers:
+            self._close(self._numbers.pop())
+
+    def __enter__(self) -> Descriptors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Descriptors {self._numbers}>"

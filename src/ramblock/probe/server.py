@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The probe: listens, serves one client after the other, touches what they map, and goes on until it is stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import socket
+import stat
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic, sleep
+
+from ramblock.dma.vfio_user import Link, Role
+from ramblock.errors import UsageError
+from ramblock.probe.engine import DmaRefusedError
+from ramblock.probe.record import Record
+from ramblock.probe.session import CAPABILITIES, Session, SessionEnded
+from ramblock.probe.windows import UnmapRule, Window
+from ramblock.trace import TraceWriter
+from ramblock.units import PAGE_SIZE
+
+__all__ = ["Probe"]
+
+# Pages per second that are touched, in rounds: a modest device.
+_ROUNDS_PER_SECOND = 20
+_TOUCHES_PER_ROUND = 10
+_TOUCHED_BYTES = 64
+_POLL_SECONDS = 0.01
+
+
+class Probe:
+    """
+    A vfio-user server that shows and checks what its client lets a device reach.
+
+    Used as a context manager it serves on a thread of its own::
+
+        with Probe("/tmp/probe.sock", touch=True) as probe:
+            ...  # start a VMM with a vfio-user device on that socket
+            probe.wait_for(lambda: probe.windows)
+        assert probe.record.clean
+
+    It serves one client at a time; others wait. :attr:`record` says what it has seen.
+
+    :param path: Where to listen. The socket of a probe that is gone is replaced.
+    :param unmap: What an unmap has to name.
+    :param touch: Read random pages of the windows all the time.
+    :param scribble: Write to them as well. The guest's data is lost.
+    :param trace: Where events go; they stay the caller's to close.
+    :param seed: Of the choice of pages.
+    :raises UsageError: Somebody listens there, or it is no socket, or the path is too long for one.
+    :raises OSError: The kernel refused the socket.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        unmap: UnmapRule = UnmapRule.LENIENT,
+        touch: bool = False,
+        scribble: bool = False,
+        trace: tuple[TraceWriter, ...] = (),
+        seed: int = 1,
+    ) -> None:
+        self.path = Path(path)
+        self.unmap = unmap
+        self.record = Record(*trace)
+        self._touch = touch or scribble
+        self._scribble = scribble
+        self._random = random.Random(seed)
+        self._session: Session | None = None
+        self._next_touch = monotonic()
+        #: Why serving ended, where it was not told to.
+        self.error: BaseException | None = None
+        self._listener = _listen(self.path)
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="probe", daemon=True)
+        self.record.start(str(self.path), unmap.value)
+
+    # -- for other threads ----------------------------------------------------------------------------------------
+
+    @property
+    def windows(self) -> list[Window]:
+        """The windows of the client that is there now, ascending; empty where there is none."""
+        session = self._session
+        return [] if session is None else list(session.table.windows)
+
+    @property
+    def client(self) -> str | None:
+        """The name of the client that is there now."""
+        session = self._session
+        return None if session is None else session.name
+
+    def wait_for(self, condition: Callable[[], object], timeout: float = 30.0) -> None:
+        """
+        Wait until *condition* holds; it is asked again and again.
+
+        :raises TimeoutError: It does not within *timeout* seconds.
+        :raises RuntimeError: The probe has ended by an error of its own.
+        """
+        deadline = monotonic() + timeout
+        while not condition():
+            if self.error is not None:
+                raise RuntimeError(f"the probe has ended: {self.error!r}")
+            if monotonic() > deadline:
+                raise TimeoutError(
+                    f"not within {timeout:g} s; {len(self.windows)} windows are there"
+                )
+            sleep(_POLL_SECONDS)
+
+    def start(self) -> None:
+        """Serve on a thread of its own."""
+        self._thread.start()
+
+    @property
+    def serving(self) -> bool:
+        """Whether it serves."""
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Stop serving, let go of the client, and remove the socket. Nothing happens the second time."""
+        self._stopping = True
+        if self._bell >= 0:
+            os.eventfd_write(self._bell, 1)
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._bell >= 0:
+            os.close(self._bell)
+            self._bell = -1
+            self._listener.close()
+            with suppress(FileNotFoundError):
+                self.path.unlink()
+
+    def __enter__(self) -> Probe:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # -- serving --------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._wait()
+                if self._session is None:
+                    self._accept()
+                else:
+                    self._serve(self._session)
+        except BaseException as error:
+            self.error = error
+        finally:
+            if self._session is not None:
+                self._end(self._session, "the probe stops", bad=False)
+
+    def _wait(self) -> None:
+        """Wait for whatever comes first."""
+        session = self._session
+        if session is not None and session.has_more:
+            return
+        poller = select.poll()
+        poller.register(self._bell, select.POLLIN)
+        poller.register(self._listener if session is None else session, select.POLLIN)
+        seconds = max(0.0, self._next_touch - monotonic()) if session and self._touch else None
+        poller.poll(None if seconds is None else seconds * 1000)
+
+    def _accept(self) -> None:
+        with suppress(BlockingIOError, ConnectionAbortedError):
+            sock, _ = self._listener.accept()
+            self._session = Session(Link(sock, Role.SERVER, CAPABILITIES), self.record, self.unmap)
+
+    def _serve(self, session: Session) -> None:
+        try:
+            while session.serve() and not self._stopping:
+                self._touch_if_time(session)
+            self._touch_if_time(session)
+        except SessionEnded as end:
+            self._end(session, str(end), bad=end.bad)
+
+    def _end(self, session: Session, reason: str, *, bad: bool) -> None:
+        self._session = None
+        session.close(reason, bad=bad)
+
+    def _touch_if_time(self, session: Session) -> None:
+        now = monotonic()
+        if not self._touch or now < self._next_touch:
+            return
+        self._next_touch = now + 1 / _ROUNDS_PER_SECOND
+        windows = session.table.windows
+        if not windows:
+            return
+        sizes = [window.size for window in windows]
+        for window in self._random.choices(windows, sizes, k=_TOUCHES_PER_ROUND):
+            self._touch_page(session, window)
+
+    def _touch_page(self, session: Session, window: Window) -> None:
+        address = window.address + self._random.randrange(0, window.size, PAGE_SIZE)
+        # A window that cannot be reached is on record; the next one may be all right.
+        with suppress(DmaRefusedError):
+            if window.readable:
+                session.read(address, _TOUCHED_BYTES)
+                self.record.counts["touch"] += 1
+            if self._scribble and window.writable:
+                session.write(address, self._random.randbytes(_TOUCHED_BYTES))
+                self.record.counts["scribble"] += 1
+
+
+def _listen(path: Path) -> socket.socket:
+    """Listen at *path*; a socket that nobody listens at any more is removed first."""
+    _remove_if_dead(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        listener.bind(str(path))
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        if error.args and "too long" in str(error.args[0]):
+            raise UsageError(
+                f"{path}: too long for a socket", value=str(path), expected="107 bytes at most"
+            ) from None
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_if_dead(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise UsageError(f"{path} exists and is no socket", value=str(path))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probing:
+        try:
+            probing.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except BlockingIOError:
+            pass  # its queue is full: it is alive
+    raise UsageError(f"somebody listens at {path}", value=str(path), expected="another --socket")
