@@ -358,29 +358,33 @@ def test_fault_records_are_bounded_and_faults_counted() -> None:
     assert iommu.faults[-1] == FaultRecord(4999, 1, False)
 
 
+@pytest.mark.parametrize("kind", ["read", "write"])
 def test_an_unmap_returns_when_no_access_is_under_way(
-    block: RamBlock, monkeypatch: pytest.MonkeyPatch
+    block: RamBlock, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """A device's access is stopped between translation and transfer; an unmap, and another access, have to wait."""
     iommu = SoftIommu()
     iommu.map(0, host(block, 0, 2))
     inside, go_on = threading.Event(), threading.Event()
     order: list[str] = []
-    write = soft._write_host
+    block.write(0, b"data")
+    transfer = getattr(soft, f"_{kind}_host")
 
-    def slow(memory: HostRange, data: bytes) -> None:
+    def slow(*arguments: object) -> object:
         inside.set()
         assert go_on.wait(60)
-        write(memory, data)
-        order.append("written")
+        result = transfer(*arguments)
+        order.append("transferred")
+        return result
 
-    monkeypatch.setattr(soft, "_write_host", slow)
+    monkeypatch.setattr(soft, f"_{kind}_host", slow)
 
     def unmap() -> None:
         iommu.unmap(0, 2 * PAGE)
         order.append("unmapped")
 
-    device = threading.Thread(target=iommu.write, args=(0, b"data"))
+    access = {"read": lambda: iommu.read(0, 4), "write": lambda: iommu.write(0, b"DATA")}[kind]
+    device = threading.Thread(target=access)
     device.start()
     assert inside.wait(60)
     host_thread = threading.Thread(target=unmap)
@@ -390,10 +394,10 @@ def test_an_unmap_returns_when_no_access_is_under_way(
     go_on.set()
     device.join(60)
     host_thread.join(60)
-    assert order == ["written", "unmapped"]
+    assert order == ["transferred", "unmapped"]
     with pytest.raises(IommuFault):
         iommu.write(0, b"x")
-    assert block.read(0, 4) == b"data"
+    assert block.read(0, 4) == (b"data" if kind == "read" else b"DATA")
 
 
 def test_the_same_with_devices_that_never_stop(block: RamBlock) -> None:
