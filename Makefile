@@ -84,6 +84,14 @@ bench: $(VENV)/.bench ## Measure the numbers that the design promises; build/ben
 bench-quick: $(VENV)/.bench ## The same with fewer rounds: does everything still run?
 	@$(BIN)/python benchmarks/run.py --quick $(ARGS)
 
+FUZZ_SECONDS ?= 60
+
+.PHONY: fuzz
+fuzz: $(VENV)/.fuzz ## Fuzz the vfio-user protocol for FUZZ_SECONDS (60); build/fuzz/ keeps the corpus and what breaks it
+	@mkdir -p build/fuzz/corpus
+	@$(BIN)/python fuzz/vfio_user.py -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=10 -rss_limit_mb=1024 \
+	    -artifact_prefix=build/fuzz/ $(ARGS) build/fuzz/corpus
+
 .PHONY: clean
 clean: ## Remove environments, caches and everything built
 	rm -rf $(VENV) $(RUN_VENV) build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -94,8 +102,9 @@ $(VENV)/.lint: EXTRAS = lint,test
 $(VENV)/.test: EXTRAS = test
 $(VENV)/.docs: EXTRAS = docs
 $(VENV)/.bench: EXTRAS = bench
+$(VENV)/.fuzz: EXTRAS = fuzz
 
-$(VENV)/.lint $(VENV)/.test $(VENV)/.docs $(VENV)/.bench: pyproject.toml $(VENV)/.made
+$(VENV)/.lint $(VENV)/.test $(VENV)/.docs $(VENV)/.bench $(VENV)/.fuzz: pyproject.toml $(VENV)/.made
 	@echo 'installing ramblock[$(EXTRAS)] into $(VENV)' >&2
 	@$(BIN)/python $(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@

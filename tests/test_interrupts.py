@@ -29,6 +29,7 @@ from ramblock.dma import SoftIommu
 from ramblock.errors import ConversionInterrupted, PoisonedError
 from ramblock.testing import SimulatedInPlace
 from ramblock.units import PAGE_SIZE
+from vfio_user_server import RemoteIommu
 
 # A generator that is closed early is our code too, and what is raised there goes to nobody.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -102,7 +103,7 @@ class Vm:
 class World:
     """Two blocks, one with virtio-mem, the other perhaps in place, under IOMMUs."""
 
-    def __init__(self, *iommus: SoftIommu, in_place: bool = False) -> None:
+    def __init__(self, *iommus: SoftIommu | RemoteIommu, in_place: bool = False) -> None:
         self.vm = Vm()
         self.memory = GuestMemory(self.vm)
         self.one = RamBlock.create("one", 16 * P, private="stand-in")
@@ -122,6 +123,8 @@ class World:
     def close(self) -> None:
         self.one.close()
         self.two.close()
+        for iommu in self.iommus:
+            iommu.close()
 
     def problem(self) -> str | None:
         """What is wrong, if anything is; being poisoned is not wrong."""
@@ -189,11 +192,14 @@ OPERATIONS: dict[str, Callable[[World], object]] = {
     "unmap, in place": lambda world: world.memory.unmap(world.section),
     "new virtio-mem, in place": lambda world: VirtioMem(world.two, 2 * P),
     "close": lambda world: world.two.close(),
+    "to private, over a socket": lambda world: world.memory.convert(0, 3 * P, PageState.PRIVATE),
+    "to shared, over a socket": lambda world: world.memory.convert(0, 3 * P, PageState.SHARED),
 }
 
 
 def _world(operation: str) -> World:
-    world = World(SoftIommu(), SoftIommu(exact=True), in_place="in place" in operation)
+    exact = RemoteIommu() if "socket" in operation else SoftIommu(exact=True)
+    world = World(SoftIommu(), exact, in_place="in place" in operation)
     if operation == "attach":
         world.memory.detach(world.mappers.pop())
     return world
@@ -254,12 +260,13 @@ def test_two_interrupts_anywhere(operation: str) -> None:
         world.close()
 
 
-def test_real_signals_at_random_moments() -> None:
+@pytest.mark.parametrize("kind", [SoftIommu, RemoteIommu])
+def test_real_signals_at_random_moments(kind: type[SoftIommu | RemoteIommu]) -> None:
     """SIGALRM while converting: the IOMMU is interrupted too, in the middle of its own work."""
     numbers = random.Random(4)
     seconds = float(os.environ.get("RAMBLOCK_INTERRUPT_SECONDS", "5"))
     interrupted = 0
-    world = World(SoftIommu())
+    world = World(kind())
 
     def strike(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt

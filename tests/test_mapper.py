@@ -16,6 +16,7 @@ from ramblock.errors import (
 )
 from ramblock.testing import FaultyTarget, RecordingTarget
 from ramblock.units import GIB, KIB, MIB
+from vfio_user_server import RemoteIommu
 
 SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE
 PAGE_POLICY, RUN, AUTO = MappingPolicy.PAGE, MappingPolicy.RUN, MappingPolicy.AUTO
@@ -26,7 +27,9 @@ BASE = 0x10_0000
 class Guest:
     """A confidential block of sixteen pages at BASE, and a target that records."""
 
-    def __init__(self, iommu: SoftIommu, policy: MappingPolicy = AUTO, limit: int | None = None):
+    def __init__(
+        self, iommu: SoftIommu | RemoteIommu, policy: MappingPolicy = AUTO, limit: int | None = None
+    ):
         self.block = RamBlock.create("ram", COUNT * PAGE, private="stand-in")
         self.memory = GuestMemory()
         self.memory.map(self.block, BASE)
@@ -78,12 +81,14 @@ def guests() -> Iterator[list[Guest]]:
     yield made
     for guest in made:
         guest.block.close()
+        guest.iommu.close()
 
 
-TARGETS: dict[str, Callable[[], SoftIommu]] = {
+TARGETS: dict[str, Callable[[], SoftIommu | RemoteIommu]] = {
     "cut": SoftIommu,
     "no cut": lambda: SoftIommu(cut=False),
     "exact": lambda: SoftIommu(exact=True),
+    "vfio-user": RemoteIommu,
 }
 
 
@@ -100,6 +105,8 @@ TARGETS: dict[str, Callable[[], SoftIommu]] = {
         ("no cut", PAGE_POLICY, PAGE_POLICY),
         ("exact", AUTO, PAGE_POLICY),
         ("exact", PAGE_POLICY, PAGE_POLICY),
+        ("vfio-user", AUTO, PAGE_POLICY),
+        ("vfio-user", PAGE_POLICY, PAGE_POLICY),
     ],
 )
 def test_what_a_policy_means(
@@ -116,7 +123,7 @@ def test_what_a_policy_means(
     guest.check()
 
 
-@pytest.mark.parametrize("kind", ["no cut", "exact"])
+@pytest.mark.parametrize("kind", ["no cut", "exact", "vfio-user"])
 def test_run_needs_a_target_that_cuts(kind: str) -> None:
     memory = GuestMemory()
     with pytest.raises(UsageError, match="policy RUN needs a target that cuts"):

@@ -20,9 +20,9 @@ from ramblock.run.device import ACCESS_BYTES, Buffer
 from ramblock.run.faults import FaultPlan
 from ramblock.run.hardware import HardwareDevice
 from ramblock.run.preflight import choose_devices, refuse_unless_ready
-from ramblock.trace.writer import TraceWriter
 from ramblock.run.verifier import Region, Verifier, ViolationKind
 from ramblock.run.watched import FreeAccount, Watch, WatchedTarget
+from ramblock.trace.writer import TraceWriter
 from ramblock.units import MIB, PAGE_SIZE
 from ramblock.vfio import PciAddress
 

@@ -30,6 +30,7 @@ from doubles import (
 )
 from ramblock import GuestMemory, Mapper, MappingPolicy, PageState, RamBlock, RamSection, VirtioMem
 from ramblock.dma import SoftIommu
+from ramblock.dma.vfio_user import Capabilities
 from ramblock.errors import ConversionError, IommuFault, MappingLimitError, UsageError
 from ramblock.memory import MemfdBacking, StandInPrivate
 from ramblock.testing import (
@@ -40,6 +41,7 @@ from ramblock.testing import (
     pages_of,
 )
 from ramblock.testing.strategies import TargetKind, page_ranges, page_states, target_kinds
+from vfio_user_server import RemoteIommu
 
 SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE
 COUNT = 8
@@ -71,7 +73,7 @@ inside = page_ranges(SIZE)
 
 class Attached(NamedTuple):
     kind: TargetKind
-    iommu: SoftIommu
+    iommu: SoftIommu | RemoteIommu
     mapper: Mapper
 
 
@@ -125,7 +127,7 @@ class EverythingAgrees(RuleBasedStateMachine):
         self.model = GuestModel()
         self.edges: dict[str, Edge] = {}
         self.attached: list[Attached] = []
-        self.iommus: list[SoftIommu] = []
+        self.iommus: list[SoftIommu | RemoteIommu] = []
         self.listening: list[Listening] = []
         self.refusal = Refusal()
         #: By block and page, the first byte of the shared side where it is not zero; None where a page is private and
@@ -529,10 +531,13 @@ class EverythingAgrees(RuleBasedStateMachine):
 
     # -- devices ------------------------------------------------------------------------------------------------------
 
+    def make(self, kind: TargetKind) -> SoftIommu | RemoteIommu:
+        return kind.make()
+
     @rule(kind=target_kinds() | target_kinds(max_limit=2 * COUNT))
     @precondition(lambda self: len(self.attached) < MOST)
     def attach(self, kind: TargetKind) -> None:
-        iommu = kind.make()
+        iommu = self.make(kind)
         self.iommus.append(iommu)
         target = self.checker.target(iommu)
         limits = [limit for limit in (kind.target_limit, kind.budget) if limit is not None]
@@ -682,3 +687,21 @@ class EverythingAgrees(RuleBasedStateMachine):
 # Many rules: it takes more examples than usual until each has met each other.
 EverythingAgrees.TestCase.settings = settings(max_examples=3 * settings().max_examples)
 TestEverythingAgrees = EverythingAgrees.TestCase
+
+
+class EverythingAgreesOverASocket(EverythingAgrees):
+    """The same where targets that want whole mappings back are vfio-user servers."""
+
+    def make(self, kind: TargetKind) -> SoftIommu | RemoteIommu:
+        if not kind.exact:
+            return kind.make()
+        limit = Capabilities().max_dma_maps if kind.target_limit is None else kind.target_limit
+        return RemoteIommu(capabilities=Capabilities(max_dma_maps=limit, pgsizes=kind.page_size))
+
+    def teardown(self) -> None:
+        super().teardown()
+        for iommu in getattr(self, "iommus", []):
+            iommu.close()
+
+
+TestEverythingAgreesOverASocket = EverythingAgreesOverASocket.TestCase

@@ -22,6 +22,7 @@ from ramblock.errors import IommuFault
 from ramblock.events import StateChanged
 from ramblock.memory import MemfdBacking, StandInPrivate
 from ramblock.units import PAGE_SIZE
+from vfio_user_server import RemoteIommu
 
 P = PAGE_SIZE
 _PAGES = 16
@@ -52,9 +53,9 @@ class Picture:
 
 
 class CheckedIommu:
-    """A SoftIommu that checks each call against the picture."""
+    """An IOMMU that checks each call against the picture."""
 
-    def __init__(self, name: str, picture: Picture, inner: SoftIommu) -> None:
+    def __init__(self, name: str, picture: Picture, inner: SoftIommu | RemoteIommu) -> None:
         self.name = name
         self.inner = inner
         self._picture = picture
@@ -125,6 +126,7 @@ def test_conversions_and_dma_on_many_threads() -> None:
         CheckedIommu("cut", picture, SoftIommu()),
         CheckedIommu("no cut", picture, SoftIommu(cut=False)),
         CheckedIommu("exact", picture, SoftIommu(exact=True)),
+        CheckedIommu("vfio-user", picture, RemoteIommu()),
     ]
     for iommu in iommus:
         memory.attach(iommu)
@@ -207,6 +209,8 @@ def test_conversions_and_dma_on_many_threads() -> None:
     for block in blocks:
         assert block.not_freed_bytes == 0
         block.close()
+    for iommu in iommus:
+        iommu.close()
 
 
 def test_two_memories_that_want_each_others_blocks_do_not_wait_for_each_other() -> None:

@@ -249,6 +249,18 @@ def test_devices_that_answer_nonsense(hook: Hook, call: str, number: int) -> Non
         assert caught.value.errno == number
 
 
+def test_a_server_that_takes_no_data() -> None:
+    with served(capabilities=Capabilities(max_data_xfer_size=0)) as iommu:
+        for call in (
+            lambda: iommu.target.region_read(0, 0, 4),
+            lambda: iommu.target.region_write(0, 0, b"abcd"),
+        ):
+            with pytest.raises(DmaError, match="limit 0x0") as caught:
+                call()
+            assert caught.value.errno == errno.EINVAL
+        iommu.target.reset()
+
+
 # -- refusals, which change nothing -----------------------------------------------------------------------------------
 
 
@@ -268,6 +280,7 @@ def test_what_is_refused_on_this_side(block: RamBlock) -> None:
         for size in (0, P, -4 * P):
             fails(errno.EINVAL, "unmap", 0, size)
         fails(errno.EINVAL, "map", 0, HostRange(block.fd, -1, block.address, 4 * P))
+        fails(errno.EBADF, "map", 0, HostRange(9999, 0, block.address, 4 * P))
         assert iommu.mappings() == []
         iommu.map(BASE, part(block, 0, 8))
         fails(errno.EEXIST, "map", BASE + 4 * P, good)

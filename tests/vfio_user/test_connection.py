@@ -696,30 +696,6 @@ def test_a_closed_connection(pair: Pair) -> None:
     assert server.closed == [3]
 
 
-# -- QEMU's layout ----------------------------------------------------------------------------------------------------
-
-
-def test_a_client_whose_count_has_four_bytes(pair: Pair) -> None:
-    server = pair.server.connection
-    assert (
-        server.request(DmaWrite(0x10, b"data")).data[16:] == struct.pack("=QQ", 0x10, 4) + b"data"
-    )
-    outgoing = server.request(DmaRead(0x10, 4))
-    payload = struct.pack("=QI", 0x10, 4) + b"abcd" + bytes(4)
-    server.receive(message(11, payload, message_id=outgoing.message_id, flags=1))
-    assert pair.server.reply().message == DmaReadReply(0x10, b"abcd")
-    assert server.short_dma_count
-    # From now on the other way too, and where the data begins with zeros.
-    outgoing = server.request(DmaRead(0x10, 4))
-    payload = struct.pack("=QI", 0x10, 4) + b"\0\0\0\0" + b"\1\2\3\4"
-    server.receive(message(11, payload, message_id=outgoing.message_id, flags=1))
-    assert pair.server.reply().message == DmaReadReply(0x10, bytes(4))
-    outgoing = server.request(DmaWrite(0x10, b"data"))
-    assert outgoing.data[16:] == struct.pack("=QI", 0x10, 4) + b"data" + bytes(4)
-    server.receive(message(12, message_id=outgoing.message_id, flags=1))
-    assert pair.server.reply().message == DmaWriteReply(0x10, 4)
-
-
 def test_errors_are_one_family() -> None:
     assert issubclass(RemoteProtocolError, ProtocolError)
     assert issubclass(LocalProtocolError, ProtocolError)

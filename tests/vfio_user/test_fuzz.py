@@ -1,11 +1,11 @@
 """Hostile peers: any bytes and descriptors give events or a protocol error, and nothing else. Both roles."""
 
-import errno
 import os
 import socket
 import struct
 import threading
 from array import array
+from contextlib import suppress
 
 import pytest
 from hypothesis import example, given, settings
@@ -172,19 +172,17 @@ def test_bytes_for_ever_take_no_memory() -> None:
 
 def send_pieces(sock: socket.socket, stream: bytes, cuts: list[tuple[int, int]]) -> None:
     start = 0
-    try:
+    with suppress(BrokenPipeError, ConnectionResetError):  # the victim has heard enough
         for end, count in [*sorted(cuts), (len(stream), 0)]:
             end = min(end, len(stream))
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [0] * min(count, 253)))]
             if end > start:
                 sock.sendmsg([stream[start:end]], rights if count else [])
             start = end
-    except (BrokenPipeError, ConnectionResetError):
-        pass  # the victim has heard enough
 
 
 @pytest.mark.parametrize("role", Role)
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(messages=st.lists(hostile_messages(), max_size=6), cuts=CUTS, negotiate=st.booleans())
 def test_a_link(
     role: Role, messages: list[bytes], cuts: list[tuple[int, int]], negotiate: bool
@@ -213,7 +211,7 @@ def negotiate_as_server(sock: socket.socket) -> None:
     sock.sendall(Header(header.message_id, 1, 16 + len(payload), 1).pack() + payload)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(messages=st.lists(hostile_messages(), max_size=6), cuts=CUTS, negotiate=st.booleans())
 def test_the_client(messages: list[bytes], cuts: list[tuple[int, int]], negotiate: bool) -> None:
     """Every call of the target ends, with an answer or a DmaError, and nothing is left."""
@@ -227,11 +225,9 @@ def test_the_client(messages: list[bytes], cuts: list[tuple[int, int]], negotiat
             send_pieces(theirs, b"".join(messages), cuts)
             # Whatever it answers is read, so that it is not stuck.
             theirs.shutdown(socket.SHUT_WR)
-            try:
+            with suppress(ConnectionResetError):
                 while theirs.recv(4096):
                     pass
-            except ConnectionResetError:
-                pass
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -241,11 +237,11 @@ def test_the_client(messages: list[bytes], cuts: list[tuple[int, int]], negotiat
         pass
     else:
         for call in (target.reset, target.device_info, lambda: target.unmap(0, 4096)):
-            try:
+            with suppress(DmaError):
                 call()
-            except DmaError as error:
-                assert error.errno is None or error.errno != errno.ETIMEDOUT
-        target.close()
+        assert not isinstance(target.failure, TimeoutError)
+        with suppress(DmaError):
+            target.close()
     thread.join(20)
     assert not thread.is_alive()
     assert open_descriptors() == before

@@ -40,7 +40,6 @@ from ramblock.dma.vfio_user.messages import (
     VersionReply,
 )
 from ramblock.dma.vfio_user.numbers import Command, command_name
-from ramblock.dma.vfio_user.quirks import is_short, lengthen, shorten
 from ramblock.dma.vfio_user.replies import REPLIES, check_answer
 from ramblock.dma.vfio_user.requests import REQUESTS
 
@@ -222,23 +221,3 @@ def test_any_payload_is_a_message_or_malformed(kind: type[Message], payload: byt
     except MalformedError:
         return
     assert kind.unpack(message.pack()) == message
-
-
-# -- QEMU's DMA_READ and DMA_WRITE ------------------------------------------------------------------------------------
-
-
-@given(st.binary(max_size=64), st.integers(0, 2**64 - 1))
-def test_the_other_layout(data: bytes, address: int) -> None:
-    reply = DmaReadReply(address, data).pack()
-    short = longs(address) + words(len(data)) + data + bytes(4)
-    assert lengthen(short) == reply
-    assert shorten(reply) == short
-    assert not is_short(reply)
-    assert is_short(short) is (short[12:16] != bytes(4))
-
-
-@pytest.mark.parametrize("payload", [b"", bytes(8), bytes(15)])
-def test_the_other_layout_cut_off(payload: bytes) -> None:
-    assert not is_short(payload)
-    with pytest.raises(MalformedError):
-        lengthen(payload)

@@ -9,12 +9,9 @@ table of windows says what the server says.
 from __future__ import annotations
 
 import errno
-import os
-from collections.abc import Iterable
 from threading import Lock
 
 from ramblock.dma.mapping_table import Mapping
-from ramblock.dma.vfio_user.descriptors import Descriptors
 from ramblock.dma.vfio_user.layout import Message
 from ramblock.dma.vfio_user.numbers import DmaFlags
 from ramblock.dma.vfio_user.replies import DmaUnmapReply, ErrorReply
@@ -30,14 +27,12 @@ class Call:
     A request, and what becomes of it.
 
     :param message: What is asked.
-    :param fds: Descriptors that go along. The call has copies of them, whatever becomes of the caller and of his.
+    :param fds: Descriptors that go along; they stay the caller's, as the memory behind them does.
     """
 
-    def __init__(self, message: Message, fds: Iterable[int] = ()) -> None:
+    def __init__(self, message: Message, fds: tuple[int, ...] = ()) -> None:
         self.message = message
-        self.fds = Descriptors((), os.close)
-        # In one go, so that Ctrl-C cannot come between a copy and its owner.
-        self.fds.add_all(map(os.dup, fds))
+        self.fds = fds
         #: The server's answer.
         self.answer: Message | ErrorReply | None = None
         #: Why it was not sent.
@@ -67,7 +62,6 @@ class Call:
     ) -> None:
         """Wake who waits for it. Once; without arguments: the conversation is over."""
         self.answer, self.error = answer, error
-        self.fds.close()
         self._pending.release()
 
     def wait(self, timeout: float) -> bool:
@@ -80,7 +74,7 @@ class MapCall(Call):
 
     def __init__(self, mapping: Mapping, *, with_descriptor: bool) -> None:
         memory = mapping.memory
-        fds = [memory.fd] if with_descriptor and memory.fd is not None else []
+        fds = (memory.fd,) if with_descriptor and memory.fd is not None else ()
         flags = DmaFlags.READ | (DmaFlags.WRITE if mapping.writable else 0)
         offset = memory.offset if fds else 0
         super().__init__(DmaMap(flags, offset, mapping.iova, mapping.size), fds)

@@ -80,7 +80,9 @@ class VfioUserTarget:
                     page_size=peer.page_size, max_mappings=peer.max_dma_maps, exact=True
                 )
                 self._takes_descriptors = peer.max_msg_fds > 0
-                self._chunk = min(peer.max_data_xfer_size, link.connection.own.max_data_xfer_size)
+                # A server that takes no data at all refuses the first byte.
+                most = min(peer.max_data_xfer_size, link.connection.own.max_data_xfer_size)
+                self._chunk = max(most, 1)
                 self._memory = ServedMemory(peer.max_dma_maps)
                 self._talk = Conversation(link, self._memory)
             except BaseException:
@@ -146,11 +148,14 @@ class VfioUserTarget:
         """
         Open a window: with its descriptor, if it has one and the server takes any; else the server asks by message.
 
-        :raises DmaError: EINVAL: misaligned, empty, past 2**64. EEXIST, ENOSPC: a window is there, or no more may be. What
-            the server says. Nothing has changed, unless it is ``in_doubt``: then the target has failed.
+        The memory and its descriptor stay the caller's, who keeps both as long as the window may be there.
+
+        :raises DmaError: EINVAL: misaligned, empty, past 2**64. EEXIST, ENOSPC: a window is there, or no more may be. EBADF:
+            the descriptor is none. What the server says. Nothing has changed, unless it is ``in_doubt``: then the target has failed.
         """
         self._check("map", iova, memory.size)
         mapping = Mapping(iova, memory.size, memory, writable)
+        _check_descriptor(iova, memory)
         call = MapCall(mapping, with_descriptor=self._takes_descriptors)
         self._ask(call, "map", iova, memory.size)
 
@@ -292,6 +297,20 @@ def _errno_of(error: Exception) -> int:
     number = error.errno if isinstance(error, OSError) else None
     # The mapper takes ENOENT for "there is no such mapping".
     return errno.ENOTCONN if number in (None, errno.ENOENT) else number
+
+
+def _check_descriptor(iova: int, memory: HostRange) -> None:
+    """Refuse what cannot be sent, before it takes the connection along."""
+    if memory.fd is None:
+        return
+    try:
+        os.fstat(memory.fd)
+    except OSError as error:
+        raise DmaError(
+            error.errno or 0,
+            f"map {describe_range(iova, memory.size)}: descriptor {memory.fd}: {error.strerror}",
+            iova=iova, size=memory.size,
+        ) from error  # fmt: skip
 
 
 def _refusal(

@@ -40,17 +40,14 @@ from ramblock.dma.vfio_user.numbers import (
     HeaderFlags,
     command_name,
 )
-from ramblock.dma.vfio_user.quirks import is_short, lengthen, shorten
 from ramblock.dma.vfio_user.replies import (
     REPLIES,
-    DmaReadReply,
-    DmaWriteReply,
     ErrorReply,
     UnknownReply,
     VersionReply,
     check_answer,
 )
-from ramblock.dma.vfio_user.requests import REQUESTS, DmaWrite, UnknownRequest, Version
+from ramblock.dma.vfio_user.requests import REQUESTS, UnknownRequest, Version
 from ramblock.errors import LocalProtocolError, RemoteProtocolError
 
 __all__ = ["Connection", "Role"]
@@ -99,9 +96,6 @@ class Connection:
         self.own = capabilities
         #: What the peer announced; before that, what holds for one that says nothing.
         self.peer = Capabilities()
-        #: Whether the peer's DMA messages have a count of four bytes (:mod:`ramblock.dma.vfio_user.quirks`). Found out
-        #: where an answer shows it; may be set by who knows.
-        self.short_dma_count = False
         self._close_descriptor = close_descriptor
         self._inbox = Inbox(close_descriptor)
         self._stage = _Stage.NEW
@@ -256,7 +250,10 @@ class Connection:
             if len(fds):
                 raise MalformedError(f"{len(fds)} descriptors with an error reply")
         else:
-            message = self._unpack_answer(header.command, payload, request)
+            kind = REPLIES.get(header.command)
+            message = (
+                UnknownReply(header.command, payload) if kind is None else kind.unpack(payload)
+            )
             _check_fds(message, len(fds), self.own)
             check_answer(request, message)
             if isinstance(message, VersionReply):
@@ -264,18 +261,6 @@ class Connection:
                 self._stage = _Stage.OPEN
         del self._sent[header.message_id]
         return Reply(header.message_id, message, fds, request)
-
-    def _unpack_answer(self, command: int, payload: bytes, request: Message) -> Message:
-        kind = REPLIES.get(command)
-        if kind is None:
-            return UnknownReply(command, payload)
-        if kind is DmaReadReply:
-            self.short_dma_count = self.short_dma_count or is_short(payload)
-            if self.short_dma_count:
-                payload = lengthen(payload)
-        elif isinstance(request, DmaWrite) and not payload:
-            return DmaWriteReply(request.address, request.amount)  # as QEMU says it
-        return kind.unpack(payload)
 
     # -- sending --------------------------------------------------------------------------------------------------
 
@@ -296,10 +281,7 @@ class Connection:
         flags = HeaderFlags.NO_REPLY if no_reply else 0
         try:
             self._may_send(message, numbers, no_reply=no_reply)
-            payload = message.pack()
-            if self.short_dma_count and command == Command.DMA_WRITE:
-                payload = shorten(payload)
-            outgoing = _outgoing(message_id, command, flags, 0, payload, numbers)
+            outgoing = _outgoing(message_id, command, flags, 0, message.pack(), numbers)
         except (MalformedError, struct.error) as error:
             raise LocalProtocolError(f"{command_name(command)}: {error}", command=command) from None
         if command == Command.VERSION:

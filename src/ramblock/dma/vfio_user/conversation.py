@@ -4,7 +4,7 @@ The client's thread that talks to the server.
 
 It alone touches the socket, the connection and the table of windows. Other threads hand it calls and wait. So the server's
 DMA is served at any time, also while somebody waits for an answer; Ctrl-C, which hits the main thread, leaves no message
-half sent; a peer that floods one side cannot block the other; and nothing here needs a lock.
+half sent; and a peer that floods one side cannot block the other.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import errno
 import logging
 import os
 import select
-import weakref
 from collections import deque
 from contextlib import suppress
-from threading import Thread, current_thread
+from threading import Lock, Thread, current_thread
 
 from ramblock.dma.vfio_user.calls import Call
 from ramblock.dma.vfio_user.events import CLOSED, NEED_DATA, Reply, Request
@@ -50,8 +49,8 @@ class Conversation:
         # A server that reads no answers is not listened to either, or they would pile up.
         self._unsent_limit = link.connection.max_message_size
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        # Not in close(): somebody may be about to ring it.
-        weakref.finalize(self, os.close, self._bell)
+        # So that nobody rings what is closed, and is another's by then.
+        self._ringing = Lock()
         self._poller = select.poll()
         self._poller.register(self._bell, select.POLLIN)
         self._thread = Thread(target=self._run, name="vfio-user", daemon=True)
@@ -90,8 +89,9 @@ class Conversation:
         self._ring()
 
     def _ring(self) -> None:
-        with suppress(BlockingIOError):  # it has been ringing for 2**64 - 2 times
-            os.eventfd_write(self._bell, 1)
+        with self._ringing:
+            if self._bell >= 0:
+                os.eventfd_write(self._bell, 1)
 
     def close(self) -> None:
         """End it, and wait until the thread has. Nothing happens the second time."""
@@ -111,6 +111,9 @@ class Conversation:
             self.failure = self.failure or error
         finally:
             self._link.close()
+            with self._ringing:
+                os.close(self._bell)
+                self._bell = -1
             self._over = True
             for call in self._sent.values():
                 call.finish()

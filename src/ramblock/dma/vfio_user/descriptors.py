@@ -38,10 +38,6 @@ class Descriptors:
         """Yield the numbers, which still belong to this object."""
         return iter(tuple(self._numbers))
 
-    def add_all(self, numbers: Iterable[int]) -> None:
-        """Own *numbers* as well, each from the moment when it is made."""
-        self._numbers.extend(numbers)
-
     def take(self, index: int = 0) -> int:
         """
         Hand one out: from now on it is the caller's to close.
@@ -59,12 +55,6 @@ class Descriptors:
         """Close what nobody took; nothing happens the second time."""
         while self._numbers:
             self._close(self._numbers.pop())
-
-    def __enter__(self) -> Descriptors:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __del__(self) -> None:
         self.close()

@@ -50,7 +50,7 @@ __all__ = [
     "check_answer",
 ]
 
-# The count in the answer to DMA_WRITE has four bytes in the specification, eight in libvfio-user
+# The count in the answer to DMA_WRITE has four bytes in the specification, eight in QEMU 11.1 and in libvfio-user
 # (include/vfio-user.h, struct vfio_user_dma_region_access).
 _SHORT_DMA_ACCESS = struct.Struct("=QI")
 
@@ -340,7 +340,7 @@ class DmaWriteReply(Message):
         return self.count
 
     def pack(self) -> bytes:
-        """Write it, as libvfio-user reads it."""
+        """Write it, as QEMU and libvfio-user do."""
         return DMA_ACCESS.pack(self.address, self.count)
 
     @classmethod

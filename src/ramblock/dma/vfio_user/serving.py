@@ -79,10 +79,6 @@ class ServedMemory:
             first, _ = self._table.overlapping(mapping.iova, mapping.end)
             self._table.replace(first, first + 1, [])
 
-    def clear(self) -> None:
-        """Take all windows away."""
-        self._table.clear()
-
     # -- what the server asks -------------------------------------------------------------------------------------
 
     def serve(self, message: Message) -> Message | int:
