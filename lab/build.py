@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import emulator, kernel, packages, virtme
+from lab import busybox, emulator, kernel, packages, virtme
 from lab.cache import Cache, Entry
 from lab.shell import Shell
 
@@ -22,6 +22,8 @@ class Lab:
     qemu: Path
     headers: Path | None
     """The kernel's headers for programs; None with a kernel of somebody's own."""
+    busybox: Path | None
+    """What guests of the tests on this machine run; None as for the headers, which those tests need as well."""
     launcher: tuple[str, ...]
     """The command that boots a kernel."""
 
@@ -51,12 +53,14 @@ def provide(
             # Once more: it may have been built while we waited.
             _build(cache, Shell(cache.logs, keep_open=[lock]), needs.missing(cache))
     kernel_entry, qemu_entry = kernel.find(cache), emulator.find(cache)
+    tools_path = _path(busybox.find(cache), cache.root / "not-built")
     absent = cache.root / "not-built"
     kernel_path = kernel_entry.path if kernel_entry else absent
     return Lab(
         kernel=own_kernel or kernel_path / kernel.IMAGE,
         qemu=own_qemu or (qemu_entry.path if qemu_entry else absent) / emulator.PROGRAM,
         headers=None if own_kernel else kernel_path / kernel.HEADERS,
+        busybox=None if own_kernel else tools_path / busybox.PROGRAM,
         launcher=tuple(virtme.run_command(_path(virtme.find(cache), absent))),
     )
 
@@ -70,19 +74,22 @@ class _Needs:
         found = {
             "virtme": virtme.find(cache),
             "qemu": emulator.find(cache) if self.qemu else True,
+            "busybox": busybox.find(cache) if self.kernel else True,
             "kernel": kernel.find(cache) if self.kernel else True,
         }
         return {name for name, entry in found.items() if not entry}
 
 
 def _build(cache: Cache, shell: Shell, missing: set[str]) -> None:
-    if missing & {"kernel", "qemu"}:
+    if missing & {"busybox", "kernel", "qemu"}:
         packages.check_machine()
     if "virtme" in missing:
         virtme.build(cache, shell)
     # The quick one first: what is wrong with the machine shows early.
     if "qemu" in missing:
         emulator.build(cache, shell)
+    if "busybox" in missing:
+        busybox.build(cache, shell)
     if "kernel" in missing:
         packages.provide(shell)
         tools = _path(virtme.find(cache), cache.root / "not-built")

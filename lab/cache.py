@@ -2,10 +2,10 @@
 """
 The folder of what has been built: ``$XDG_CACHE_HOME/ramblock-lab`` or ``~/.cache/ramblock-lab``.
 
-    kernel/KEY/  qemu/KEY/  virtme/KEY/   finished entries, each with a manifest.json
-    work/                                 builds that go on or were interrupted, and what is downloaded for them
-    logs/                                 one log per run of the VM and per step of a build
-    lock                                  held by the one process that builds
+    kernel/KEY/  qemu/KEY/ ...   finished entries, each with a manifest.json
+    work/                        builds that go on or were interrupted, and what is downloaded for them
+    logs/                        one log per run of the VM and per step of a build
+    lock                         held by the one process that builds
 
 An entry is named for its inputs, so a changed input makes another entry beside the old one. It is put together under
 ``work/`` and gets its place by one rename: whatever is there is whole, however the build ended. A build that was interrupted

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab import build, emulator, kernel, suite, virtme
+from lab import build, busybox, emulator, kernel, suite, virtme
 from lab.build import Lab
 from lab.cache import Cache
 from lab.errors import EXIT_LAB, LabError
@@ -222,7 +222,12 @@ def _clean(arguments: argparse.Namespace) -> int:
     return 0
 
 
-FINDERS = {"kernel": kernel.find, "qemu": emulator.find, "virtme": virtme.find}
+FINDERS = {
+    "kernel": kernel.find,
+    "qemu": emulator.find,
+    "busybox": busybox.find,
+    "virtme": virtme.find,
+}
 
 
 def _provided(arguments: argparse.Namespace) -> Lab:

@@ -115,12 +115,15 @@ def _divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def run_host(lab: Lab, part: Part) -> Outcome:
-    """Run the tests that need the lab's kernel but not the VM."""
+    """Run the tests that need the lab's kernel or QEMU but not the VM."""
     environment = dict(os.environ)
     if lab.headers is not None:
         environment |= {
             "RAMBLOCK_LAB_HEADERS": str(lab.headers),
-            "RAMBLOCK_REQUIRE": "lab_headers",
+            "RAMBLOCK_LAB_KERNEL": str(lab.kernel),
+            "RAMBLOCK_LAB_QEMU": str(lab.qemu),
+            "RAMBLOCK_LAB_BUSYBOX": str(lab.busybox),
+            "RAMBLOCK_REQUIRE": "lab_host",
         }
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"

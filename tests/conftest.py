@@ -9,6 +9,9 @@ from hypothesis import HealthCheck, settings
 
 from require import PROBES, missing, required_names
 
+# What other people's tests use, ours use too; and pytest wants it here, not in a module.
+pytest_plugins = ["ramblock.testing.plugin"]
+
 settings.register_profile(
     "default",
     max_examples=100,
@@ -33,7 +36,7 @@ _IMPLIED_MARK = {
     "hugetlb": "kernel",
     "kvm": "kernel",
     "lab": "lab",
-    "lab_headers": "lab",
+    "lab_host": "lab",
     "root": "kernel",
 }
 

@@ -86,10 +86,11 @@ def _probe_lab() -> str | None:
     return "not in the lab's virtual machine; run: make lab-test"
 
 
-def _probe_lab_headers() -> str | None:
-    if os.environ.get("RAMBLOCK_LAB_HEADERS"):
+def _probe_lab_host() -> str | None:
+    names = ("HEADERS", "KERNEL", "QEMU", "BUSYBOX")
+    if all(os.environ.get(f"RAMBLOCK_LAB_{name}") for name in names):
         return None
-    return "the headers of the lab's kernel are not known; run: make lab-test"
+    return "where the lab's kernel and QEMU are is not known; run: make lab-test"
 
 
 def _probe_root() -> str | None:
@@ -101,7 +102,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "hugetlb": _probe_hugetlb,
     "kvm": _probe_kvm,
     "lab": _probe_lab,
-    "lab_headers": _probe_lab_headers,
+    "lab_host": _probe_lab_host,
     "root": _probe_root,
 }
 

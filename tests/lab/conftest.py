@@ -22,7 +22,7 @@ _DEFAULT = ("intel-iommu", "amd-iommu")
 # Before the hook of tests/conftest.py, which gives each requirement its mark.
 @pytest.hookimpl(tryfirst=True)
 def pytest_itemcollected(item: pytest.Item) -> None:
-    item.add_marker(pytest.mark.require("lab_headers" if _is_below(item, _HOST) else "lab"))
+    item.add_marker(pytest.mark.require("lab_host" if _is_below(item, _HOST) else "lab"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

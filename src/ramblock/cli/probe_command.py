@@ -36,7 +36,7 @@ def start(arguments: argparse.Namespace) -> int:
             trace=(trace, stream),
         )
         with _ended_by_signals():
-            _serve(probe, arguments)
+            expectation = _serve(probe, arguments)
         probe.record.emit("summary", **summary_fields(probe.record))
         if probe.error is not None:
             raise RamblockError(f"the probe ended by an error of its own: {probe.error!r}")
@@ -45,18 +45,23 @@ def start(arguments: argparse.Namespace) -> int:
     incomplete = trace.error or stream.error
     if incomplete is not None:
         print(f"ramblock: error: the trace is incomplete: {incomplete}", file=sys.stderr)
-    return 0 if probe.record.clean and incomplete is None else 1
+    # A comparison that never happened must not look like one that found nothing.
+    compared = expectation is None or expectation.devices or not probe.record.clients
+    if not compared:
+        text = f"nothing was compared: no virtio-mem device was seen over QMP at {arguments.qmp}"
+        print(f"ramblock: error: {text}", file=sys.stderr)
+    return 0 if probe.record.clean and incomplete is None and compared else 1
 
 
-def _serve(probe: Probe, arguments: argparse.Namespace) -> None:
-    """Show what happens until somebody wants it to end; then stop everything."""
+def _serve(probe: Probe, arguments: argparse.Namespace) -> VirtioMemExpectation | None:
+    """Show what happens until somebody wants it to end; then stop everything. Return what was compared."""
     expectation = None
     try:
         if arguments.expect is not None:
             expectation = VirtioMemExpectation(probe, arguments.qmp)
             expectation.start()
         probe.start()
-        with suppress(KeyboardInterrupt), _view(probe, arguments) as view:
+        with suppress(KeyboardInterrupt), _view(probe, expectation, arguments) as view:
             while probe.serving:
                 sleep(_FRAME_SECONDS)
                 view.update()
@@ -64,12 +69,15 @@ def _serve(probe: Probe, arguments: argparse.Namespace) -> None:
         if expectation is not None:
             expectation.stop()
         probe.stop()
+    return expectation
 
 
-def _view(probe: Probe, arguments: argparse.Namespace) -> NoView | PlainView | LiveView:
+def _view(
+    probe: Probe, expectation: VirtioMemExpectation | None, arguments: argparse.Namespace
+) -> NoView | PlainView | LiveView:
     if arguments.quiet or arguments.json:
         return NoView()
-    return LiveView(probe) if sys.stderr.isatty() else PlainView(probe)
+    return LiveView(probe, expectation) if sys.stderr.isatty() else PlainView(probe)
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from rich.console import Console
 
 from ramblock.errors import describe_range
-from ramblock.probe import Record
+from ramblock.probe import Record, StaleWindow
 from ramblock.units import format_size
 
 __all__ = ["print_summary", "summary_fields"]
@@ -54,25 +55,38 @@ def _print_stale(console: Console, record: Record) -> None:
     console.print(
         f"[bold red]{record.stale_count:,} stale windows[/bold red]: the client wanted them gone, and the device reached them"
     )
-    for stale in list(record.stale)[:_SHOWN]:
-        until = (
-            "to the end"
-            if stale.until_ns is None
-            else f"for {(stale.until_ns - stale.since_ns) / 1e9:.3f} s"
-        )
+    # One refused unmap leaves many of them.
+    by_unmap: dict[tuple[str, tuple[int, int]], list[StaleWindow]] = {}
+    for stale in record.stale:
+        by_unmap.setdefault((stale.client, stale.unmap), []).append(stale)
+    for (client, unmap), some in list(by_unmap.items())[:_SHOWN]:
+        start, end = some[0].address, some[-1].address + some[-1].size
+        windows = "1 window" if len(some) == 1 else f"{len(some):,} windows"
         console.print(
-            f"  {stale.client}: {describe_range(stale.address, stale.size)}, {until};"
-            f" unmap of {describe_range(*stale.unmap)} was refused"
+            f"  {client}: {describe_range(start, end - start)}, {windows} with"
+            f" {format_size(sum(stale.size for stale in some))}, {_how_long(some)};"
+            f" the unmap of {describe_range(*unmap)} was refused"
         )
-    if record.stale_count > _SHOWN:
-        console.print(f"  and {record.stale_count - _SHOWN:,} more")
+    if len(by_unmap) > _SHOWN:
+        console.print(f"  and after {len(by_unmap) - _SHOWN:,} more unmaps")
+
+
+def _how_long(some: list[StaleWindow]) -> str:
+    times = [s.until_ns - s.since_ns for s in some if s.until_ns is not None]
+    if not times:
+        return "to the end"
+    if len(times) < len(some):
+        return f"{len(some) - len(times):,} of them to the end"
+    return f"for up to {max(times) / 1e9:.3f} s"
 
 
 def _print_violations(console: Console, record: Record) -> None:
     for rule, count in record.broken.most_common():
         console.print(f"[bold red]{count:,} x {rule.value}[/bold red]")
-        some = [violation for violation in record.violations if violation.rule is rule]
-        for violation in some[:_SHOWN]:
-            console.print(f"  {violation}", markup=False)
-        if count > _SHOWN:
-            console.print(f"  and {count - _SHOWN:,} more")
+        # A client that tries again breaks the same rule at the same place.
+        some = Counter(str(violation) for violation in record.violations if violation.rule is rule)
+        shown = list(some.items())[:_SHOWN]
+        for text, times in shown:
+            console.print(f"  {text}" + (f" ({times:,} times)" if times > 1 else ""), markup=False)
+        if more := count - sum(times for _, times in shown):
+            console.print(f"  and {more:,} more")

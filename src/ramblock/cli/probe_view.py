@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from ramblock.cli.probe_map import STALE, Area, areas, draw
 from ramblock.errors import describe_range
-from ramblock.probe import Probe, Window
+from ramblock.probe import Probe
 from ramblock.units import format_size
 
 if TYPE_CHECKING:
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
-__all__ = ["LiveView", "NoView", "PlainView", "areas", "draw_area"]
+    from ramblock.probe.expectation import VirtioMemExpectation
+
+__all__ = ["LiveView", "NoView", "PlainView"]
 
 _LINE_EVERY_SECONDS = 5.0
-# Windows that lie closer together than this are drawn in one line.
-_GAP = 1 << 28
-_CELLS = 64
-_SHADES = " ░▒▓█"
-_LINES = 12
+_FEWEST_CELLS, _MOST_CELLS = 16, 96
+_MOST_AREAS = 12
+_LATEST_VIOLATIONS = 4
 
 
 class NoView:
@@ -54,26 +55,31 @@ class PlainView(NoView):
         """Print what is new."""
         record, client = self._probe.record, self._probe.client
         if client != self._client:
-            print(
-                f"{self._client} has left" if client is None else f"{client} is there",
-                file=sys.stderr,
-            )
+            text = f"{self._client} has left" if client is None else f"{client} is there"
+            print(text, file=sys.stderr)
             self._client = client
         for violation in record.violations[self._violations :]:
             print(violation, file=sys.stderr)
-        self._violations = len(record.violations)
+            self._violations += 1
         if client is not None and monotonic() - self._shown > _LINE_EVERY_SECONDS:
             self._shown = monotonic()
-            print(_figures(self._probe), file=sys.stderr)
+            counts = record.counts
+            print(
+                f"{_windows(self._probe)}; {counts['map']:,} maps, {counts['unmap']:,} unmaps,"
+                f" {record.violation_count:,} violations",
+                file=sys.stderr,
+            )
 
 
 class LiveView(NoView):
     """Figures, rates, and a map of guest memory, redrawn in place."""
 
-    def __init__(self, probe: Probe) -> None:
+    def __init__(self, probe: Probe, expectation: VirtioMemExpectation | None) -> None:
         self._probe = probe
+        self._expectation = expectation
         self._live: Live | None = None
-        self._before = (monotonic(), 0, 0)
+        self._maps = _Rate()
+        self._unmaps = _Rate()
 
     def __enter__(self) -> LiveView:
         from rich.console import Console
@@ -84,105 +90,93 @@ class LiveView(NoView):
         self.update()
         return self
 
-    def update(self) -> None:
-        """Draw it again."""
-        if self._live is not None:
-            self._live.update(self._draw(), refresh=True)
-
-    def _draw(self) -> RenderableType:
-        from rich.console import Group
-        from rich.text import Text
-
-        probe = self._probe
-        client = probe.client or "nobody is there yet; Ctrl-C ends"
-        lines = [
-            Text.assemble((str(probe.path), "bold"), f": {client}"),
-            Text(_figures(probe) + self._rates()),
-        ]
-        windows = probe.windows
-        found = areas(windows)
-        for area in found[:_LINES]:
-            lines.append(Text.assemble(f"{describe_range(*area):>34} ", _painted(area, windows)))
-        if len(found) > _LINES:
-            lines.append(Text(f"and {len(found) - _LINES} more areas"))
-        for violation in probe.record.violations[-3:]:
-            lines.append(Text(str(violation), style="red"))
-        return Group(*lines)
-
-    def _rates(self) -> str:
-        counts = self._probe.record.counts
-        before, maps, unmaps = self._before
-        now = monotonic()
-        if now - before > 1:
-            self._before = (now, counts["map"], counts["unmap"])
-            seconds = now - before
-            self._text = (
-                f"; {(counts['map'] - maps) / seconds:,.0f} maps/s,"
-                f" {(counts['unmap'] - unmaps) / seconds:,.0f} unmaps/s"
-            )
-        return self._text
-
-    _text = ""
-
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
 
+    def update(self) -> None:
+        """Draw it again."""
+        if self._live is not None:
+            # Room for the terminal's own ^C: if that began a line, one line of the picture would stay for good.
+            width = self._live.console.width - 3
+            self._live.update(self._draw(width), refresh=True)
 
-def _figures(probe: Probe) -> str:
-    windows, record = probe.windows, probe.record
-    text = (
-        f"{len(windows):,} windows, {format_size(sum(window.size for window in windows))};"
-        f" {record.counts['map']:,} maps, {record.counts['unmap']:,} unmaps,"
-        f" {record.violation_count:,} violations"
-    )
-    return text + (f", {record.stale_count:,} STALE" if record.stale_count else "")
+    def _draw(self, width: int) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        lines = [*self._figures(), *self._areas(width), *self._plugged()]
+        latest = self._probe.record.violations[-_LATEST_VIOLATIONS:]
+        lines += [Text(str(violation), style="red") for violation in latest]
+        for line in lines:
+            # One line each, whatever the width is: what jumps cannot be read.
+            line.truncate(width, overflow="ellipsis")
+        return Group(*lines)
+
+    def _figures(self) -> Iterator[Text]:
+        from rich.text import Text
+
+        record = self._probe.record
+        client = self._probe.client or "nobody is there; Ctrl-C ends"
+        yield Text.assemble((str(self._probe.path), "bold"), f": {client}")
+        figures = Text(_windows(self._probe))
+        figures.highlight_regex(r"[\d,]+ STALE", "bold red reverse")
+        yield figures
+        maps, unmaps = record.counts["map"], record.counts["unmap"]
+        count = record.violation_count
+        yield Text.assemble(
+            f"{maps:,} maps ({self._maps.of(maps):,.0f}/s),"
+            f" {unmaps:,} unmaps ({self._unmaps.of(unmaps):,.0f}/s), ",
+            (f"{count:,} violations", "bold red" if count else ""),
+        )
+
+    def _areas(self, width: int) -> Iterator[Text]:
+        from rich.text import Text
+
+        found = areas(self._probe.windows)
+        labels = [_label(area) for area in found[:_MOST_AREAS]]
+        longest = max(map(len, labels), default=0)
+        cells = max(_FEWEST_CELLS, min(_MOST_CELLS, width - longest - 2))
+        for area, label in zip(found, labels, strict=False):
+            text = Text(draw(area, cells), style="green")
+            text.highlight_regex(f"[{STALE}]+", "bold red reverse")
+            yield Text.assemble(f"{label:>{longest}}  ", text)
+        if len(found) > len(labels):
+            yield Text(f"and {len(found) - len(labels):,} more areas")
+
+    def _plugged(self) -> Iterator[Text]:
+        from rich.text import Text
+
+        for device in dict(self._expectation.devices if self._expectation else {}).values():
+            text = f"{device.name}: {format_size(device.plugged)} plugged"
+            if device.agrees:
+                yield Text(f"{text}, and mapped")
+            else:
+                yield Text(f"{text}, {format_size(device.mapped)} mapped", style="bold red")
 
 
-def areas(windows: Sequence[Window]) -> list[tuple[int, int]]:
-    """Put windows that are near each other together, as (address, size)."""
-    found: list[tuple[int, int]] = []
-    for window in windows:
-        if found and window.address - sum(found[-1]) < _GAP:
-            start = found[-1][0]
-            found[-1] = start, window.end - start
-        else:
-            found.append((window.address, window.size))
-    return found
+class _Rate:
+    """How fast a number grows, looked at once a second."""
+
+    def __init__(self) -> None:
+        self._since = monotonic()
+        self._before = 0
+        self._rate = 0.0
+
+    def of(self, number: int) -> float:
+        """Return the latest rate, per second; *number* is what has been reached now."""
+        seconds = monotonic() - self._since
+        if seconds >= 1:
+            self._rate = (number - self._before) / seconds
+            self._since, self._before = monotonic(), number
+        return self._rate
 
 
-def draw_area(area: tuple[int, int], windows: Sequence[Window]) -> tuple[str, list[int]]:
-    """
-    Draw an area in cells: how much of each is mapped, and which cells have a stale window.
-
-    :return: The cells, and the positions of those with a stale window.
-    """
-    start, size = area
-    filled = [0.0] * _CELLS
-    stale = set()
-    for window in windows:
-        if not start <= window.address < start + size:
-            continue
-        low = (window.address - start) * _CELLS / size
-        high = (window.end - start) * _CELLS / size
-        for cell in range(int(low), min(_CELLS, int(high) + 1)):
-            filled[cell] += max(0.0, min(high, cell + 1) - max(low, cell))
-            if window.stale:
-                stale.add(cell)
-    last = len(_SHADES) - 1
-    # What is mapped at all is seen, and only what is mapped as a whole is full.
-    shades = [
-        0 if not part else last if part > 0.999 else min(last - 1, 1 + int(part * (last - 1)))
-        for part in filled
-    ]
-    return "".join(_SHADES[shade] for shade in shades), sorted(stale)
+def _windows(probe: Probe) -> str:
+    windows, stale = probe.windows, probe.record.stale_count
+    text = f"{len(windows):,} windows, {format_size(sum(window.size for window in windows))}"
+    return text + (f", {stale:,} STALE" if stale else "")
 
 
-def _painted(area: tuple[int, int], windows: Sequence[Window]) -> Text:
-    from rich.text import Text
-
-    cells, stale = draw_area(area, windows)
-    text = Text(cells, style="green")
-    for position in stale:
-        text.stylize("bold red reverse", position, position + 1)
-    return text
+def _label(area: Area) -> str:
+    return f"{describe_range(area.address, area.size)} {format_size(area.mapped):>9}"

@@ -53,6 +53,11 @@ class ProbeDevice:
             PciRegion.VFIO_PCI_CONFIG_REGION_INDEX: (CONFIG_SIZE, self._config),
         }
 
+    @property
+    def bus_master(self) -> bool:
+        """Whether the driver allows DMA."""
+        return self._config.bus_master
+
     def carry_out(self, message: Message) -> Message | int:
         """Do what a request asks for; the answer, or the errno of a refusal."""
         match message:

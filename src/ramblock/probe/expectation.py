@@ -9,6 +9,7 @@ coordinated VMM the windows inside the device's region have as many bytes, once 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -68,7 +69,7 @@ class VirtioMemExpectation:
             raise UsageError(
                 "--expect needs the package qemu.qmp", expected="pip install 'ramblock[probe]'"
             ) from None
-        self._make_client: Callable[[], Any] = QMPClient
+        self._make_client: Callable[[], Any] = lambda: QMPClient("ramblock probe")
         self._probe = probe
         self._path = path
         #: The latest answer, by the device's name.
@@ -96,6 +97,8 @@ class VirtioMemExpectation:
     async def _watch(self) -> None:
         while not self._stopping.is_set():
             client = self._make_client()
+            # It says by itself what is no error here: that QEMU has not come yet.
+            client.logger.setLevel(logging.CRITICAL)
             try:
                 await client.connect(str(self._path))
             except Exception:  # whatever it is, QEMU is not there yet, or not any more

@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import select
 import socket
 import stat
 import threading
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
 
 from ramblock.dma.vfio_user import Link, Role
-from ramblock.errors import UsageError
+from ramblock.errors import IommuFault, UsageError, describe_range
 from ramblock.probe.engine import DmaRefusedError
 from ramblock.probe.record import Record
 from ramblock.probe.session import CAPABILITIES, Session, SessionEnded
@@ -78,6 +81,7 @@ class Probe:
         self._listener = _listen(self.path)
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
+        self._wanted: deque[tuple[int, int, Future[bytes]]] = deque()
         self._thread = threading.Thread(target=self._run, name="probe", daemon=True)
         self.record.start(str(self.path), unmap.value)
 
@@ -111,6 +115,22 @@ class Probe:
                     f"not within {timeout:g} s; {len(self.windows)} windows are there"
                 )
             sleep(_POLL_SECONDS)
+
+    def read(self, address: int, size: int) -> bytes:
+        """
+        Read as the device: what is behind the windows of the client that is there now.
+
+        :raises IommuFault: A byte of it is not mapped, or is and cannot be had; or there is no client.
+        :raises RuntimeError: The probe does not serve.
+        """
+        future: Future[bytes] = Future()
+        self._wanted.append((address, size, future))
+        if self._bell >= 0:
+            os.eventfd_write(self._bell, 1)
+        while self.serving or future.done():
+            with suppress(TimeoutError):
+                return future.result(_POLL_SECONDS)
+        raise RuntimeError("the probe does not serve")
 
     def start(self) -> None:
         """Serve on a thread of its own."""
@@ -148,6 +168,7 @@ class Probe:
         try:
             while not self._stopping:
                 self._wait()
+                self._read_what_is_wanted()
                 if self._session is None:
                     self._accept()
                 else:
@@ -168,6 +189,8 @@ class Probe:
         poller.register(self._listener if session is None else session, select.POLLIN)
         seconds = max(0.0, self._next_touch - monotonic()) if session and self._touch else None
         poller.poll(None if seconds is None else seconds * 1000)
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._bell)
 
     def _accept(self) -> None:
         with suppress(BlockingIOError, ConnectionAbortedError):
@@ -186,6 +209,20 @@ class Probe:
         self._session = None
         session.close(reason, bad=bad)
 
+    def _read_what_is_wanted(self) -> None:
+        while self._wanted:
+            address, size, future = self._wanted.popleft()
+            try:
+                if self._session is None:
+                    raise DmaRefusedError(errno.EFAULT)
+                future.set_result(self._session.read(address, size))
+            except DmaRefusedError as error:
+                future.set_exception(_fault(address, size, os.strerror(error.errno)))
+            except SessionEnded as end:
+                future.set_exception(_fault(address, size, str(end)))
+                if self._session is not None:
+                    self._end(self._session, str(end), bad=end.bad)
+
     def _touch_if_time(self, session: Session) -> None:
         now = monotonic()
         if not self._touch or now < self._next_touch:
@@ -199,6 +236,8 @@ class Probe:
             self._touch_page(session, window)
 
     def _touch_page(self, session: Session, window: Window) -> None:
+        if window.file is None and not session.bus_master:
+            return  # a client refuses what a device asks that may not do DMA yet
         address = window.address + self._random.randrange(0, window.size, PAGE_SIZE)
         # A window that cannot be reached is on record; the next one may be all right.
         with suppress(DmaRefusedError):
@@ -208,6 +247,11 @@ class Probe:
             if self._scribble and window.writable:
                 session.write(address, self._random.randbytes(_TOUCHED_BYTES))
                 self.record.counts["scribble"] += 1
+
+
+def _fault(address: int, size: int, why: str) -> IommuFault:
+    text = f"{describe_range(address, size)} cannot be read: {why}"
+    return IommuFault(text, iova=address, size=size, write=False)
 
 
 def _listen(path: Path) -> socket.socket:

@@ -74,6 +74,11 @@ class Session:
         return self._link.fileno()
 
     @property
+    def bus_master(self) -> bool:
+        """Whether the device's driver allows DMA."""
+        return self._device.bus_master
+
+    @property
     def has_more(self) -> bool:
         """Whether something is to be done although nothing may have arrived."""
         return bool(self._waiting)
