@@ -279,5 +279,5 @@ def test_more_huge_pages_than_there_are() -> None:
 
 
 def test_writing_where_nothing_is_mapped_is_an_error_and_no_signal() -> None:
-    with pytest.raises(OSError, match="process_vm_writev to 0x1000: Bad address"):
+    with pytest.raises(OSError, match="process_vm_writev at 0x1000: Bad address"):
         write_own_memory(0x1000, b"x")

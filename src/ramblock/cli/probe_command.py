@@ -40,17 +40,20 @@ def start(arguments: argparse.Namespace) -> int:
         probe.record.emit("summary", **summary_fields(probe.record))
         if probe.error is not None:
             raise RamblockError(f"the probe ended by an error of its own: {probe.error!r}")
+    error = trace.error or stream.error
+    incomplete = None if error is None else f"the trace is incomplete: {error}"
+    # A comparison that never happened must not look like one that found nothing.
+    if expectation is not None and not expectation.devices and probe.record.clients:
+        incomplete = (
+            f"nothing was compared: no virtio-mem device was seen over QMP at {arguments.qmp}"
+        )
     if not arguments.json:
         print_summary(probe.record)
-    incomplete = trace.error or stream.error
+        if probe.record.clean and incomplete is None:
+            print("Nothing found.")
     if incomplete is not None:
-        print(f"ramblock: error: the trace is incomplete: {incomplete}", file=sys.stderr)
-    # A comparison that never happened must not look like one that found nothing.
-    compared = expectation is None or expectation.devices or not probe.record.clients
-    if not compared:
-        text = f"nothing was compared: no virtio-mem device was seen over QMP at {arguments.qmp}"
-        print(f"ramblock: error: {text}", file=sys.stderr)
-    return 0 if probe.record.clean and incomplete is None and compared else 1
+        print(f"ramblock: error: {incomplete}", file=sys.stderr)
+    return 0 if probe.record.clean and incomplete is None else 1
 
 
 def _serve(probe: Probe, arguments: argparse.Namespace) -> VirtioMemExpectation | None:

@@ -45,8 +45,6 @@ def print_summary(record: Record) -> None:
         )
     _print_stale(console, record)
     _print_violations(console, record)
-    if record.clean:
-        console.print("[green]Nothing found.[/green]")
 
 
 def _print_stale(console: Console, record: Record) -> None:

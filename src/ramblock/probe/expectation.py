@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Plugged", "VirtioMemExpectation"]
 
 _EVERY_SECONDS = 0.5
+_LOOK_SECONDS = 0.1
 # Plugging goes block by block, and QEMU tells the size before its listeners are done.
 _SETTLED_SECONDS = 3.0
 
@@ -86,13 +87,21 @@ class VirtioMemExpectation:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop, and wait for the thread."""
+        """Stop, and wait for the thread; QEMU may owe it an answer for ever (its one monitor is taken)."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def _run(self) -> None:
-        asyncio.run(self._watch())
+        asyncio.run(self._watch_until_stopped())
+
+    async def _watch_until_stopped(self) -> None:
+        watch = asyncio.create_task(self._watch())
+        while not self._stopping.is_set():
+            await asyncio.sleep(_LOOK_SECONDS)
+        watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await watch
 
     async def _watch(self) -> None:
         while not self._stopping.is_set():

@@ -33,6 +33,9 @@ __all__ = ["CAPABILITIES", "Session", "SessionEnded"]
 #: What the probe announces. The limit on windows is type1's, which VMMs know.
 CAPABILITIES = Capabilities(max_msg_fds=8, max_dma_maps=65535, write_multiple=True)
 
+# Plain numbers: the complement of an IntFlag has no bits but those that have names.
+_MAP_FLAGS = int(DmaFlags.READ | DmaFlags.WRITE)
+_UNMAP_FLAGS = int(DmaUnmapFlags.ALL)
 # A client that is alive answers within this; an emulated one on a busy machine as well.
 _TIMEOUT_SECONDS = 10.0
 # Requests that may come in while the client owes us an answer.
@@ -163,7 +166,7 @@ class Session:
 
     def _add(self, message: DmaMap, request: Request) -> Window:
         flags = message.flags
-        if flags & ~(DmaFlags.READ | DmaFlags.WRITE):
+        if flags & ~_MAP_FLAGS:
             raise RuleBroken(Rule.NO_ACCESS, errno.EINVAL, f"flags {flags:#x} of a map")
         file = None
         if len(request.fds):
@@ -187,7 +190,7 @@ class Session:
 
     def _unmap(self, message: DmaUnmap) -> Message | int:
         address, size, flags = message.address, message.size, message.flags
-        if flags & ~DmaUnmapFlags.ALL:
+        if flags & ~_UNMAP_FLAGS:
             return errno.ENOTSUP
         try:
             if flags:

@@ -224,6 +224,8 @@ def _grow_and_shrink(probe: Vmm, folder: Path, marker: str) -> None:
             for mib in (256, 100):
                 _plug(qmp, mib)
             _wait_until(lambda: "windows differ" in probe.output(), "the windows differ")
+            # The memory behind the stale windows is freed: what is left lies below them.
+            assert all(end <= REGION + 128 * _MIB for _, end in _ranges_with_data(vmm))
             # QEMU cannot map anew what it has not unmapped, so it refuses the guest's request, and the guest stays small.
             qmp.request(300 * _MIB)
             _wait_until(lambda: "overlap" in probe.output(), "a window overlaps")

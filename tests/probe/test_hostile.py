@@ -1,0 +1,435 @@
+"""Clients that break the protocol, stall, vanish or lie: the probe says so, and serves the next one."""
+
+import errno
+import os
+import socket
+import struct
+import threading
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from descriptors import open_descriptors
+from ramblock import RamBlock
+from ramblock.dma import HostRange, VfioUserTarget
+from ramblock.dma.vfio_user import Capabilities, Link, Reply, Role
+from ramblock.dma.vfio_user.messages import (
+    DmaMap,
+    DmaMapReply,
+    DmaRead,
+    DmaUnmap,
+    DmaUnmapReply,
+    ErrorReply,
+    GetDeviceInfo,
+    Message,
+    RegionWrite,
+    Reset,
+    SetIrqs,
+    UnknownRequest,
+    Version,
+)
+from ramblock.errors import IommuFault, UsageError
+from ramblock.probe import Probe, Rule, UnmapRule
+from ramblock.probe import server as server_module
+from ramblock.probe import session as session_module
+from ramblock.vfio.probe_registers import Register
+
+P = 4096
+VERSION = struct.pack("=HHIII", 0, 1, 20, 0, 0) + struct.pack("=HH", 0, 0)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "probe.sock"
+
+
+@pytest.fixture
+def probe(path: Path) -> Iterator[Probe]:
+    before = open_descriptors()
+    with Probe(path) as probe:
+        yield probe
+        served(probe)
+    assert probe.error is None
+    assert not path.exists()
+    assert open_descriptors() == before
+
+
+def served(probe: Probe) -> None:
+    """Nobody is there any more, and the next one is served."""
+    probe.wait_for(lambda: probe.client is None)
+    target = VfioUserTarget(probe.path)
+    assert target.device_info().num_regions == 9
+    target.close()
+    probe.wait_for(lambda: probe.client is None)
+
+
+@contextmanager
+def raw(probe: Probe) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(60)
+        sock.connect(str(probe.path))
+        yield sock
+
+
+class Client:
+    """A client that says what it is told to."""
+
+    def __init__(self, path: Path) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.connect(str(path))
+        self.link = Link(sock, Role.CLIENT)
+        self.ask(Version(0, 0, self.link.connection.own))
+
+    def ask(self, message: Message, *fds: int) -> Message | int:
+        """Return the answer, or the errno of a refusal."""
+        self.link.send(self.link.connection.request(message, fds), 60)
+        reply = self.link.receive(60)
+        assert isinstance(reply, Reply)
+        with reply:
+            return reply.message.errno if isinstance(reply.message, ErrorReply) else reply.message
+
+    def tell(self, message: Message, *fds: int) -> None:
+        """Ask for no answer."""
+        self.link.send(self.link.connection.request(message, fds, no_reply=True), 60)
+
+
+@pytest.fixture
+def client(probe: Probe) -> Iterator[Client]:
+    client = Client(probe.path)
+    yield client
+    client.link.close()
+
+
+@pytest.fixture
+def ram() -> Iterator[int]:
+    fd = os.memfd_create("ram", os.MFD_CLOEXEC)
+    os.ftruncate(fd, 16 * P)
+    yield fd
+    os.close(fd)
+
+
+def map_(address: int, pages: int, *, offset: int = 0, flags: int = 3) -> DmaMap:
+    return DmaMap(flags, offset, address, pages * P)
+
+
+def rules(probe: Probe) -> list[Rule]:
+    return [violation.rule for violation in probe.record.violations]
+
+
+# -- maps and unmaps that cannot be ---------------------------------------------------------------
+
+
+def test_each_rule_is_told_and_counted(probe: Probe, client: Client, ram: int) -> None:
+    assert client.ask(map_(0, 4), ram) == DmaMapReply()
+    for message, number, rule in (
+        (map_(P, 1), errno.EEXIST, Rule.OVERLAP),
+        (DmaMap(3, 0, (1 << 64) - P, 2 * P), errno.EINVAL, Rule.WRAP),
+        (DmaMap(3, 0, 8 * P, 0), errno.EINVAL, Rule.EMPTY),
+        (DmaMap(3, 0, 8 * P, 17), errno.EINVAL, Rule.UNALIGNED),
+        (map_(8 * P, 17), errno.EINVAL, Rule.BEYOND_FILE),
+        (map_(8 * P, 1, flags=0), errno.EINVAL, Rule.NO_ACCESS),
+        (map_(8 * P, 1, flags=7), errno.EINVAL, Rule.NO_ACCESS),
+        (map_(8 * P, 1, flags=1 << 31 | 3), errno.EINVAL, Rule.NO_ACCESS),
+        (DmaUnmap(0, 8 * P, P), errno.ENOENT, Rule.NOT_MAPPED),
+        (DmaUnmap(0, P, P), errno.EINVAL, Rule.BISECT),
+        (DmaUnmap(2, 0, P), errno.EINVAL, Rule.EMPTY),
+    ):
+        fds = (ram,) if isinstance(message, DmaMap) else ()
+        assert client.ask(message, *fds) == number
+        violation = probe.record.violations[-1]
+        assert (violation.rule, violation.errno) == (rule, number)
+        assert (violation.address, violation.size) == (message.address, message.size)
+    assert [(window.address, window.size) for window in probe.windows] == [(0, 4 * P)]
+    assert client.ask(DmaUnmap(2, 0, 0)) == DmaUnmapReply(2, 0, 4 * P)
+    assert probe.windows == []
+
+
+def test_a_descriptor_that_is_no_memory(probe: Probe, client: Client) -> None:
+    one, other = os.pipe()
+    assert client.ask(map_(0, 1), one) == errno.EINVAL
+    os.close(one)
+    os.close(other)
+    assert rules(probe) == [Rule.NOT_MEMORY]
+
+
+def test_what_wants_no_answer_is_checked_as_well(probe: Probe, client: Client, ram: int) -> None:
+    client.tell(map_(0, 1), ram)
+    client.tell(map_(0, 1), ram)
+    client.tell(DmaUnmap(0, 4 * P, P))
+    client.ask(GetDeviceInfo())
+    assert rules(probe) == [Rule.OVERLAP, Rule.NOT_MAPPED]
+    assert len(probe.windows) == 1
+
+
+def test_an_unmap_of_several_windows_is_one_call(probe: Probe, client: Client, ram: int) -> None:
+    for page in (0, 1, 4):
+        client.ask(map_(page * P, 1, offset=page * P), ram)
+    assert client.ask(DmaUnmap(0, 0, 8 * P)) == DmaUnmapReply(0, 0, 3 * P)
+    assert probe.record.clean
+
+
+def test_exact_unmaps_leave_stale_windows(path: Path, ram: int) -> None:
+    with Probe(path, unmap=UnmapRule.EXACT) as probe:
+        client = Client(path)
+        for page in range(4):
+            client.ask(map_(page * P, 1, offset=page * P), ram)
+        assert client.ask(DmaUnmap(0, P, 2 * P)) == errno.ENOENT
+        assert rules(probe) == [Rule.INEXACT]
+        assert [stale.address for stale in probe.record.stale] == [P, 2 * P]
+        # Asked again they are not counted again; one of them goes after all.
+        assert client.ask(DmaUnmap(0, P, 2 * P)) == errno.ENOENT
+        client.ask(DmaUnmap(0, P, P))
+        client.link.close()
+        probe.wait_for(lambda: probe.client is None)
+    assert probe.record.stale_count == 2
+    assert [stale.until_ns is None for stale in probe.record.stale] == [False, True]
+
+
+def test_the_number_of_windows_is_bounded(
+    path: Path, ram: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = Capabilities(max_msg_fds=8, max_dma_maps=2)
+    for module in (session_module, server_module):
+        monkeypatch.setattr(module, "CAPABILITIES", few)
+    with Probe(path) as probe:
+        client = Client(path)
+        answers = [client.ask(map_(page * 2 * P, 1), ram) for page in range(3)]
+        assert answers == [DmaMapReply(), DmaMapReply(), errno.ENOSPC]
+        assert rules(probe) == [Rule.TOO_MANY]
+        client.link.close()
+
+
+def test_what_there_is_not(probe: Probe, client: Client) -> None:
+    assert client.ask(UnknownRequest(16, b"")) == errno.ENOTSUP
+    for flags in (1, 4, 1 << 31):
+        assert client.ask(DmaUnmap(flags, 0, P)) == errno.ENOTSUP
+    assert client.ask(SetIrqs(33, 0, 0, 1)) == errno.EINVAL
+    assert client.ask(RegionWrite(0, 0xFFE, b"abcd")) == errno.EINVAL
+    assert client.ask(RegionWrite(3, 0, b"abcd")) == errno.EINVAL
+    assert probe.record.clean
+
+
+# -- memory that is not there -----------------------------------------------------------------------
+
+
+def test_a_file_that_shrinks_after_it_was_mapped(path: Path, ram: int) -> None:
+    with Probe(path, touch=True, scribble=True) as probe:
+        client = Client(path)
+        client.ask(map_(0, 16), ram)
+        probe.wait_for(lambda: probe.record.counts["scribble"] > 10)
+        assert probe.record.clean
+        os.ftruncate(ram, 0)
+        probe.wait_for(lambda: probe.record.broken[Rule.UNREACHABLE] > 10)
+        with pytest.raises(IommuFault, match="Input/output error"):
+            probe.read(0, 8)
+        assert client.ask(Reset()) is not None
+        client.link.close()
+    assert probe.error is None
+    assert os.fstat(ram).st_size == 0
+
+
+def test_a_client_that_never_serves_what_it_mapped(
+    probe: Probe, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "_TIMEOUT_SECONDS", 0.2)
+    assert client.ask(map_(0, 1)) == DmaMapReply()
+    setting = struct.pack("<QII", 0, 8, 1)
+    request = client.link.connection.request(RegionWrite(0, Register.ADDRESS, setting))
+    client.link.send(request, 60)
+    question = client.link.receive(60)
+    assert question is not None
+    assert question.message == DmaRead(0, 8)
+    assert client.link.receive(60) is None
+    assert rules(probe) == [Rule.PROTOCOL]
+    assert "no answer to DMA_READ" in probe.record.violations[0].text
+
+
+def test_what_comes_before_the_answer_waits_for_its_turn(probe: Probe, client: Client) -> None:
+    client.ask(map_(0, 1))
+    setting = struct.pack("<QII", 0, 4, 1)
+    connection = client.link.connection
+    client.link.send(connection.request(RegionWrite(0, Register.ADDRESS, setting)), 60)
+    client.link.send(connection.request(DmaUnmap(0, 0, P)), 60)
+    question = client.link.receive(60)
+    assert question is not None
+    assert len(probe.windows) == 1
+    client.link.send(connection.error(question, errno.EFAULT), 60)  # type: ignore[arg-type]
+    assert [type(client.link.receive(60).message).__name__ for _ in range(2)] == [  # type: ignore[union-attr]
+        "RegionWriteReply",
+        "DmaUnmapReply",
+    ]
+    assert rules(probe) == [Rule.UNREACHABLE]
+
+
+# -- the wire -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff" * 64,
+        VERSION[:7],
+        VERSION + struct.pack("=HHIII", 1, 2, 0, 0, 0),
+        VERSION + struct.pack("=HHIII", 1, 2, 0xFFFF_FFFF, 0, 0),
+        VERSION + struct.pack("=HHIII", 1, 2, 17, 0, 0) + b"x",
+        VERSION + struct.pack("=HHIII", 1, 4, 16, 1, 0),  # an answer that nobody waits for
+        struct.pack("=HHIII", 0, 4, 32, 0, 0) + bytes(16),  # before VERSION
+        VERSION + VERSION,
+    ],
+)
+def test_bytes_that_are_no_message_end_the_connection(probe: Probe, data: bytes) -> None:
+    with raw(probe) as sock:
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        # Reset: the probe has closed without reading all of it.
+        with suppress(ConnectionResetError):
+            while sock.recv(4096):
+                pass
+    probe.wait_for(lambda: probe.client is None)
+    assert rules(probe) == [Rule.PROTOCOL]
+
+
+def test_half_a_header_and_silence_hold_up_nobody_but_the_next(probe: Probe) -> None:
+    with raw(probe) as sock:
+        sock.sendall(VERSION[:5])
+        probe.wait_for(lambda: probe.client is not None)
+        with pytest.raises(IommuFault):
+            probe.read(0, 8)
+
+
+def test_descriptors_that_belong_nowhere(probe: Probe, ram: int) -> None:
+    with raw(probe) as sock:
+        rights = array("i", [ram] * 250)
+        sock.sendmsg([VERSION], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        with suppress(ConnectionResetError):
+            while sock.recv(4096):
+                pass
+    probe.wait_for(lambda: probe.client is None)
+    assert rules(probe) == [Rule.PROTOCOL]
+
+
+def test_a_client_that_never_reads(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "_TIMEOUT_SECONDS", 0.2)
+    with raw(probe) as sock:
+        sock.sendall(VERSION)
+        question = struct.pack("=HHIII", 1, 9, 32, 0, 0) + struct.pack("=QII", 0, 0, 4096)
+        with suppress(BrokenPipeError, ConnectionResetError):
+            while True:
+                sock.sendall(question)
+    probe.wait_for(lambda: probe.client is None)
+    assert rules(probe) == [Rule.PROTOCOL]
+    assert "does not read" in probe.record.violations[0].text
+
+
+def test_a_client_that_vanishes_leaves_nothing(probe: Probe, ram: int) -> None:
+    client = Client(probe.path)
+    client.ask(map_(0, 4), ram)
+    client.link.close()
+    probe.wait_for(lambda: probe.client is None)
+    assert probe.windows == []
+    assert probe.record.clean
+
+
+MESSAGES = (
+    map_(0, 1),
+    map_(P, 2),
+    map_(0, 1 << 40),
+    DmaUnmap(0, 0, P),
+    DmaUnmap(0, 0, 8 * P),
+    DmaUnmap(2, 0, 0),
+    GetDeviceInfo(),
+    Reset(),
+    RegionWrite(7, 4, b"\xff\xff"),
+    RegionWrite(0, Register.ADDRESS, struct.pack("<QII", 0, 64, 1)),
+    RegionWrite(0, Register.ADDRESS, struct.pack("<QII", P, 64, 2)),
+    UnknownRequest(77, b"?"),
+)
+
+
+@pytest.fixture(scope="module")
+def long_lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Probe]:
+    with Probe(tmp_path_factory.mktemp("probe") / "p.sock", touch=True) as probe:
+        yield probe
+        served(probe)
+    assert probe.error is None
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    todo=st.lists(st.tuples(st.sampled_from(MESSAGES), st.booleans()), max_size=12),
+    junk=st.binary(max_size=200),
+)
+def test_any_client(
+    long_lived: Probe, ram: int, todo: list[tuple[Message, bool]], junk: bytes
+) -> None:
+    probe = long_lived
+    client = Client(probe.path)
+    for message, with_memory in todo:
+        fds = (ram,) if with_memory and isinstance(message, DmaMap) else ()
+        if isinstance(message, RegionWrite) and any(w.file is None for w in probe.windows):
+            continue  # it would ask us
+        client.ask(message, *fds)
+    with socket.socket(fileno=os.dup(client.link.fileno())) as sock, suppress(OSError):
+        sock.sendall(junk)
+    client.link.close()
+    probe.wait_for(lambda: probe.client is None)
+    assert probe.error is None
+
+
+# -- the socket -----------------------------------------------------------------------------------------
+
+
+def test_the_socket_of_a_dead_probe_is_replaced(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(str(path))
+    with Probe(path) as probe:
+        served(probe)
+
+
+def test_what_is_somebody_elses_is_left_alone(probe: Probe, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="somebody listens"):
+        Probe(probe.path)
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(UsageError, match="is no socket"):
+        Probe(file)
+    assert file.read_text() == "mine"
+    with pytest.raises(UsageError, match="too long for a socket"):
+        Probe(tmp_path / ("x" * 200))
+    with pytest.raises(FileNotFoundError):
+        Probe(tmp_path / "no" / "folder")
+
+
+def test_one_after_the_other(probe: Probe, ram: int) -> None:
+    first = Client(probe.path)
+    first.ask(map_(0, 1), ram)
+    seen: list[str | None] = []
+
+    def second() -> None:
+        target = VfioUserTarget(probe.path, timeout=60)
+        seen.append(probe.client)
+        target.close()
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    assert first.ask(GetDeviceInfo()) is not None
+    assert probe.client == "client1"
+    first.link.close()
+    thread.join()
+    assert seen == ["client2"]
+
+
+def test_stopping_lets_go_of_a_client(path: Path) -> None:
+    with RamBlock.create("ram", P) as block:
+        with Probe(path) as probe:
+            target = VfioUserTarget(path)
+            target.map(0, HostRange(block.fd, 0, block.address, P))
+        probe.stop()
+        assert probe.windows == []
+        with suppress(OSError):
+            target.close()
