@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an audit finds: windows in time in which a page was in a state it should not be in, and broken rules."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from ramblock.trace.events import Origin
+
+__all__ = ["FAILURES", "MEANINGS", "Finding", "FindingKind"]
+
+
+class FindingKind(StrEnum):
+    """Worst first."""
+
+    STALE = "stale"
+    FREED = "freed while mapped"
+    UNPLUGGED = "unplugged while mapped"
+    SHORT_UNMAP = "short unmap"
+    FAILED_UNMAP = "failed unmap"
+    MISSING = "missing"
+    BISECTING_UNMAP = "bisecting unmap"
+    INEXACT_UNMAP = "inexact unmap"
+    DOUBLE_MAP = "double map"
+    UNMAP_OF_NOTHING = "unmap of nothing"
+    REPORTED = "reported by the trace's writer"
+    TRANSITIONAL = "transitional"
+    INSTANT = "instant"
+
+
+#: What each means to somebody who has to act on it.
+MEANINGS: dict[FindingKind, str] = {
+    FindingKind.STALE: "a device could read and write pages that were private: the VMM's bookkeeping and the IOMMU disagree",
+    FindingKind.FREED: "the host took memory back that a device could still reach",
+    FindingKind.UNPLUGGED: "a device could reach memory that the guest had given back through virtio-mem",
+    FindingKind.SHORT_UNMAP: "fewer bytes were unmapped than were mapped there; the rest may still be reachable",
+    FindingKind.FAILED_UNMAP: "an unmap failed, and what it was for is still mapped",
+    FindingKind.MISSING: "the guest shared pages that a device could not reach: its DMA faults",
+    FindingKind.BISECTING_UNMAP: "an unmap names part of a mapping, and the target cannot cut",
+    FindingKind.INEXACT_UNMAP: "an unmap does not name exactly one mapping, and the target insists on that",
+    FindingKind.DOUBLE_MAP: "a range was mapped that was mapped already",
+    FindingKind.UNMAP_OF_NOTHING: "an unmap of a range in which nothing was mapped",
+    FindingKind.REPORTED: "the program that wrote the trace saw a rule broken",
+    FindingKind.TRANSITIONAL: "private and still mapped while their own conversion was going on (attribute first, then unmap)",
+    FindingKind.INSTANT: "opened and closed at the same time stamp: shorter than the trace's clock can show",
+}
+
+#: Kinds that make an audit fail; ``--strict`` adds the others.
+FAILURES = frozenset(FindingKind) - {FindingKind.TRANSITIONAL, FindingKind.INSTANT}
+
+
+class Finding(msgspec.Struct, kw_only=True, frozen=True):
+    """
+    One window or broken rule.
+
+    A window is open from ``since`` to ``until``; a broken rule has ``until == since``.
+    """
+
+    kind: FindingKind
+    target: str | None
+    start: int
+    """Guest address in bytes, inclusive."""
+    end: int
+    """Exclusive."""
+    since: int | None
+    """Nanoseconds; None where the trace has no times."""
+    until: int | None
+    """None: no times, or (``open``) still so at the end of the trace."""
+    opened: Origin
+    closed: Origin | None = None
+    mapped: Origin | None = None
+    """Where the mapping was made, if there is one."""
+    open: bool = False
+    """Still so at the end of the trace."""
+    note: str = ""
+    """What else there is to say of this one."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.start
+
+    @property
+    def duration(self) -> int | None:
+        """Nanoseconds; None where not known or still open."""
+        return None if self.since is None or self.until is None else self.until - self.since

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who wants to see an audit go by: a report, a Perfetto trace."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ramblock.trace.events import Access, ConversionEnd
+from ramblock.trace.findings import Finding
+
+__all__ = ["AuditObserver"]
+
+
+class AuditObserver(Protocol):
+    """
+    Called in the order of the trace, synchronously; ranges are guest addresses, ``[start, end)`` in bytes.
+
+    Times never fall. Where a trace has none, the number of the event stands for it.
+    """
+
+    def page_state(self, time: int, start: int, end: int, *, private: bool) -> None:
+        """Pages are now private or shared (calls that change nothing are reported too)."""
+
+    def mapped(self, time: int, target: str, start: int, end: int) -> None:
+        """A target mapped a range."""
+
+    def unmapped(self, time: int, target: str, start: int, end: int) -> None:
+        """A target unmapped a range; parts of it may not have been mapped."""
+
+    def converted(self, event: ConversionEnd) -> None:
+        """A conversion ended."""
+
+    def accessed(self, event: Access) -> None:
+        """A device's access, or its fault."""
+
+    def found(self, finding: Finding) -> None:
+        """A finding is complete; windows that are open at the end come last, with ``open`` set."""
