@@ -93,6 +93,8 @@ class Layout(_Event):
     """What an unmap has to name: ``exact`` one whole mapping, ``whole`` mappings, ``cut`` any range; None: not known."""
     removed: bool = False
     """The places are gone."""
+    ends: bool = False
+    """Every conversion of this source has its :class:`ConversionEnd`, and one follows the other."""
 
 
 class Conversion(_Event):

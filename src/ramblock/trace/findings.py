@@ -19,7 +19,6 @@ class FindingKind(StrEnum):
     FREED = "freed while mapped"
     UNPLUGGED = "unplugged while mapped"
     SHORT_UNMAP = "short unmap"
-    FAILED_UNMAP = "failed unmap"
     MISSING = "missing"
     BISECTING_UNMAP = "bisecting unmap"
     INEXACT_UNMAP = "inexact unmap"
@@ -32,11 +31,10 @@ class FindingKind(StrEnum):
 
 #: What each means to somebody who has to act on it.
 MEANINGS: dict[FindingKind, str] = {
-    FindingKind.STALE: "a device could read and write pages that were private: the VMM's bookkeeping and the IOMMU disagree",
+    FindingKind.STALE: "a device could reach pages that were private, or that an unmap was to take from it",
     FindingKind.FREED: "the host took memory back that a device could still reach",
     FindingKind.UNPLUGGED: "a device could reach memory that the guest had given back through virtio-mem",
     FindingKind.SHORT_UNMAP: "fewer bytes were unmapped than were mapped there; the rest may still be reachable",
-    FindingKind.FAILED_UNMAP: "an unmap failed, and what it was for is still mapped",
     FindingKind.MISSING: "the guest shared pages that a device could not reach: its DMA faults",
     FindingKind.BISECTING_UNMAP: "an unmap names part of a mapping, and the target cannot cut",
     FindingKind.INEXACT_UNMAP: "an unmap does not name exactly one mapping, and the target insists on that",

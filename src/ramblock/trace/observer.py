@@ -19,19 +19,19 @@ class AuditObserver(Protocol):
     """
 
     def page_state(self, time: int, start: int, end: int, *, private: bool) -> None:
-        """Pages are now private or shared (calls that change nothing are reported too)."""
+        """Note that pages are now private or shared (calls that change nothing are reported too)."""
 
     def mapped(self, time: int, target: str, start: int, end: int) -> None:
-        """A target mapped a range."""
+        """Note that a target mapped a range."""
 
     def unmapped(self, time: int, target: str, start: int, end: int) -> None:
-        """A target unmapped a range; parts of it may not have been mapped."""
+        """Note that a target unmapped a range; parts of it may not have been mapped."""
 
     def converted(self, event: ConversionEnd) -> None:
-        """A conversion ended."""
+        """Note the end of a conversion."""
 
     def accessed(self, event: Access) -> None:
-        """A device's access, or its fault."""
+        """Note a device's access, or its fault."""
 
     def found(self, finding: Finding) -> None:
-        """A finding is complete; windows that are open at the end come last, with ``open`` set."""
+        """Take a finding that is complete; windows that are open at the end come last, with ``open`` set."""

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A value for each address, kept as runs.
+
+Theory of operation. Two lists hold where each run begins, ascending, and its value, None for nothing; neighbours with the *same object* are
+one run. The lists are cut into blocks of at most 2,048 runs, so that a change shifts a short tail and not that of a guest with
+65,535 mappings, and a range costs what there is in it and not what its size is: a trace may name all of 2**64.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+__all__ = ["RangeMap"]
+
+V = TypeVar("V")
+
+_MOST_RUNS = 2048
+
+
+class RangeMap(Generic[V]):
+    """Values of ranges ``[start, end)`` of non-negative integers; compared by identity."""
+
+    __slots__ = ("_blocks", "_firsts")
+
+    def __init__(self) -> None:
+        #: First address of each block; the first block begins at 0, and no block is empty.
+        self._firsts: list[int] = [0]
+        self._blocks: list[tuple[list[int], list[V | None]]] = [([0], [None])]
+
+    def __bool__(self) -> bool:
+        if len(self._blocks) == 1 and len(self._blocks[0][1]) == 1:
+            return self._blocks[0][1][0] is not None
+        return any(value is not None for _, values in self._blocks for value in values)
+
+    def set(self, start: int, end: int, value: V | None) -> None:
+        """Give every address of the range, which must not be empty, this value; None takes what it had."""
+        firsts = self._firsts
+        index = bisect_right(firsts, start) - 1
+        starts, values = self._blocks[index]
+        if index + 1 < len(firsts) and end > firsts[index + 1]:
+            self._cut_front(bisect_right(firsts, end) - 1, end, index)
+            end = firsts[index + 1]
+        low = bisect_left(starts, start)
+        high = bisect_left(starts, end, low)
+        is_new = low == 0 or values[low - 1] is not value
+        if high < len(starts) and starts[high] == end:
+            if values[high] is value:
+                high += 1
+            starts[low:high] = (start,) if is_new else ()
+            values[low:high] = (value,) if is_new else ()
+        elif index + 1 < len(firsts) and end == firsts[index + 1]:
+            starts[low:] = (start,) if is_new else ()
+            values[low:] = (value,) if is_new else ()
+        else:
+            after = values[high - 1]
+            if after is value:
+                starts[low:high] = (start,) if is_new else ()
+                values[low:high] = (value,) if is_new else ()
+            else:
+                starts[low:high] = (start, end) if is_new else (end,)
+                values[low:high] = (value, after) if is_new else (after,)
+        if len(starts) == 1:
+            self._join(index)
+        elif len(starts) > _MOST_RUNS:
+            self._split(index)
+
+    def _cut_front(self, index: int, end: int, keep: int) -> None:
+        """Let a block begin at *end*, which lies in it, and drop those between block *keep* and it."""
+        starts, values = self._blocks[index]
+        at = bisect_right(starts, end) - 1
+        del starts[:at]
+        del values[:at]
+        starts[0] = self._firsts[index] = end
+        del self._blocks[keep + 1 : index]
+        del self._firsts[keep + 1 : index]
+
+    def _join(self, index: int) -> None:
+        """Drop a block of one run that goes on what the block before it ends with."""
+        if index and self._blocks[index][1][0] is self._blocks[index - 1][1][-1]:
+            del self._blocks[index]
+            del self._firsts[index]
+
+    def _split(self, index: int) -> None:
+        starts, values = self._blocks[index]
+        half = len(starts) // 2
+        self._blocks.insert(index + 1, (starts[half:], values[half:]))
+        self._firsts.insert(index + 1, starts[half])
+        del starts[half:]
+        del values[half:]
+
+    def get(self, address: int) -> V | None:
+        """Return the value at one address."""
+        starts, values = self._blocks[bisect_right(self._firsts, address) - 1]
+        return values[bisect_right(starts, address) - 1]
+
+    def pieces(self, start: int, end: int) -> list[tuple[int, int, V]]:
+        """Return the runs in the range that have a value, clipped to it, ascending, as (start, end, value)."""
+        found: list[tuple[int, int, V]] = []
+        firsts, blocks = self._firsts, self._blocks
+        index = bisect_right(firsts, start) - 1
+        starts, values = blocks[index]
+        at = bisect_right(starts, start) - 1
+        position = start
+        while position < end:
+            value = values[at]
+            at += 1
+            if at < len(starts):
+                stop = starts[at]
+            else:
+                index += 1
+                at = 0
+                if index < len(blocks):
+                    stop = firsts[index]
+                    starts, values = blocks[index]
+                else:
+                    stop = end
+            if stop > end:
+                stop = end
+            if value is not None:
+                if found and found[-1][1] == position and found[-1][2] is value:
+                    found[-1] = (found[-1][0], stop, value)
+                else:
+                    found.append((position, stop, value))
+            position = stop
+        return found
+
+    def gaps(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Return the maximal ranges in the range that have no value, ascending."""
+        found = []
+        position = start
+        for run_start, run_end, _ in self.pieces(start, end):
+            if run_start > position:
+                found.append((position, run_start))
+            position = run_end
+        if position < end:
+            found.append((position, end))
+        return found
+
+    def items(self) -> Iterator[tuple[int, int, V]]:
+        """Yield all runs, ascending. One that goes beyond 2**64 ends there."""
+        yield from self.pieces(0, 1 << 64)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._firsts = [0]
+        self._blocks = [([0], [None])]

@@ -1,0 +1,84 @@
+"""Values of ranges against a dict of addresses."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ramblock.trace import ranges as module
+from ramblock.trace.ranges import RangeMap
+
+END = 40
+ADDRESSES = st.integers(0, END - 1)
+VALUES = (None, "a", "b")
+
+
+@pytest.fixture(autouse=True, params=[2, 3, 2048])
+def most_runs(request: pytest.FixtureRequest) -> int:
+    """Short blocks, so that few changes meet all of their borders."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_MOST_RUNS", request.param)
+        most: int = request.param
+        yield most
+
+
+@given(st.data())
+def test_against_a_dict(data: st.DataObject, most_runs: int) -> None:
+    changes = data.draw(
+        st.lists(st.tuples(ADDRESSES, ADDRESSES, st.sampled_from(VALUES)), max_size=40)
+    )
+    values: RangeMap[str] = RangeMap()
+    model: dict[int, str] = {}
+    for one, other, value in changes:
+        start, end = min(one, other), max(one, other) + 1
+        values.set(start, end, value)
+        for address in range(start, end):
+            if value is None:
+                model.pop(address, None)
+            else:
+                model[address] = value
+        check(values, model, most_runs)
+
+
+def check(values: RangeMap[str], model: dict[int, str], most_runs: int) -> None:
+    pieces = values.pieces(0, END + 3)
+    assert {a: value for start, end, value in pieces for a in range(start, end)} == model
+    for (_, end, value), (start, _, following) in zip(pieces, pieces[1:], strict=False):
+        assert end < start or (end == start and value is not following)  # maximal
+    assert all(values.get(address) == model.get(address) for address in range(END + 3))
+    gaps = {a for start, end in values.gaps(0, END + 3) for a in range(start, end)}
+    assert gaps == set(range(END + 3)) - model.keys()
+    assert bool(values) == bool(model)
+    assert [starts[0] for starts, _ in values._blocks] == values._firsts
+    for starts, kept in values._blocks:
+        assert starts == sorted(set(starts))
+        assert 1 <= len(starts) == len(kept) <= most_runs
+
+
+def test_runs_of_one_value_are_one_and_take_no_more_than_one() -> None:
+    values: RangeMap[str] = RangeMap()
+    for address in range(0, 1 << 16, 16):
+        values.set(address, address + 16, "a")
+    assert values.pieces(0, 1 << 30) == [(0, 1 << 16, "a")]
+    assert sum(len(starts) for starts, _ in values._blocks) <= 3
+
+
+def test_what_was_filled_and_cleared_leaves_little() -> None:
+    values: RangeMap[str] = RangeMap()
+    for address in range(10_000):
+        values.set(2 * address, 2 * address + 1, "a")
+    for address in range(10_000):
+        values.set(2 * address, 2 * address + 1, None)
+    assert not values
+    assert sum(len(starts) for starts, _ in values._blocks) <= 2
+
+
+def test_the_size_of_a_range_costs_nothing() -> None:
+    values: RangeMap[str] = RangeMap()
+    values.set(5, (1 << 64) - 5, "a")
+    values.set(1 << 39, (1 << 39) + 1, None)
+    assert values.pieces(0, 1 << 64) == [
+        (5, 1 << 39, "a"),
+        ((1 << 39) + 1, (1 << 64) - 5, "a"),
+    ]
+    values.set(0, 1 << 64, None)
+    assert not values
