@@ -12,20 +12,16 @@ ADDRESSES = st.integers(0, END - 1)
 VALUES = (None, "a", "b")
 
 
-@pytest.fixture(autouse=True, params=[2, 3, 2048])
-def most_runs(request: pytest.FixtureRequest) -> int:
-    """Short blocks, so that few changes meet all of their borders."""
+@pytest.mark.parametrize("most_runs", [2, 3, 2048])
+@given(changes=st.lists(st.tuples(ADDRESSES, ADDRESSES, st.sampled_from(VALUES)), max_size=40))
+def test_against_a_dict(changes: list[tuple[int, int, str | None]], most_runs: int) -> None:
+    # Short blocks, so that few changes meet all of their borders.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_MOST_RUNS", request.param)
-        most: int = request.param
-        yield most
+        patch.setattr(module, "_MOST_RUNS", most_runs)
+        apply(changes, most_runs)
 
 
-@given(st.data())
-def test_against_a_dict(data: st.DataObject, most_runs: int) -> None:
-    changes = data.draw(
-        st.lists(st.tuples(ADDRESSES, ADDRESSES, st.sampled_from(VALUES)), max_size=40)
-    )
+def apply(changes: list[tuple[int, int, str | None]], most_runs: int) -> None:
     values: RangeMap[str] = RangeMap()
     model: dict[int, str] = {}
     for one, other, value in changes:

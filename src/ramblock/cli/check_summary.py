@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an audit found, for people: worst first, neighbours together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ramblock.errors import describe_range
+from ramblock.trace.findings import FAILURES, MEANINGS, Finding, FindingKind
+from ramblock.trace.result import AuditResult, rank
+from ramblock.units import format_size
+
+__all__ = ["FindingGroup", "group", "print_result", "print_verdict"]
+
+_GROUPS_SHOWN = 20
+
+
+class FindingGroup(NamedTuple):
+    """Findings of one kind and target that lie side by side and ended together."""
+
+    findings: list[Finding]
+
+    @property
+    def start(self) -> int:
+        """Address where the first begins."""
+        return self.findings[0].start
+
+    @property
+    def end(self) -> int:
+        """Address where the last ends."""
+        return self.findings[-1].end
+
+    @property
+    def worst(self) -> Finding:
+        """The worst of them."""
+        return min(self.findings, key=rank)
+
+
+def group(findings: Iterable[Finding]) -> list[FindingGroup]:
+    """Put neighbours together; worst group first."""
+    groups: list[FindingGroup] = []
+    for finding in sorted(findings, key=_neighbourhood):
+        last = groups[-1].findings[-1] if groups else None
+        if (
+            last is not None
+            and last.end == finding.start
+            and _neighbourhood(last)[:-1] == _neighbourhood(finding)[:-1]
+        ):
+            groups[-1].findings.append(finding)
+        else:
+            groups.append(FindingGroup([finding]))
+    return sorted(groups, key=lambda each: rank(each.worst))
+
+
+def _neighbourhood(finding: Finding) -> tuple[str, str, str, str, int]:
+    # A window belongs to what closed it; a broken rule has no end, and belongs to nothing but its own event.
+    ended = str(finding.closed or ("" if finding.open else finding.opened))
+    return finding.kind, finding.target or "", ended, finding.note, finding.start
+
+
+def print_result(result: AuditResult, *, strict: bool) -> None:
+    """Print one audit on stdout; colours only on a terminal."""
+    console = Console(highlight=False, soft_wrap=False)
+    _print_head(console, result)
+    _print_counts(console, result, strict=strict)
+    _print_groups(console, result)
+    _print_in_conversion(console, result)
+    _print_limits(console, result)
+    _print_last_line(console, result, strict=strict)
+
+
+def _print_head(console: Console, result: AuditResult) -> None:
+    console.print(Text(", ".join(result.sources), style="bold"))
+    line = f"{result.events:,} events"
+    if result.began is not None and result.ended is not None:
+        line += f" in {_duration(result.ended - result.began)}"
+    line += f", {result.conversions:,} conversions"
+    console.print(line)
+    for target in result.targets:
+        console.print(
+            Text(
+                f"{target.name}: {target.maps:,} maps, {target.unmaps:,} unmaps, {target.faults:,} faults;"
+                f" {target.entries:,} mappings of {format_size(target.mapped_bytes)} at the end",
+                style="dim",
+            )
+        )
+
+
+def _print_counts(console: Console, result: AuditResult, *, strict: bool) -> None:
+    if not result.counts:
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(justify="right")
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for kind in FindingKind:
+        count = result.counts.get(kind)
+        if count is not None:
+            style = "bold red" if strict or kind in FAILURES else ""
+            table.add_row(Text(f"{count.count:,}", style), Text(kind, style), MEANINGS[kind])
+    console.print()
+    console.print(table)
+
+
+def _print_groups(console: Console, result: AuditResult) -> None:
+    groups = group(finding for finding in result.findings if finding.kind in FAILURES)
+    if not groups:
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("what", "range", "size", "after", "for", "opened", "closed"):
+        table.add_column(name, justify="right" if name in ("size", "after", "for") else "left")
+    for each in groups[:_GROUPS_SHOWN]:
+        table.add_row(*(Text(cell) for cell in _row(each, result)))
+    console.print()
+    console.print(table)
+    if len(groups) > _GROUPS_SHOWN:
+        console.print(f"... and {len(groups) - _GROUPS_SHOWN:,} more groups (--json, --report)")
+    for note in _notes(groups[:_GROUPS_SHOWN]):
+        console.print(Text(note, style="dim"))
+
+
+def _row(each: FindingGroup, result: AuditResult) -> list[str]:
+    worst, first, last = each.worst, each.findings[0], each.findings[-1]
+    number = len(each.findings)
+    what = worst.kind if number == 1 else f"{number:,} {worst.kind}"
+    if worst.target:
+        what += f" in {worst.target}"
+    opened = str(first.opened)
+    if last.opened != first.opened:
+        opened += f" to {last.opened.line}"
+    return [
+        what,
+        f"[{each.start:#x}, {each.end:#x})" if each.end > each.start else "-",
+        format_size(each.end - each.start) if each.end > each.start else "-",
+        "-"
+        if worst.since is None or result.began is None
+        else f"{(worst.since - result.began) / 1e9:.6f} s",
+        "to the end" if worst.open else "-" if not worst.duration else _duration(worst.duration),
+        opened,
+        "-" if worst.closed is None else str(worst.closed),
+    ]
+
+
+def _notes(groups: Sequence[FindingGroup]) -> list[str]:
+    notes: dict[str, None] = {}
+    for each in groups:
+        if each.worst.note:
+            notes[f"{describe_range(each.start, each.end)}: {each.worst.note}"] = None
+    return list(notes)[:_GROUPS_SHOWN]
+
+
+def _print_in_conversion(console: Console, result: AuditResult) -> None:
+    for lengths, text in (
+        (result.transitional, "private and still mapped, inside of their own conversion"),
+        (result.not_yet_mapped, "shared and not mapped, inside of their own conversion (normal)"),
+    ):
+        if lengths.count:
+            console.print(
+                f"{lengths.count:,} windows {text}: {_duration(lengths.total // lengths.count)} on average,"
+                f" {_duration(lengths.longest)} at most"
+            )
+
+
+def _print_limits(console: Console, result: AuditResult) -> None:
+    if result.unknown_lines:
+        console.print(f"{result.unknown_lines:,} lines were not understood:")
+        for example in result.unknown_examples[:3]:
+            console.print(Text(f"  {example}", style="dim"))
+    if result.limits:
+        console.print("\nWhat this trace cannot show:")
+        for limit in result.limits:
+            console.print(Text(f"- {limit}"))
+
+
+def _print_last_line(console: Console, result: AuditResult, *, strict: bool) -> None:
+    if result.error is not None:
+        console.print(
+            Text(f"\nNot read to its end: {result.error}. The above is about what was read.", "bold red")
+        )
+    failures = result.failures(strict=strict)
+    console.print()
+    if failures:
+        console.print(Text(f"{failures:,} findings", style="bold red"))
+    else:
+        console.print("Nothing found" + (" in what was read." if result.error else "."))
+
+
+def print_verdict(results: Sequence[AuditResult], *, strict: bool) -> None:
+    """Print the last lines of an audit of several files."""
+    bad = [result for result in results if result.failures(strict=strict)]
+    unread = [result for result in results if result.error is not None]
+    print(f"\n{len(results):,} recordings: {len(bad):,} with findings, {len(unread):,} not read to the end")
+
+
+def _duration(nanoseconds: int) -> str:
+    for unit, name in ((10**9, "s"), (10**6, "ms"), (10**3, "µs")):
+        if nanoseconds >= unit:
+            return f"{nanoseconds / unit:.1f} {name}"
+    return f"{nanoseconds} ns"
