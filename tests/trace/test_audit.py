@@ -294,8 +294,8 @@ def test_unplugged_memory(plugged_late: int) -> None:
 
 
 def test_a_shared_page_that_is_not_plugged_is_not_missing() -> None:
-    made = Made().at(0, Plug, 0, 4 * PAGE, False).at(1, Map, "t", 8 * PAGE, 9 * PAGE)
-    made.at(10, Attributes, 0, PAGE, False)
+    made = Made().at(0, Plug, 0, 4 * PAGE, False).at(0, Attributes, 8 * PAGE, 9 * PAGE, False)
+    made.at(1, Map, "t", 8 * PAGE, 9 * PAGE).at(10, Attributes, 0, PAGE, False)
     assert kinds(made.at(100, Access, "t", 0, 64, True, True).audit()) == []
     made.at(110, Plug, 0, 4 * PAGE, True)
     assert kinds(made.at(200, Access, "t", 0, 64, True, True).audit()) == [FindingKind.MISSING]

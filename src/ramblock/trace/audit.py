@@ -294,6 +294,8 @@ class Audit:
                 # No conversion excuses this: to-shared makes pages shared before it maps them.
                 self._open_stale(event, target, piece_start, piece_end, mapping, None)
         self._evidence.stateless_bytes += end - start - known
+        if known:
+            target.expected = True
         if self._conversions.active:
             conversion = self._conversions.find(start, end)
             if conversion is not None:
@@ -498,6 +500,8 @@ class Audit:
         end: int,
         conversion: ActiveConversion,
     ) -> None:
+        if not target.expected:
+            return
         window = self._window(FindingKind.MISSING, event, conversion, None)
         if not self._plugged:
             target.missing.open(start, end, window)

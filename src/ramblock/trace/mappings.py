@@ -56,6 +56,8 @@ class TargetState:
         self.name = name
         self.rule = rule
         self.complete = complete
+        #: Whether it maps this guest's pages: others are not expected to (the kernel maps for its own drivers too).
+        self.expected = complete
         self.mappings: RangeMap[Mapping] = RangeMap()
         #: Private and mapped.
         self.stale = WindowMap()
