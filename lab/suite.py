@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -137,6 +138,7 @@ def run_variant(machine: Machine, part: Part, *, timeout: float) -> Outcome:
     counts: Counts | None = None
 
     def collect(exchange: Path) -> None:
+        _keep_recordings(exchange)
         nonlocal counts
         counts = junit.read(exchange / "report.xml")
 
@@ -173,9 +175,20 @@ def work_for(part: Part, timeout: float) -> Work:
         name="test",
         directory=_REPOSITORY,
         places=places(),
-        environment=environment() | {"RAMBLOCK_REQUIRE": "lab,kvm,root"},
+        environment=environment() | _recording() | {"RAMBLOCK_REQUIRE": "lab,kvm,root"},
         timeout=timeout,
     )
+
+
+def _recording() -> dict[str, str]:
+    """Let tests leave recordings, where somebody wants them, in the folder that the host sees too."""
+    return {"RAMBLOCK_RECORD": guest.EXCHANGE} if os.environ.get("RAMBLOCK_RECORD") else {}
+
+
+def _keep_recordings(exchange: Path) -> None:
+    if folder := os.environ.get("RAMBLOCK_RECORD"):
+        for recording in exchange.glob("*.gz"):
+            shutil.copy(recording, folder)
 
 
 def places() -> list[Path]:

@@ -25,9 +25,7 @@ class PageWindow(NamedTuple):
     """Lines; None: still so at the end."""
 
 
-def naive_audit(
-    events: Sequence[Event], targets: Sequence[str], pages: range
-) -> set[PageWindow]:
+def naive_audit(events: Sequence[Event], targets: Sequence[str], pages: range) -> set[PageWindow]:
     """Find the windows that outlive their conversion, or have none."""
     private: dict[int, bool] = {}
     mapped: set[tuple[str, int]] = set()
@@ -49,7 +47,10 @@ def naive_audit(
             for page in pages:
                 for kind, bad in (
                     (FindingKind.STALE, private.get(page) is True and (target, page) in mapped),
-                    (FindingKind.MISSING, private.get(page) is False and (target, page) not in mapped),
+                    (
+                        FindingKind.MISSING,
+                        private.get(page) is False and (target, page) not in mapped,
+                    ),
                 ):
                     key = kind, target, page
                     if bad and key not in opened:

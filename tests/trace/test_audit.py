@@ -220,7 +220,9 @@ def test_what_domains_of_one_container_share_is_no_double_map() -> None:
     """Type1 maps everything for each domain, and unmaps it for each: the page is mapped until the last."""
     made = Made().at(0, Attributes, 0, 4 * PAGE, False)
     for _ in range(2):
-        made.at(1, Map, "t", 0, 2 * PAGE, key=0x1000).at(1, Map, "t", 2 * PAGE, 4 * PAGE, key=0x9000)
+        made.at(1, Map, "t", 0, 2 * PAGE, key=0x1000).at(
+            1, Map, "t", 2 * PAGE, 4 * PAGE, key=0x9000
+        )
     # The other domains lose it in one call, the first piece by piece (vfio_unmap_unpin in vfio_iommu_type1.c).
     made.at(100, Unmap, "t", 0, 4 * PAGE, 4 * PAGE)
     made.at(101, Attributes, 0, 4 * PAGE, True).at(102, Unmap, "t", 0, 2 * PAGE, 2 * PAGE)
@@ -319,6 +321,21 @@ def test_a_target_that_is_gone_misses_nothing() -> None:
     result = made.audit()
     assert kinds(result) == []
     assert [target.name for target in result.targets] == ["t"]
+
+
+def test_a_target_that_unmaps_everything_is_gone() -> None:
+    """VFIO's end, as the kernel shows it: nobody says that it was one."""
+    made = mapped_and_shared().at(100, Unmap, "t", 8 * PAGE, 16 * PAGE, 8 * PAGE)
+    later = Made()
+    later.events = [*made.events]
+    later.at(150, Unmap, "t", 0, 8 * PAGE, 8 * PAGE)
+    result = later.at(300, Access, "t", 0, 64, False, True).audit()
+    assert kinds(result) == []
+    assert any("taken for its end" in limit for limit in result.limits)
+    assert kinds(made.at(300, Access, "t", 0, 64, False, True).audit()) == [FindingKind.MISSING]
+    # Where the trace would say so, nothing is taken for it.
+    later.events.insert(0, Layout(0, SOURCE, 0, (), ("t",)))
+    assert set(kinds(later.audit())) == {FindingKind.MISSING}
 
 
 def test_times_that_fall_count_as_simultaneous() -> None:

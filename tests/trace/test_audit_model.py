@@ -97,9 +97,7 @@ def a_clean_trace(seed: int, *, attribute_first: bool, conversions: int = 12) ->
     for _ in range(conversions):
         first = chance.randrange(len(PAGES))
         count = min(chance.choice((1, 1, 2, 3, 8)), len(PAGES) - first)
-        writer.convert(
-            first, count, private=chance.random() < 0.5, by_page=chance.random() < 0.5
-        )
+        writer.convert(first, count, private=chance.random() < 0.5, by_page=chance.random() < 0.5)
     return writer.events
 
 
@@ -151,7 +149,7 @@ def mutations(events: list[Event]) -> list[list[Event]]:
 
 @pytest.mark.parametrize("attribute_first", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_single_mutations(seed: int, attribute_first: bool) -> None:  # noqa: FBT001
+def test_single_mutations(seed: int, attribute_first: bool) -> None:
     clean = a_clean_trace(seed, attribute_first=attribute_first)
     assert {finding.kind for finding in audit(clean)} <= {FindingKind.TRANSITIONAL}
     assert naive_audit(clean, TARGETS, PAGES) == set()

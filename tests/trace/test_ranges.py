@@ -1,5 +1,7 @@
 """Values of ranges against a dict of addresses."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,7 +40,7 @@ def apply(changes: list[tuple[int, int, str | None]], most_runs: int) -> None:
 def check(values: RangeMap[str], model: dict[int, str], most_runs: int) -> None:
     pieces = values.pieces(0, END + 3)
     assert {a: value for start, end, value in pieces for a in range(start, end)} == model
-    for (_, end, value), (start, _, following) in zip(pieces, pieces[1:], strict=False):
+    for (_, end, value), (start, _, following) in itertools.pairwise(pieces):
         assert end < start or (end == start and value is not following)  # maximal
     assert all(values.get(address) == model.get(address) for address in range(END + 3))
     gaps = {a for start, end in values.gaps(0, END + 3) for a in range(start, end)}

@@ -7,6 +7,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 from ramblock.errors import TraceError, UsageError
@@ -33,7 +34,7 @@ def open_input(path: str) -> Iterator[IO[bytes]]:
         yield sys.stdin.buffer
         return
     try:
-        stream = open(path, "rb", buffering=0)  # noqa: SIM115 - closed below, whatever happens
+        stream = Path(path).open("rb", buffering=0)  # noqa: SIM115 - closed below, whatever happens
     except OSError as error:
         raise TraceError(f"{path}: {error.strerror}", path=path) from error
     with stream:
@@ -124,7 +125,9 @@ def _unzstd(first: bytes, chunks: Iterator[bytes], path: str) -> Iterator[bytes]
                 if output:
                     yield output
         except zstandard.ZstdError as error:
-            raise TraceError(f"{path}: its Zstandard data is corrupt: {error}", path=path) from error
+            raise TraceError(
+                f"{path}: its Zstandard data is corrupt: {error}", path=path
+            ) from error
         data = next(chunks, None)
     if frame is not None and not frame.eof:
         raise TraceError(f"{path}: the file ends in the middle of its Zstandard data", path=path)

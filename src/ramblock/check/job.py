@@ -15,7 +15,7 @@ from ramblock.check.input import open_input
 from ramblock.check.readers import ReaderOptions, Recording
 from ramblock.errors import UsageError
 from ramblock.trace.audit import DEFAULT_GRACE, Audit
-from ramblock.trace.events import Block, Event, Layout, Source
+from ramblock.trace.events import Block, Event
 from ramblock.trace.observer import AuditObserver
 from ramblock.trace.result import AuditResult
 
@@ -58,9 +58,7 @@ def check_file(
     return _complete(audit.finish(), [recording])
 
 
-def check_files(
-    paths: Sequence[str], options: CheckOptions, jobs: int
-) -> Iterator[AuditResult | BaseException]:
+def check_files(paths: Sequence[str], options: CheckOptions, jobs: int) -> Iterator[AuditResult]:
     """Audit recordings that have nothing to do with each other, in processes of their own; in the order of *paths*."""
     if jobs == 1 or len(paths) == 1:
         for path in paths:

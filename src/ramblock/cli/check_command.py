@@ -135,7 +135,9 @@ def _offsets(given: Sequence[str], files: Sequence[str]) -> list[int]:
     for text in given:
         name, equals, seconds = text.rpartition("=")
         if not equals or name not in offsets:
-            raise UsageError(f"--offset {text}", value=text, expected="FILE=SECONDS, of a file that is given")
+            raise UsageError(
+                f"--offset {text}", value=text, expected="FILE=SECONDS, of a file that is given"
+            )
         sign = -1 if seconds.startswith("-") else 1
         offsets[name] = sign * _nanoseconds(seconds.lstrip("+-"), "--offset")
     return list(offsets.values())

@@ -56,7 +56,7 @@ T=/sys/kernel/tracing/instances/ramblock
 mkdir $T
 echo mono >$T/trace_clock              # the clock of ramblock's own traces, so that they can be merged
 echo 65536 >$T/buffer_size_kb          # for each processor; a trace with lost events says so, and proves less
-echo 1 >/sys/kernel/tracing/options/record-tgid   # which process maps: iommu:map names no device
+echo 1 >$T/options/record-tgid         # which process maps: iommu:map names no device
 for e in iommu/map iommu/unmap iommu/attach_device_to_domain iommu/io_page_fault \\
          kvm/kvm_vm_set_mem_attributes kvm/kvm_hypercall kvm/kvm_entry; do
     echo 1 >$T/events/$e/enable

@@ -40,7 +40,10 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.set_defaults(start=_start)
     parser.add_argument(
-        "file", nargs="*", metavar="FILE", help="recording; .gz and .zst are read as they are; - is stdin"
+        "file",
+        nargs="*",
+        metavar="FILE",
+        help="recording; .gz and .zst are read as they are; - is stdin",
     )
     parser.add_argument(
         "--how",
@@ -120,7 +123,10 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print the result for machines")
     output.add_argument(
-        "--report", type=Path, metavar="FILE", help="write a page with pictures (HTML, needs no network)"
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write a page with pictures (HTML, needs no network)",
     )
     output.add_argument(
         "--perfetto", type=Path, metavar="FILE", help="write a trace for the Perfetto UI"

@@ -30,7 +30,7 @@ class Outputs:
         self._stack = ExitStack()
         observers: list[AuditObserver] = []
         if report is not None:
-            from ramblock.report.page import require_plotly
+            from ramblock.report.html import require_plotly
             from ramblock.report.timeline import Timeline
 
             require_plotly()
@@ -49,7 +49,9 @@ class Outputs:
             self._stack.callback(writer.close)
             observers.append(writer)
         self.observer: AuditObserver | None
-        self.observer = observers[0] if len(observers) == 1 else _Both(observers) if observers else None
+        self.observer = (
+            observers[0] if len(observers) == 1 else _Both(observers) if observers else None
+        )
 
     def finish(self, result: AuditResult, *, strict: bool) -> None:
         """
@@ -69,6 +71,7 @@ class Outputs:
                 title=self._title,
                 summary=report_summary(result, strict=strict),
                 limits=result.limits,
+                timed=result.began is not None,
             )
         except OSError as error:
             raise UsageError(

@@ -111,11 +111,15 @@ def _print_groups(console: Console, result: AuditResult) -> None:
     groups = group(finding for finding in result.findings if finding.kind in FAILURES)
     if not groups:
         return
-    table = Table(box=None, pad_edge=False)
-    for name in ("what", "range", "size", "after", "for", "opened", "closed"):
-        table.add_column(name, justify="right" if name in ("size", "after", "for") else "left")
+    several_targets = len({each.worst.target for each in groups}) > 1
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    table.add_column("what")
+    table.add_column("range", no_wrap=True)
+    for name in ("size", "after", "for"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("opened, closed")
     for each in groups[:_GROUPS_SHOWN]:
-        table.add_row(*(Text(cell) for cell in _row(each, result)))
+        table.add_row(*(Text(cell) for cell in _row(each, result, several_targets)))
     console.print()
     console.print(table)
     if len(groups) > _GROUPS_SHOWN:
@@ -124,34 +128,42 @@ def _print_groups(console: Console, result: AuditResult) -> None:
         console.print(Text(note, style="dim"))
 
 
-def _row(each: FindingGroup, result: AuditResult) -> list[str]:
-    worst, first, last = each.worst, each.findings[0], each.findings[-1]
+def _row(each: FindingGroup, result: AuditResult, several_targets: bool) -> list[str]:  # noqa: FBT001
+    worst = each.worst
     number = len(each.findings)
     what = worst.kind if number == 1 else f"{number:,} {worst.kind}"
-    if worst.target:
-        what += f" in {worst.target}"
-    opened = str(first.opened)
-    if last.opened != first.opened:
-        opened += f" to {last.opened.line}"
+    if worst.target and several_targets:
+        what += f" ({worst.target})"
+    since = "-"
+    if worst.since is not None and result.began is not None:
+        since = f"{(worst.since - result.began) / 1e9:.6f} s"
     return [
         what,
         f"[{each.start:#x}, {each.end:#x})" if each.end > each.start else "-",
         format_size(each.end - each.start) if each.end > each.start else "-",
-        "-"
-        if worst.since is None or result.began is None
-        else f"{(worst.since - result.began) / 1e9:.6f} s",
+        since,
         "to the end" if worst.open else "-" if not worst.duration else _duration(worst.duration),
-        opened,
-        "-" if worst.closed is None else str(worst.closed),
+        _lines(each, several_files=len(result.sources) > 1),
     ]
+
+
+def _lines(each: FindingGroup, *, several_files: bool) -> str:
+    """Name the events, by the line alone where there is one file only."""
+    first, last = each.findings[0], each.findings[-1]
+    text = str(first.opened) if several_files else f"line {first.opened.line}"
+    if last.opened != first.opened:
+        text += f" to {last.opened.line}"
+    if first.closed is not None:
+        text += f", {first.closed if several_files else first.closed.line}"
+    return text
 
 
 def _notes(groups: Sequence[FindingGroup]) -> list[str]:
     notes: dict[str, None] = {}
     for each in groups:
         if each.worst.note:
-            notes[f"{describe_range(each.start, each.end)}: {each.worst.note}"] = None
-    return list(notes)[:_GROUPS_SHOWN]
+            notes[f"{describe_range(each.start, each.end - each.start)}: {each.worst.note}"] = None
+    return list(notes)
 
 
 def _print_in_conversion(console: Console, result: AuditResult) -> None:
@@ -180,7 +192,10 @@ def _print_limits(console: Console, result: AuditResult) -> None:
 def _print_last_line(console: Console, result: AuditResult, *, strict: bool) -> None:
     if result.error is not None:
         console.print(
-            Text(f"\nNot read to its end: {result.error}. The above is about what was read.", "bold red")
+            Text(
+                f"\nNot read to its end: {result.error}. The above is about what was read.",
+                "bold red",
+            )
         )
     failures = result.failures(strict=strict)
     console.print()
@@ -194,7 +209,9 @@ def print_verdict(results: Sequence[AuditResult], *, strict: bool) -> None:
     """Print the last lines of an audit of several files."""
     bad = [result for result in results if result.failures(strict=strict)]
     unread = [result for result in results if result.error is not None]
-    print(f"\n{len(results):,} recordings: {len(bad):,} with findings, {len(unread):,} not read to the end")
+    print(
+        f"\n{len(results):,} recordings: {len(bad):,} with findings, {len(unread):,} not read to the end"
+    )
 
 
 def _duration(nanoseconds: int) -> str:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Did a device ever reach a page that was private?
+Finds out whether a device ever reached a page that was private.
 
 Theory of operation. The audit follows two things through the trace: the state of guest pages (private, shared, or unknown until the
 trace tells) and what each target maps. Wherever they disagree a *window* opens, and closes when they agree again:
@@ -145,7 +145,7 @@ class Audit:
         if event.unmap is not None and self._unmap_rule is None:
             self._unmap_rule = event.unmap
         for name in event.targets:
-            self._target(name, complete=True)
+            self._target(name, complete=True).declared = True
 
     def _conversion(self, event: Conversion) -> None:
         self._evidence.conversions += 1
@@ -187,9 +187,16 @@ class Audit:
             self._set_state(event, start, end, private=event.private, vcpu=None)
 
     def _set_state(
-        self, event: Attributes | StateChange, start: int, end: int, *, private: bool, vcpu: str | None
+        self,
+        event: Attributes | StateChange,
+        start: int,
+        end: int,
+        *,
+        private: bool,
+        vcpu: str | None,
     ) -> None:
         conversion = self._conversions.step(start, end, self._now, event.source, vcpu)
+        conversion.asked = True
         self._states.set(start, end, _PRIVATE if private else _SHARED)
         if self._observer is not None:
             self._observer.page_state(self._now, start, end, private=private)
@@ -245,7 +252,8 @@ class Audit:
         return target
 
     def _attach(self, event: Attach) -> None:
-        self._target(event.target, complete=True)
+        # The kernel's word for a device that joins may come at any time; the others come first.
+        self._target(event.target, complete=event.device is None)
 
     def _detach(self, event: Detach) -> None:
         target = self._targets.get(event.target)
@@ -341,8 +349,19 @@ class Audit:
         if self._observer is not None and gone:
             self._observer.unmapped(self._now, target.name, start, end)
         self._close_unmapped(event, target, gone)
+        if not target.declared and not target.mappings:
+            self._note_emptied(target)
 
-    def _close_unmapped(self, event: Unmap, target: TargetState, gone: list[tuple[int, int]]) -> None:
+    def _note_emptied(self, target: TargetState) -> None:
+        """Take a target that maps nothing any more for gone: at its end everything is unmapped, and that is no conversion."""
+        if target.missing:
+            self._evidence.emptied.add(target.name)
+            target.missing.clear()
+        target.expected = False
+
+    def _close_unmapped(
+        self, event: Unmap, target: TargetState, gone: list[tuple[int, int]]
+    ) -> None:
         for start, end in gone:
             for windows in (target.stale, target.refused, target.unplugged):
                 if windows:
@@ -364,7 +383,9 @@ class Audit:
         elif event.done:
             note = ""
             if event.unmapped:
-                note = f"{event.unmapped} bytes were unmapped that the trace does not show as mapped"
+                note = (
+                    f"{event.unmapped} bytes were unmapped that the trace does not show as mapped"
+                )
             self._broken(
                 FindingKind.UNMAP_OF_NOTHING, event, target, event.start, event.end, None, note
             )

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Reads what our bpftrace script prints of VFIO type1 (``ramblock check --how bpftrace``), a line for each call that has returned:
+Reads what our bpftrace script prints of VFIO type1 (``ramblock check --how bpftrace``).
+
+A line for each call that has returned:
 
     ramblock-vfio map|unmap TIME_NS PID TID IOVA SIZE DONE_BYTES RESULT COMMAND
 """

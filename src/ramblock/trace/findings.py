@@ -24,7 +24,7 @@ class FindingKind(StrEnum):
     INEXACT_UNMAP = "inexact unmap"
     DOUBLE_MAP = "double map"
     UNMAP_OF_NOTHING = "unmap of nothing"
-    REPORTED = "reported by the trace's writer"
+    REPORTED = "reported"
     TRANSITIONAL = "transitional"
     INSTANT = "instant"
 
@@ -40,7 +40,7 @@ MEANINGS: dict[FindingKind, str] = {
     FindingKind.INEXACT_UNMAP: "an unmap does not name exactly one mapping, and the target insists on that",
     FindingKind.DOUBLE_MAP: "a range was mapped that was mapped already",
     FindingKind.UNMAP_OF_NOTHING: "an unmap of a range in which nothing was mapped",
-    FindingKind.REPORTED: "the program that wrote the trace saw a rule broken",
+    FindingKind.REPORTED: "the program that wrote the trace saw a rule broken (ramblock probe: docs/probe)",
     FindingKind.TRANSITIONAL: "private and still mapped while their own conversion was going on (attribute first, then unmap)",
     FindingKind.INSTANT: "opened and closed at the same time stamp: shorter than the trace's clock can show",
 }

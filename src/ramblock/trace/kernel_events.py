@@ -152,9 +152,7 @@ class KernelEvents:
         if number != _MAP_GPA_RANGE or not 0 < pages <= (1 << 52) or gpa + pages * _PAGE > 1 << 64:
             return None  # another call, or a request that cannot be meant
         private = bool(attributes & _ENCRYPTED)
-        return Conversion(
-            time, self._source, line, gpa, gpa + pages * _PAGE, private, task.thread
-        )
+        return Conversion(time, self._source, line, gpa, gpa + pages * _PAGE, private, task.thread)
 
     def _entry(self, time: int, line: int, task: Task, _text: bytes) -> Event | None:
         return VcpuEntry(time, self._source, line, task.thread)

@@ -31,6 +31,7 @@ class Evidence:
     mapped_before: int = 0
     guessed_ends: int = 0
     unfinished: int = 0
+    emptied: set[str] = field(default_factory=set)
     lost: list[str] = field(default_factory=list)
     gone: list[TargetSummary] = field(default_factory=list)
 
@@ -54,7 +55,9 @@ def find_limits(
         limits.append(
             f"{evidence.unfinished:,} windows were open at the end of the trace, in conversions that were going on"
         )
-    limits += [f"events were lost ({text}): what was in them is not known" for text in evidence.lost[:5]]
+    limits += [
+        f"events were lost ({text}): what was in them is not known" for text in evidence.lost[:5]
+    ]
     if len(evidence.lost) > 5:
         limits.append(f"and at {len(evidence.lost) - 5:,} more places")
     return limits
@@ -63,7 +66,9 @@ def find_limits(
 def _about_mappings(evidence: Evidence, targets: Mapping[str, TargetState]) -> list[str]:
     limits = []
     if not evidence.maps:
-        limits.append("no map events in this trace: neither stale nor missing mappings can be found")
+        limits.append(
+            "no map events in this trace: neither stale nor missing mappings can be found"
+        )
     elif not evidence.unmaps:
         limits.append("no unmap events in this trace: stale mappings cannot be ruled out")
     if evidence.mapped_before:
@@ -71,6 +76,10 @@ def _about_mappings(evidence: Evidence, targets: Mapping[str, TargetState]) -> l
             f"{format_size(evidence.mapped_before)} were unmapped that were mapped before the trace began: what was mapped then"
             " is not known"
         )
+    limits += [
+        f"{name}: everything was unmapped while pages were shared, which is taken for its end"
+        for name in sorted(evidence.emptied)
+    ]
     for target in targets.values():
         if target.untold:
             limits.append(_about_untold(target))

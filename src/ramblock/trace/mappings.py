@@ -56,6 +56,8 @@ class TargetState:
         self.name = name
         self.rule = rule
         self.complete = complete
+        #: Whether the trace says when it goes; others are gone when they map nothing any more.
+        self.declared = False
         #: Whether it maps this guest's pages: others are not expected to (the kernel maps for its own drivers too).
         self.expected = complete
         self.mappings: RangeMap[Mapping] = RangeMap()
@@ -85,7 +87,9 @@ class TargetState:
         exact = len(pieces) == 1 and not bisects and first[0] == start and first[1] == end
         return Unmapping(pieces, bisects, exact)
 
-    def remove(self, start: int, end: int, pieces: list[tuple[int, int, Mapping]]) -> list[tuple[int, int]]:
+    def remove(
+        self, start: int, end: int, pieces: list[tuple[int, int, Mapping]]
+    ) -> list[tuple[int, int]]:
         """Unmap the pieces, which are all that is mapped in the range; return the ranges that no domain maps any more."""
         mappings = self.mappings
         if all(mapping.copies == 1 for _, _, mapping in pieces):

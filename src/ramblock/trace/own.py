@@ -46,7 +46,7 @@ from ramblock.trace.writer import TRACE_VERSION
 
 __all__ = ["OwnReader"]
 
-_KNOWN = {kind.__struct_config__.tag for kind in get_args(AnyLine)}
+_NAMES: dict[type[Any], str] = {kind: str(kind.__struct_config__.tag) for kind in get_args(AnyLine)}
 _EVERYTHING = 1 << 64
 
 
@@ -166,7 +166,7 @@ class OwnReader:
 
     def _is_unknown_event(self, raw: bytes) -> bool:
         try:
-            return self._event_name.decode(raw).event not in _KNOWN
+            return self._event_name.decode(raw).event not in _NAMES.values()
         except (msgspec.MsgspecError, UnicodeDecodeError):
             return False
 
@@ -186,7 +186,7 @@ class OwnReader:
         counts.lines += len(lines)
         counts.events += len(found)
         for kind, times in Counter(map(type, lines)).items():
-            name = kind.__struct_config__.tag
+            name = _NAMES[kind]
             counts.by_name[name] = counts.by_name.get(name, 0) + times
         return found
 
@@ -216,13 +216,17 @@ class OwnReader:
         )
 
     def _attributes(self, line: OwnAttributes, number: int) -> Event:
-        return Attributes(
-            line.t, self.source, number, line.gpa, line.gpa + line.size, line.private
-        )
+        return Attributes(line.t, self.source, number, line.gpa, line.gpa + line.size, line.private)
 
     def _map(self, line: OwnMap, number: int) -> Event:
         return Map(
-            line.t, self.source, number, line.target, line.iova, line.iova + line.size, line.writable
+            line.t,
+            self.source,
+            number,
+            line.target,
+            line.iova,
+            line.iova + line.size,
+            line.writable,
         )
 
     def _unmap(self, line: OwnUnmap, number: int) -> Event:
@@ -266,7 +270,9 @@ class OwnReader:
     def _conversion(self, line: OwnConversion, number: int) -> Event:
         gpa, size = line.gpa, line.size
         if not isinstance(gpa, int) or not isinstance(size, int) or gpa < 0 or size < 0:
-            gpa = size = 0  # a request that could not be meant: it was refused, and ended all the same
+            gpa = size = (
+                0  # a request that could not be meant: it was refused, and ended all the same
+            )
         return ConversionEnd(
             line.t,
             self.source,

@@ -31,9 +31,7 @@ __all__ = ["QemuEvents"]
 _ACK = 0  # VIRTIO_MEM_RESP_ACK, linux/virtio_mem.h
 _WRITABLE = 2  # VFIO_USER_DMA_REGION_WRITE; bit 0 is read
 _VFIO_USER = "vfio-user"
-_NEEDS_BLOCK = (
-    "virtio-mem requests count in blocks whose size is not in the trace: what was plugged is not known (--virtio-mem-block)"
-)
+_NEEDS_BLOCK = "virtio-mem requests count in blocks whose size is not in the trace: what was plugged is not known (--virtio-mem-block)"
 
 
 class QemuEvents:
@@ -143,20 +141,14 @@ class QemuEvents:
         _fallocate: int,
         result: int,
     ) -> list[Event]:
-        return [
-            Discard(
-                time, self._source, line, host, host + size, host=host, done=result == 0
-            )
-        ]
+        return [Discard(time, self._source, line, host, host + size, host=host, done=result == 0)]
 
     def _discard_private(
         self, time: int | None, line: int, _name: bytes, host: int, size: int, *results: int
     ) -> list[Event]:
         done = results[-1] == 0
         return [
-            Discard(
-                time, self._source, line, host, host + size, shared=False, host=host, done=done
-            )
+            Discard(time, self._source, line, host, host + size, shared=False, host=host, done=done)
         ]
 
     def _map_dma(
@@ -229,9 +221,7 @@ class QemuEvents:
     def _alloc_ioas(self, time: int | None, line: int, fd: int, ioas: int) -> list[Event]:
         return [Attach(time, self._source, line, _ioas(fd, ioas))]
 
-    def _free_id(
-        self, time: int | None, line: int, fd: int, ioas: int, result: int
-    ) -> list[Event]:
+    def _free_id(self, time: int | None, line: int, fd: int, ioas: int, result: int) -> list[Event]:
         return [] if result else [Detach(time, self._source, line, _ioas(fd, ioas))]
 
     def _vfio_user_map(

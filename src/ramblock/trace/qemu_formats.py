@@ -28,9 +28,7 @@ _TEXTS = {
     "ram_block_discard_range": "%s@%p + 0x%x: madvise: %d fallocate: %d ret: %d",
     "ram_block_discard_shared_range": "%s@%p + 0x%x: madvise: %d fallocate: %d ret: %d",
     "ram_block_discard_guest_memfd_range": "%s@%p + 0x%x: fallocate: %d ret: %d",
-    "iommufd_backend_map_dma": (
-        " iommufd=%d ioas=%d iova=0x%x size=0x%x addr=%p readonly=%d (%d)"
-    ),
+    "iommufd_backend_map_dma": (" iommufd=%d ioas=%d iova=0x%x size=0x%x addr=%p readonly=%d (%d)"),
     "iommufd_backend_map_file_dma": (
         " iommufd=%d ioas=%d iova=0x%x size=0x%x fd=%d start=%d readonly=%d (%d)"
     ),

@@ -99,9 +99,7 @@ class AuditResult(msgspec.Struct, kw_only=True):
 
     def failures(self, *, strict: bool = False) -> int:
         """How many findings make the audit fail."""
-        return sum(
-            count.count for kind, count in self.counts.items() if strict or kind in FAILURES
-        )
+        return sum(count.count for kind, count in self.counts.items() if strict or kind in FAILURES)
 
 
 class FindingLog:

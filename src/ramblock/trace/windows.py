@@ -27,6 +27,8 @@ class ActiveConversion(msgspec.Struct, eq=False):
     last: int
     """When its last step was seen."""
     vcpu: str | None
+    asked: bool = False
+    """Page states changed in it; else it is only an unmap that may become one."""
     over: bool = False
 
 
@@ -88,7 +90,7 @@ class Conversions:
         for conversion in self.active:
             if conversion.last + self.grace < time and not self.has_end(conversion):
                 conversion.over = True
-                self.guessed += 1
+                self.guessed += conversion.asked
             else:
                 kept.append(conversion)
         self.active = kept
