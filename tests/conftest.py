@@ -33,6 +33,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # `-m kernel` and `-m lab` select by what a test asks for, so that no mark can be forgotten.
 _IMPLIED_MARK = {
+    "browser": "slow",
     "hugetlb": "kernel",
     "kvm": "kernel",
     "lab": "lab",

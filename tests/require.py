@@ -14,8 +14,10 @@ Nothing here decides anything about a test: conftest.py acts on the mark.
 
 import fcntl
 import functools
+import importlib.util
 import mmap
 import os
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -23,6 +25,7 @@ import pytest
 __all__ = [
     "PROBES",
     "missing",
+    "require_browser",
     "require_hugetlb",
     "require_kvm",
     "require_lab",
@@ -30,6 +33,7 @@ __all__ = [
     "required_names",
 ]
 
+require_browser = pytest.mark.require("browser")
 require_hugetlb = pytest.mark.require("hugetlb")
 require_kvm = pytest.mark.require("kvm")
 require_lab = pytest.mark.require("lab")
@@ -42,6 +46,15 @@ _KVM_API_VERSION = 12
 _HUGE_PAGE_BYTES = 2 << 20
 # A few blocks of a few pages each; .ci/run reserves twice as many.
 _HUGE_PAGES = 8
+
+
+def _probe_browser() -> str | None:
+    for program, package in (("chromium", "chromium"), ("chromedriver", "chromium-driver")):
+        if shutil.which(program) is None:
+            return f"no {program}; as root: apt-get install {package}"
+    if importlib.util.find_spec("selenium") is None:
+        return "no selenium; run the tests by: make test"
+    return None
 
 
 def _probe_hugetlb() -> str | None:
@@ -99,6 +112,7 @@ def _probe_root() -> str | None:
 
 # Each gives None, or what is missing and how to get it.
 PROBES: dict[str, Callable[[], str | None]] = {
+    "browser": _probe_browser,
     "hugetlb": _probe_hugetlb,
     "kvm": _probe_kvm,
     "lab": _probe_lab,

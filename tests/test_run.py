@@ -144,6 +144,7 @@ def test_a_trace_holds_everything_and_can_be_run_again(tmp_path: Path) -> None:
         "unmap",
         "free",
         "fault",
+        "detach",
     }
     assert sum(event["event"] == "conversion" for event in events) == first.tally.requests
     again = execute(workload=str(path))

@@ -94,7 +94,9 @@ def report_summary(result: AuditResult, *, strict: bool) -> dict[str, object]:
     """Say in pairs what stands at the head of a report."""
     failures = result.failures(strict=strict)
     summary: dict[str, object] = {
-        "verdict": "nothing found" if not failures else f"{failures:,} findings",
+        "verdict": "nothing found"
+        if not failures
+        else f"{failures:,} failure{'s' * (failures > 1)}",
         "sources": ", ".join(result.sources),
         "events": f"{result.events:,}",
         "conversions": f"{result.conversions:,}",

@@ -159,11 +159,15 @@ def _lines(each: FindingGroup, *, several_files: bool) -> str:
 
 
 def _notes(groups: Sequence[FindingGroup]) -> list[str]:
-    notes: dict[str, None] = {}
+    ranges: dict[str, list[str]] = {}
     for each in groups:
         if each.worst.note:
-            notes[f"{describe_range(each.start, each.end - each.start)}: {each.worst.note}"] = None
-    return list(notes)
+            where = describe_range(each.start, each.end - each.start)
+            ranges.setdefault(each.worst.note, []).append(where)
+    return [
+        f"{where[0]}: {note}" if len(where) == 1 else f"{len(where):,} of these: {note}"
+        for note, where in ranges.items()
+    ]
 
 
 def _print_in_conversion(console: Console, result: AuditResult) -> None:
@@ -200,7 +204,7 @@ def _print_last_line(console: Console, result: AuditResult, *, strict: bool) -> 
     failures = result.failures(strict=strict)
     console.print()
     if failures:
-        console.print(Text(f"{failures:,} findings", style="bold red"))
+        console.print(Text(f"{failures:,} finding{'s' * (failures > 1)}", style="bold red"))
     else:
         console.print("Nothing found" + (" in what was read." if result.error else "."))
 

@@ -7,6 +7,7 @@ import argparse
 import json
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,9 +15,12 @@ from pathlib import Path
 
 import msgspec
 
+from ramblock.check import check_file
+from ramblock.cli.check_outputs import Outputs
 from ramblock.cli.progress import NoProgress, PlainProgress, RichProgress
 from ramblock.cli.run_summary import print_summary
 from ramblock.errors import UsageError
+from ramblock.report.html import require_plotly
 from ramblock.run import Run, Scenario, load_scenario
 from ramblock.run.scenario import Size, check_scenario
 from ramblock.units import PAGE_SIZE
@@ -26,9 +30,26 @@ __all__ = ["start"]
 
 def start(arguments: argparse.Namespace) -> int:
     """Run the job; return the exit code."""
+    with _trace_file(arguments) as trace:
+        return _run(arguments, trace)
+
+
+@contextmanager
+def _trace_file(arguments: argparse.Namespace) -> Iterator[Path | None]:
+    """Say where the trace goes: a report needs one, whether anybody else wants it or not."""
+    if arguments.report is None or arguments.trace is not None:
+        yield arguments.trace
+        return
+    with tempfile.TemporaryDirectory(prefix="ramblock-run-") as folder:
+        yield Path(folder) / "trace.jsonl"
+
+
+def _run(arguments: argparse.Namespace, trace: Path | None) -> int:
     scenario = _scenario(arguments)
+    if arguments.report is not None:
+        require_plotly()
     try:
-        run = Run(scenario, arguments.trace)
+        run = Run(scenario, trace)
     except OSError as error:
         if Path(error.filename or "") != arguments.trace:
             raise
@@ -43,7 +64,14 @@ def start(arguments: argparse.Namespace) -> int:
         print_summary(report)
     if report.trace_error is not None:
         print(f"ramblock: error: the trace is incomplete: {report.trace_error}", file=sys.stderr)
+    if arguments.report is not None and trace is not None:
+        _write_report(arguments.report, trace)
     return report.exit_code
+
+
+def _write_report(path: Path, trace: Path) -> None:
+    with Outputs(path, None, "ramblock run") as outputs:
+        outputs.finish(check_file(str(trace), observer=outputs.observer), strict=False)
 
 
 @contextmanager

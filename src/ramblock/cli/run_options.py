@@ -140,6 +140,12 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     output.add_argument(
         "--trace", type=Path, metavar="FILE", help="write every event, one JSON object per line"
     )
+    output.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="audit the trace, as `ramblock check` does, and write a page with pictures (HTML, needs no network)",
+    )
     output.add_argument("-q", "--quiet", action="store_true", help="show no progress")
 
 

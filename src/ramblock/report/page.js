@@ -142,6 +142,8 @@ function rateTrace(name, colour) {
   };
 }
 
+const bars = ["conversions", "page state changes", "refused accesses"];
+const rates = bars.map((name, i) => rateTrace(name, ["#5d6b7a", "#5d6b7a", "#cc79a7"][i])).filter(Boolean);
 const whole = { x: [-lastX * 0.005, lastX * 1.005], y: [0, height] };
 const palette = SHADES.flatMap(([colour], i) => [[i / SHADES.length, colour], [(i + 1) / SHADES.length, colour]]);
 const traces = [
@@ -151,23 +153,22 @@ const traces = [
   },
   {
     type: "scatter", mode: "markers", xaxis: "x", yaxis: "y", hoverinfo: "none", showlegend: false,
-    marker: { symbol: "x-thin", size: 9, line: { width: 2, color: "#000000" } },
+    marker: { symbol: "x-thin", size: marked.length > 100 ? 5 : 9, line: { width: 1.5, color: "#000000" } },
     x: marked.map((each) => toX(each.since)), y: marked.map((each) => (toY(each.start) + toY(each.end - 1)) / 2),
   },
   countTrace(1, "shared", "#0072b2"),
   countTrace(2, "mapped", "#009e73", "dot"),
   countTrace(3, "private and mapped", "#d55e00", "dash"),
-  rateTrace("conversions", "#5d6b7a"),
-  rateTrace("refused accesses", "#cc79a7"),
-].filter(Boolean);
+  ...rates,
+];
 
 const layout = {
-  margin: { l: 110, r: 20, t: 10, b: 45 }, showlegend: true, legend: { orientation: "h", x: 0, y: -0.1 }, barmode: "group",
+  margin: { l: 110, r: 20, t: 30, b: 45 }, showlegend: true, legend: { orientation: "h", x: 0, y: -0.1 }, barmode: "group",
   dragmode: "zoom", hovermode: "closest", font: { color: "#1b1f24" }, shapes: [],
-  xaxis: { range: whole.x, title: { text: data.timed ? "seconds since the trace began" : "events" }, anchor: "y3", zeroline: false },
+  xaxis: { range: whole.x, title: { text: data.timed ? "seconds since the trace began" : "events" }, anchor: rates.length ? "y3" : "y2", zeroline: false },
   yaxis: { range: whole.y, domain: [0.42, 1], ...ticks(whole.y), title: { text: "guest address", standoff: 5 }, zeroline: false, showgrid: false },
-  yaxis2: { domain: [0.18, 0.38], title: { text: "MiB" }, rangemode: "tozero", fixedrange: true },
-  yaxis3: { domain: [0, 0.13], title: { text: "a second" }, rangemode: "tozero", fixedrange: true },
+  yaxis2: { domain: [rates.length ? 0.18 : 0, 0.38], title: { text: "MiB" }, rangemode: "tozero", fixedrange: true },
+  ...(rates.length && { yaxis3: { domain: [0, 0.13], title: { text: "a second" }, rangemode: "tozero", fixedrange: true } }),
 };
 
 const plot = byId("plot");
@@ -194,7 +195,7 @@ function zoomTo(finding) {
   if (finding.since !== null) {
     const from = toX(finding.since), to = toX(endOf(finding));
     const margin = Math.max((to - from) * 0.5, lastX * 1e-4);
-    x = [from - margin, to + margin];
+    x = [Math.max(whole.x[0], from - margin), Math.min(whole.x[1], to + margin)];
   }
   const from = toY(finding.start), size = Math.max(finding.end - finding.start, 4096);
   const y = [Math.max(0, from - size * 2), Math.min(height, from + size * 3)];
@@ -283,7 +284,7 @@ if (kinds.length > 1)
 if (data.findings.length) chooseKind(null);
 byId("more").addEventListener("click", () => fill(shown));
 
-Plotly.newPlot(plot, traces, layout, { responsive: true, displaylogo: false, doubleClick: false }).then(() => {
+Plotly.newPlot(plot, traces, layout, { responsive: true, displaylogo: false, doubleClick: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "sendDataToCloud"] }).then(() => {
   plot.on("plotly_relayout", (change) => {
     if (repainting) return;
     if (Object.keys(change).some((key) => key.startsWith("xaxis") || key.startsWith("yaxis")))

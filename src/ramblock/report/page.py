@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 
 from ramblock.report.html import write_page
+from ramblock.report.shades import Shade
 from ramblock.report.timeline import Rate, Rectangle, Timeline
-from ramblock.trace.findings import FAILURES, MEANINGS, Finding
+from ramblock.trace.events import Origin
+from ramblock.trace.findings import FAILURES, MEANINGS, Finding, FindingKind
 from ramblock.units import format_size
 
 __all__ = ["write_report"]
@@ -38,6 +40,8 @@ def write_report(
     :raises OSError: The file cannot be written.
     """
     rectangles = timeline.rectangles()
+    rectangles += _stale_windows(findings, timeline.ended)
+    origin = _origin_text({each.opened.name for each in findings})
     sentences = list(limits)
     if timeline.left_out:
         sentences.append(
@@ -60,9 +64,10 @@ def write_report(
         "counts": [list(column) for column in zip(*timeline.counts(), strict=True)],
         "rates": {
             "conversions": _rate(timeline.conversions),
+            "page state changes": _rate(timeline.changes),
             "refused accesses": _rate(timeline.faults),
         },
-        "findings": [_finding(each) for each in findings],
+        "findings": [_finding(each, origin) for each in findings],
         "meanings": {str(kind): text for kind, text in MEANINGS.items()},
         "failures": sorted(str(kind) for kind in FAILURES),
     }
@@ -97,7 +102,33 @@ def _rate(rate: Rate) -> dict[str, object]:
     return {"width": rate.width, "buckets": sorted(rate.buckets.items())}
 
 
-def _finding(finding: Finding) -> dict[str, object]:
+def _stale_windows(findings: Sequence[Finding], ended: int) -> list[Rectangle]:
+    """Make rectangles of what stayed mapped after an unmap or an unplug: its page may not be known to be private."""
+    return [
+        Rectangle(
+            each.since,
+            ended if each.until is None else each.until,
+            each.start,
+            each.end,
+            Shade.STALE,
+        )
+        for each in findings
+        if each.kind in (FindingKind.STALE, FindingKind.UNPLUGGED) and each.since is not None
+    ]
+
+
+def _origin_text(names: Set[str]) -> Callable[[Origin | None], str | None]:
+    """With one file its name would fill the table."""
+
+    def text(origin: Origin | None) -> str | None:
+        if origin is None:
+            return None
+        return f"line {origin.line}" if len(names) == 1 else str(origin)
+
+    return text
+
+
+def _finding(finding: Finding, origin: Callable[[Origin | None], str | None]) -> dict[str, object]:
     return {
         "kind": str(finding.kind),
         "target": finding.target,
@@ -108,8 +139,8 @@ def _finding(finding: Finding) -> dict[str, object]:
         "since": finding.since,
         "until": finding.until,
         "open": finding.open,
-        "opened": str(finding.opened),
-        "closed": None if finding.closed is None else str(finding.closed),
-        "mapped": None if finding.mapped is None else str(finding.mapped),
+        "opened": origin(finding.opened),
+        "closed": origin(finding.closed),
+        "mapped": origin(finding.mapped),
         "note": finding.note,
     }

@@ -20,7 +20,7 @@ __all__ = ["PerfettoWriter"]
 
 _PROCESS = 1
 _CONVERSIONS, _FAULTS, _FIRST_TARGET = 1, 2, 10
-_SHARED = object()
+_HELD = object()
 
 
 class PerfettoWriter:
@@ -47,7 +47,7 @@ class PerfettoWriter:
     def page_state(self, time: int, start: int, end: int, *, private: bool) -> None:
         """Note that pages are now private or shared."""
         before = _covered(self._shared, start, end)
-        self._shared.set(start, end, None if private else _SHARED)
+        self._shared.set(start, end, None if private else _HELD)
         after = 0 if private else end - start
         if after != before:
             self._shared_bytes += after - before
@@ -57,7 +57,7 @@ class PerfettoWriter:
         """Note that a target mapped a range."""
         mappings = self._mapped.setdefault(target, RangeMap())
         added = end - start - _covered(mappings, start, end)
-        mappings.set(start, end, _SHARED)
+        mappings.set(start, end, _HELD)
         self._count_mapped(time, target, added)
 
     def unmapped(self, time: int, target: str, start: int, end: int) -> None:

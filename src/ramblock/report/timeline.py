@@ -47,7 +47,7 @@ class Rate:
     """Counts events in buckets of time, which get wider as the trace gets longer."""
 
     def __init__(self) -> None:
-        self.width = 1_000
+        self.width = 1_000_000
         self.buckets: dict[int, int] = {}
 
     def add(self, time: int) -> None:
@@ -84,13 +84,16 @@ class Timeline:
         #: Rectangles that were left out, and the longest of them in nanoseconds.
         self.left_out = 0
         self.left_out_below = 0
-        #: Conversions that ended, and accesses that an IOMMU refused.
+        #: Conversions that ended, where the trace tells; else changes of page states; and accesses that an IOMMU refused.
         self.conversions = Rate()
+        self.changes = Rate()
         self.faults = Rate()
 
     def page_state(self, time: int, start: int, end: int, *, private: bool) -> None:
         """Note that pages are now private or shared."""
         self._at(time)
+        if not self.conversions.buckets:
+            self.changes.add(time)
         self._picture.page_state(time, start, end, private=private)
 
     def mapped(self, time: int, target: str, start: int, end: int) -> None:
@@ -105,6 +108,7 @@ class Timeline:
 
     def converted(self, event: ConversionEnd) -> None:
         """Note the end of a conversion."""
+        self.changes.buckets.clear()
         self.conversions.add(self._now if event.time is None else event.time)
 
     def accessed(self, event: Access) -> None:

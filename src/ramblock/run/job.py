@@ -389,6 +389,11 @@ class Run:
 
     def _close(self) -> None:
         self._memory.observer = None
+        if (
+            not self._memory.poisoned
+        ):  # else mappings may stay, and the trace must not say that they are gone
+            for name in self._ports.names:
+                self._trace.emit("detach", target=name)
         self._trace.close()
         self._resources.close()
 

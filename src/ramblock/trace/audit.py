@@ -36,6 +36,7 @@ from ramblock.trace.events import (
     Map,
     Origin,
     Plug,
+    PlugRequest,
     Remark,
     Source,
     StateChange,
@@ -106,6 +107,7 @@ class Audit:
             Access: self._access,
             Attach: self._attach,
             Detach: self._detach,
+            PlugRequest: self._plug_request,
             Plug: self._plug,
             Remark: self._remark,
         }
@@ -212,7 +214,16 @@ class Audit:
                 for gap_start, gap_end in target.mappings.gaps(start, end):
                     self._open_missing(event, target, gap_start, gap_end, conversion)
 
+    def _plug_request(self, event: PlugRequest) -> None:
+        # QEMU maps before it answers that memory is plugged, which takes long where there is much to map.
+        self._conversions.step(event.start, event.end, self._now, event.source).held = True
+
     def _plug(self, event: Plug) -> None:
+        asked = self._conversions.find(event.start, event.end)
+        if asked is not None:
+            asked.held = False
+        if not event.done:
+            return
         self._evidence.plugs += 1
         self._plugged.set(event.start, event.end, "in" if event.plugged else "out")
         conversion = self._conversions.step(event.start, event.end, self._now, event.source)
@@ -263,12 +274,11 @@ class Audit:
             for start, end, window in windows.items():
                 self._judge(target, start, end, window, event)
             windows.clear()
+        self._evidence.gone.append(self._summary(target))
         if self._observer is not None:
             for start, end, _ in target.mappings.items():
                 self._observer.unmapped(self._now, target.name, start, end)
-        target.mappings.clear()
         del self._targets[event.target]
-        self._evidence.gone.append(self._summary(target))
 
     def _map(self, event: Map) -> None:
         self._evidence.maps += 1

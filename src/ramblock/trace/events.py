@@ -30,6 +30,7 @@ __all__ = [
     "Map",
     "Origin",
     "Plug",
+    "PlugRequest",
     "Remark",
     "Source",
     "StateChange",
@@ -203,12 +204,22 @@ class Detach(_Event):
     target: str
 
 
+class PlugRequest(_Event):
+    """virtio-mem: the guest asks for memory, or gives some back; its :class:`Plug` follows."""
+
+    start: int
+    end: int
+    plugged: bool
+
+
 class Plug(_Event):
     """virtio-mem: memory was plugged or unplugged."""
 
     start: int
     end: int
     plugged: bool
+    done: bool = True
+    """False: the request was refused, and nothing has changed."""
 
 
 class Remark(_Event):
@@ -238,6 +249,7 @@ Event: TypeAlias = (
     | Access
     | Attach
     | Detach
+    | PlugRequest
     | Plug
     | Remark
 )

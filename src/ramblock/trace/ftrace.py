@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 
 from ramblock.trace.events import Event, Remark, Source
-from ramblock.trace.kernel_events import IGNORED, KernelEvents, Task
+from ramblock.trace.kernel_events import IGNORED, KernelEvents, NotUnderstoodError, Task
 from ramblock.trace.reader import LineSplitter, ReadCounts
 
 __all__ = ["FtraceReader"]
@@ -70,7 +70,11 @@ class FtraceReader:
                 task = tasks.get(head) or self._task(head)
                 scale = 1000 if len(fraction) == 6 else 1
                 time = int(second) * 1_000_000_000 + int(fraction) * scale
-                event = make(time, number, task, text)
+                try:
+                    event = make(time, number, task, text)
+                except NotUnderstoodError:
+                    self.counts.note_unknown(number, raw)
+                    continue
             if event is not None:
                 found.append(event)
             elif make is None and name not in _NAMES:

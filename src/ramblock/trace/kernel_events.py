@@ -24,7 +24,7 @@ from ramblock.trace.events import (
     VcpuEntry,
 )
 
-__all__ = ["IGNORED", "KernelEvents", "Task"]
+__all__ = ["IGNORED", "KernelEvents", "NotUnderstoodError", "Task"]
 
 #: Known, and of no meaning here.
 IGNORED = frozenset(
@@ -65,6 +65,10 @@ _NEEDS_PROCESS = (
 )
 
 
+class NotUnderstoodError(Exception):
+    """An event of this name, with a text that is not its own."""
+
+
 class Task(NamedTuple):
     """Who was running."""
 
@@ -94,7 +98,7 @@ class KernelEvents:
     def _map(self, time: int, line: int, task: Task, text: bytes) -> Event | None:
         match = _MAP.match(text)
         if match is None:
-            return None
+            raise NotUnderstoodError
         if not task.has_process:
             self.needs["process"] = _NEEDS_PROCESS
         start, size = int(match[1], 16), int(match[4])
@@ -114,20 +118,20 @@ class KernelEvents:
     def _unmap(self, time: int, line: int, task: Task, text: bytes) -> Event | None:
         match = _UNMAP.match(text)
         if match is None:
-            return None
+            raise NotUnderstoodError
         start, end, unmapped = int(match[1], 16), int(match[2], 16), int(match[3])
         return Unmap(time, self._source, line, task.target, start, end, unmapped)
 
     def _attach(self, time: int, line: int, task: Task, text: bytes) -> Event | None:
         match = _DEVICE.match(text)
-        return match and Attach(
-            time, self._source, line, task.target, match[1].decode(errors="replace")
-        )
+        if match is None:
+            raise NotUnderstoodError
+        return Attach(time, self._source, line, task.target, match[1].decode(errors="replace"))
 
     def _fault(self, time: int, line: int, task: Task, text: bytes) -> Event | None:
         match = _FAULT.match(text)
         if match is None:
-            return None
+            raise NotUnderstoodError
         # It comes from an interrupt: the task that was running then has nothing to do with it.
         write = bool(int(match[2], 16) & _FAULT_WRITE)
         return Access(
@@ -137,7 +141,7 @@ class KernelEvents:
     def _attributes(self, time: int, line: int, task: Task, text: bytes) -> Event | None:
         match = _ATTRIBUTES.match(text)
         if match is None:
-            return None
+            raise NotUnderstoodError
         start, end, attributes = (int(group, 16) for group in match.groups())
         private = bool(attributes & _PRIVATE)
         return Attributes(
@@ -147,7 +151,7 @@ class KernelEvents:
     def _hypercall(self, time: int, line: int, task: Task, text: bytes) -> Event | None:
         match = _HYPERCALL.match(text)
         if match is None:
-            return None
+            raise NotUnderstoodError
         number, gpa, pages, attributes = (int(group, 16) for group in match.groups())
         if number != _MAP_GPA_RANGE or not 0 < pages <= (1 << 52) or gpa + pages * _PAGE > 1 << 64:
             return None  # another call, or a request that cannot be meant

@@ -31,6 +31,7 @@ from ramblock.trace.own_events import (
     OwnAttributes,
     OwnConnect,
     OwnConversion,
+    OwnDetach,
     OwnDisconnect,
     OwnFault,
     OwnFree,
@@ -79,7 +80,8 @@ class OwnReader:
             OwnStateChange: self._state_change,
             OwnConversion: self._conversion,
             OwnConnect: self._connect,
-            OwnDisconnect: self._disconnect,
+            OwnDetach: self._detach,
+            OwnDisconnect: self._detach,
             OwnViolation: self._violation,
             OwnStale: self._stale,
         }
@@ -124,8 +126,8 @@ class OwnReader:
             ) from self._error
         return found
 
-    def _fail(self, text: str) -> None:
-        line = self._line + 1
+    def _fail(self, text: str, line: int | None = None) -> None:
+        line = self._line + 1 if line is None else line
         self._error = TraceError(
             f"{self.source.name}:{line}: {text}", path=self.source.name, line=line
         )
@@ -181,6 +183,8 @@ class OwnReader:
                 event = maker(line, number)
                 if event is not None:
                     found.append(event)
+                elif self._error is not None:
+                    break
         self._line = number
         counts = self.counts
         counts.lines += len(lines)
@@ -192,7 +196,7 @@ class OwnReader:
 
     def _start(self, line: Start, number: int) -> Event | None:
         if line.version != TRACE_VERSION:
-            self._fail(f"version {line.version} of the format, expected {TRACE_VERSION}")
+            self._fail(f"version {line.version} of the format, expected {TRACE_VERSION}", number)
             return None
         blocks = tuple(
             Block(
@@ -287,7 +291,7 @@ class OwnReader:
     def _connect(self, line: OwnConnect, number: int) -> Event:
         return Attach(line.t, self.source, number, line.target)
 
-    def _disconnect(self, line: OwnDisconnect, number: int) -> Event:
+    def _detach(self, line: OwnDetach | OwnDisconnect, number: int) -> Event:
         return Detach(line.t, self.source, number, line.target)
 
     def _violation(self, line: OwnViolation, number: int) -> Event:

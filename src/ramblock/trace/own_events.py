@@ -94,6 +94,10 @@ class OwnDisconnect(OwnLine, tag="disconnect"):
     reason: str = ""
 
 
+class OwnDetach(OwnLine, tag="detach"):
+    target: str
+
+
 class OwnViolation(OwnLine, tag="violation"):
     target: str
     rule: str
@@ -129,6 +133,7 @@ AnyLine = (
     | OwnConversion
     | OwnConnect
     | OwnDisconnect
+    | OwnDetach
     | OwnViolation
     | OwnStale
     | OwnPlugged

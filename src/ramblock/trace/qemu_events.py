@@ -21,6 +21,7 @@ from ramblock.trace.events import (
     Layout,
     Map,
     Plug,
+    PlugRequest,
     Source,
     StateChange,
     Unmap,
@@ -247,25 +248,31 @@ class QemuEvents:
 
     # virtio-mem (hw/virtio/virtio-mem.c): the request is traced when it comes, the response when everything is done or refused.
 
-    def _plug_request(self, _time: int | None, _line: int, start: int, blocks: int) -> list[Event]:
-        self._request = start, blocks, True
-        return []
+    def _plug_request(self, time: int | None, line: int, start: int, blocks: int) -> list[Event]:
+        return self._ask(time, line, start, blocks, plugged=True)
 
-    def _unplug_request(
-        self, _time: int | None, _line: int, start: int, blocks: int
+    def _unplug_request(self, time: int | None, line: int, start: int, blocks: int) -> list[Event]:
+        return self._ask(time, line, start, blocks, plugged=False)
+
+    def _ask(
+        self, time: int | None, line: int, start: int, blocks: int, *, plugged: bool
     ) -> list[Event]:
-        self._request = start, blocks, False
-        return []
-
-    def _response(self, time: int | None, line: int, kind: int) -> list[Event]:
-        request, self._request = self._request, None
-        if request is None or kind != _ACK:
-            return []
         if self._block_size is None:
             self.needs["virtio-mem"] = _NEEDS_BLOCK
             return []
-        start, blocks, plugged = request
         end = start + blocks * self._block_size
+        if end <= start:
+            return []
+        self._request = start, end, plugged
+        return [PlugRequest(time, self._source, line, start, end, plugged)]
+
+    def _response(self, time: int | None, line: int, kind: int) -> list[Event]:
+        request, self._request = self._request, None
+        if request is None:
+            return []
+        start, end, plugged = request
+        if kind != _ACK:
+            return [Plug(time, self._source, line, start, end, plugged, done=False)]
         if plugged:
             first = self._plugged_from
             self._plugged_from = start if first is None else min(first, start)

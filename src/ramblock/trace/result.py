@@ -65,9 +65,9 @@ class TargetSummary(msgspec.Struct):
     unmaps: int
     faults: int
     mapped_bytes: int
-    """At the end of the trace."""
+    """At the end of the trace, or before it was detached."""
     entries: int
-    """Mappings at the end of the trace."""
+    """Mappings, likewise."""
 
 
 class AuditResult(msgspec.Struct, kw_only=True):

@@ -30,6 +30,8 @@ class ActiveConversion(msgspec.Struct, eq=False):
     asked: bool = False
     """Page states changed in it; else it is only an unmap that may become one."""
     over: bool = False
+    held: bool = False
+    """The trace has its beginning and will have its end (a request to virtio-mem): time does not end it."""
 
 
 class Conversions:
@@ -98,8 +100,10 @@ class Conversions:
 
     def has_end(self, conversion: ActiveConversion) -> bool:
         """Whether the trace will tell when it is over."""
-        return conversion.source.name in self.ending or (
-            conversion.vcpu is not None and conversion.vcpu in self.entering
+        return (
+            conversion.held
+            or conversion.source.name in self.ending
+            or (conversion.vcpu is not None and conversion.vcpu in self.entering)
         )
 
     def end_of(self, source: Source) -> None:

@@ -1,0 +1,106 @@
+"""Audits of one file, of several at once, on a cluster, and merged."""
+
+import gzip
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from ramblock.check import CheckOptions, check_file, check_files, check_merged
+from ramblock.check.cluster import check_on_cluster
+from ramblock.check.readers import ReaderOptions
+from ramblock.errors import RamblockError, UsageError
+from ramblock.trace.result import AuditResult
+from trace_samples import BLOCK, DATA, recording
+
+_OPTIONS = CheckOptions(reader=ReaderOptions(virtio_mem_block_size=BLOCK))
+_FILES = [str(path) for path in sorted(DATA.glob("*.gz"))]
+
+
+def _plain(results: list[AuditResult]) -> list[object]:
+    return [msgspec.to_builtins(result, str_keys=True) for result in results]
+
+
+def test_processes_find_what_one_finds() -> None:
+    alone = [check_file(path, _OPTIONS) for path in _FILES]
+    assert sum(result.failures() for result in alone) > 100
+    assert _plain(list(check_files(_FILES, _OPTIONS, 1))) == _plain(alone)
+    assert _plain(list(check_files(_FILES, _OPTIONS, 3))) == _plain(alone)
+
+
+@pytest.mark.filterwarnings("ignore")  # Dask's own
+def test_a_cluster_finds_what_one_process_finds() -> None:
+    from distributed import LocalCluster
+
+    alone = [check_file(path, _OPTIONS) for path in _FILES]
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, worker_dashboard_address=None
+    ) as cluster:
+        found = list(check_on_cluster(_FILES, _OPTIONS, cluster.scheduler_address))
+    assert _plain(found) == _plain(alone)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_cluster_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ramblock.check.cluster._CONNECT_SECONDS", 0.5)
+    with pytest.raises(RamblockError, match=r"the scheduler at tcp://127.0.0.1:1 does not answer"):
+        list(check_on_cluster(_FILES[:1], _OPTIONS, "tcp://127.0.0.1:1"))
+
+
+def test_without_dask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UsageError) as caught:
+        list(check_on_cluster(_FILES[:1], _OPTIONS, "tcp://127.0.0.1:1"))
+    assert "ramblock[dask]" in str(caught.value.expected)
+
+
+def test_a_file_that_is_cut_is_audited_as_far_as_it_goes(tmp_path: Path) -> None:
+    data = recording("run-soft-uncoordinated.jsonl.gz")
+    whole = tmp_path / "whole"
+    whole.write_bytes(data)
+    cut = tmp_path / "cut.gz"
+    cut.write_bytes(gzip.compress(data)[:-2000])
+    result = check_file(str(cut))
+    assert result.error is not None
+    assert result.error.startswith(f"{cut}: the file ends in the middle")
+    assert 0 < result.events < check_file(str(whole)).events
+    assert result.failures() > 0
+
+
+def _split(tmp_path: Path, shift: int) -> list[str]:
+    """Write a recording as two files, whose clocks differ by *shift*: what targets did, and all else."""
+    lines = recording("run-soft.jsonl.gz").splitlines(keepends=True)
+    files = [tmp_path / "maps.jsonl", tmp_path / "rest.jsonl"]
+    parts: list[list[bytes]] = [[], []]
+    for line in lines:
+        event = msgspec.json.decode(line)
+        mapping = event["event"] in ("map", "unmap", "detach")
+        if mapping:
+            event["t"] += shift
+        parts[not mapping].append(msgspec.json.encode(event) + b"\n")
+    for path, part in zip(files, parts, strict=True):
+        path.write_bytes(b"".join(part))
+    return [str(path) for path in files]
+
+
+@pytest.mark.parametrize("shift", [0, 7_000_000_000])
+def test_merged_it_is_what_it_was(tmp_path: Path, shift: int) -> None:
+    """With one clock, and with another that is off by seconds and said to be."""
+    whole = check_file(str(DATA / "run-soft.jsonl.gz"))
+    merged = check_merged(_split(tmp_path, shift), CheckOptions(), [-shift, 0])
+    assert (merged.failures(), merged.events) == (0, whole.events)
+    assert merged.counts == whole.counts
+    assert merged.by_event == whole.by_event
+
+
+def test_merged_with_the_wrong_offset_it_is_not_clean(tmp_path: Path) -> None:
+    merged = check_merged(_split(tmp_path, 7_000_000_000), CheckOptions(), [0, 0])
+    assert merged.failures() > 100
+
+
+def test_what_has_no_times_cannot_be_merged(tmp_path: Path) -> None:
+    path = tmp_path / "qemu.txt"
+    path.write_text("iommufd_backend_alloc_ioas  iommufd=1 ioas=2\n")
+    with pytest.raises(UsageError, match=r"qemu.txt:1 has no time, so it cannot be merged"):
+        check_merged([str(path), _FILES[0]], CheckOptions(), [0, 0])
