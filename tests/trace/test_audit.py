@@ -18,6 +18,7 @@ from ramblock.trace.events import (
     Layout,
     Map,
     Plug,
+    PlugRequest,
     Remark,
     Source,
     StateChange,
@@ -367,3 +368,55 @@ def test_the_worst_are_kept_and_all_are_counted(monkeypatch: pytest.MonkeyPatch)
 
 def _durations(findings: Sequence[object]) -> list[int]:
     return [round((getattr(finding, "duration", None) or 0) / MS) for finding in findings]
+
+
+def _unplugging(unmap_at: float | None) -> AuditResult:
+    """128 KiB of virtio-mem: QEMU is asked, gives back, unmaps (or not), answers after 5 ms."""
+    made = Made().at(0, PlugRequest, 0, 32 * PAGE, True).at(1, Map, "t", 0, 32 * PAGE)
+    made.at(2, Plug, 0, 32 * PAGE, True)
+    made.at(100, PlugRequest, 0, 32 * PAGE, False).at(101, Discard, 0, 32 * PAGE)
+    if unmap_at is not None and unmap_at < 105:
+        made.at(unmap_at, Unmap, "t", 0, 32 * PAGE, 32 * PAGE)
+    made.at(105, Plug, 0, 32 * PAGE, False)
+    if unmap_at is not None and unmap_at >= 105:
+        made.at(unmap_at, Unmap, "t", 0, 32 * PAGE, 32 * PAGE)
+    return made.at(500, VcpuEntry, "c").audit()
+
+
+def test_virtio_mem_gives_memory_back_before_it_unmaps() -> None:
+    result = _unplugging(103)
+    assert kinds(result) == [FindingKind.TRANSITIONAL]
+    assert result.findings[0].duration == 2 * MS
+    assert result.failures() == 0
+
+
+@pytest.mark.parametrize("unmap_at", [200, None])
+def test_virtio_mem_that_does_not_unmap(unmap_at: float | None) -> None:
+    result = _unplugging(unmap_at)
+    assert set(kinds(result)) == {FindingKind.FREED, FindingKind.UNPLUGGED}
+    assert all(finding.open == (unmap_at is None) for finding in result.findings)
+
+
+def test_plugging_may_take_long() -> None:
+    """Mapping 1 GiB block by block takes longer than any grace: the answer ends it, and not time."""
+    made = Made().at(0, Plug, 0, 8 * PAGE, False).at(1, PlugRequest, 0, 8 * PAGE, True)
+    for number in range(8):
+        made.at(2 + 100 * number, Map, "t", number * PAGE, (number + 1) * PAGE)
+    assert made.at(900, Plug, 0, 8 * PAGE, True).audit().findings == []
+
+
+def test_plugging_that_is_refused_leaves_what_was() -> None:
+    made = Made().at(0, Plug, 0, 8 * PAGE, False).at(1, PlugRequest, 0, 8 * PAGE, True)
+    made.at(2, Map, "t", 0, 8 * PAGE)
+    made.at(3, Plug, 0, 8 * PAGE, True, False)
+    assert kinds(made.at(900, VcpuEntry, "c").audit()) == [FindingKind.UNPLUGGED]
+
+
+def test_an_unmap_of_what_could_not_be_mapped() -> None:
+    """QEMU goes on when a device's BAR cannot be mapped, and unmaps it later like anything else."""
+    made = Made().at(0, Map, "t", 0, 4 * PAGE, True, False).at(1, Map, "t", 8 * PAGE, 9 * PAGE)
+    made.at(2, Unmap, "t", 0, 4 * PAGE, 0)
+    result = made.audit()
+    assert result.findings == []
+    assert any("maps that failed, 1 of them" in limit for limit in result.limits)
+    assert kinds(made.at(3, Unmap, "t", 0, 5 * PAGE, 0).audit()) == [FindingKind.UNMAP_OF_NOTHING]

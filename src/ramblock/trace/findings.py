@@ -41,7 +41,7 @@ MEANINGS: dict[FindingKind, str] = {
     FindingKind.DOUBLE_MAP: "a range was mapped that was mapped already",
     FindingKind.UNMAP_OF_NOTHING: "an unmap of a range in which nothing was mapped",
     FindingKind.REPORTED: "the program that wrote the trace saw a rule broken (ramblock probe: docs/probe)",
-    FindingKind.TRANSITIONAL: "private and still mapped while their own conversion was going on (attribute first, then unmap)",
+    FindingKind.TRANSITIONAL: "private (or freed) and still mapped while their own conversion was going on (attribute first, then unmap)",
     FindingKind.INSTANT: "opened and closed at the same time stamp: shorter than the trace's clock can show",
 }
 

@@ -71,6 +71,8 @@ def _about_mappings(evidence: Evidence, targets: Mapping[str, TargetState]) -> l
         )
     elif not evidence.unmaps:
         limits.append("no unmap events in this trace: stale mappings cannot be ruled out")
+    if evidence.failed_maps:
+        limits.append(f"maps that failed, {evidence.failed_maps:,} of them, count as never made")
     if evidence.mapped_before:
         limits.append(
             f"{format_size(evidence.mapped_before)} were unmapped that were mapped before the trace began: what was mapped then"

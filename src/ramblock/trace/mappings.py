@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from ramblock.trace.events import Source
+from ramblock.trace.events import Origin, Source
 from ramblock.trace.ranges import RangeMap
+from ramblock.trace.result import TargetSummary
 from ramblock.trace.windows import WindowMap
 
 __all__ = ["Mapping", "TargetState", "UnmapRule", "Unmapping"]
@@ -67,8 +68,12 @@ class TargetState:
         self.refused = WindowMap()
         #: Unplugged and mapped.
         self.unplugged = WindowMap()
+        #: Given back to the host and mapped.
+        self.freed = WindowMap()
         #: Shared and not mapped.
         self.missing = WindowMap()
+        #: Where a map failed. A VMM that goes on all the same unmaps there later, and that is no mistake of its own.
+        self.failed: RangeMap[Origin] = RangeMap()
         self.maps = 0
         self.unmaps = 0
         self.faults = 0
@@ -76,6 +81,21 @@ class TargetState:
         self.untold = 0
         self.untold_inexact = 0
         self.untold_mappings = 0
+
+    @property
+    def windows(self) -> tuple[WindowMap, ...]:
+        """All that is open."""
+        return self.stale, self.refused, self.unplugged, self.freed, self.missing
+
+    def summary(self) -> TargetSummary:
+        """Sum up what it maps now."""
+        entries = mapped = 0
+        before: Mapping | None = None
+        for start, end, mapping in self.mappings.items():
+            mapped += end - start
+            entries += mapping is not before
+            before = mapping
+        return TargetSummary(self.name, self.maps, self.unmaps, self.faults, mapped, entries)
 
     def meet(self, start: int, end: int) -> Unmapping:
         """Look at what an unmap of this range meets."""
