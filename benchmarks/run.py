@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from cases import (
+    check,
     checkerboard,
     convert,
     policy,
@@ -44,6 +45,7 @@ CASES: dict[str, ModuleType] = {
     "convert": convert,
     "threads": threads,
     "translation": translation,
+    "check": check,
 }
 
 # Where programs are compiled to; in the folder that `make clean` removes.

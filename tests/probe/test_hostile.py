@@ -405,6 +405,47 @@ def test_what_is_somebody_elses_is_left_alone(probe: Probe, tmp_path: Path) -> N
         Probe(tmp_path / "no" / "folder")
 
 
+def test_the_socket_is_there_only_when_one_can_connect(tmp_path: Path) -> None:
+    """Whoever waits for the file may connect at once."""
+    path = tmp_path / "probe.sock"
+    refused: list[OSError] = []
+    stop = threading.Event()
+
+    def connect_when_there() -> None:
+        while not stop.is_set():
+            if path.exists():
+                with socket.socket(socket.AF_UNIX) as sock:
+                    try:
+                        sock.connect(str(path))
+                    except FileNotFoundError:
+                        continue  # it has gone meanwhile
+                    except ConnectionRefusedError as error:
+                        refused.append(error)
+
+    thread = threading.Thread(target=connect_when_there)
+    thread.start()
+    try:
+        for _ in range(50):
+            listener = server_module._listen(path)
+            # The other way round: a file without its listener would refuse too.
+            path.unlink()
+            listener.close()
+    finally:
+        stop.set()
+        thread.join()
+    assert refused == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_with_no_room_for_another_name(tmp_path: Path) -> None:
+    folder = tmp_path / ("f" * (103 - len(os.fsencode(tmp_path))))
+    folder.mkdir()
+    path = folder / "s"
+    assert 104 <= len(os.fsencode(path)) <= 107
+    with server_module._listen(path), socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(path))
+
+
 def test_one_after_the_other(probe: Probe, ram: int) -> None:
     first = Client(probe.path)
     first.ask(map_(0, 1), ram)

@@ -33,6 +33,8 @@ _ROUNDS_PER_SECOND = 20
 _TOUCHES_PER_ROUND = 10
 _TOUCHED_BYTES = 64
 _POLL_SECONDS = 0.01
+# sun_path of struct sockaddr_un, with the NUL (unix(7)).
+_LONGEST_PATH = 107
 
 
 class Probe:
@@ -255,23 +257,39 @@ def _fault(address: int, size: int, why: str) -> IommuFault:
 
 
 def _listen(path: Path) -> socket.socket:
-    """Listen at *path*; a socket that nobody listens at any more is removed first."""
+    """Listen at *path*, which is there only when one can connect; a socket that nobody listens at any more is removed first."""
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        raise UsageError(
+            f"{path}: too long for a socket",
+            value=str(path),
+            expected=f"{_LONGEST_PATH} bytes at most",
+        )
     _remove_if_dead(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        listener.bind(str(path))
-        listener.listen()
+        _bind(listener, path)
     except OSError as error:
         listener.close()
-        if error.args and "too long" in str(error.args[0]):
-            raise UsageError(
-                f"{path}: too long for a socket", value=str(path), expected="107 bytes at most"
-            ) from None
         raise OSError(error.errno, error.strerror, str(path)) from None
     except BaseException:
         listener.close()
         raise
     return listener
+
+
+def _bind(listener: socket.socket, path: Path) -> None:
+    # The file appears with bind(2), and whoever connects before listen(2) is refused. So it gets its name last, if there is room for another.
+    first = path.with_name(f".{os.getpid():x}.{id(listener) & 0xFFFF:x}")
+    if len(os.fsencode(first)) > _LONGEST_PATH:
+        listener.bind(str(path))
+        listener.listen()
+        return
+    listener.bind(str(first))
+    try:
+        listener.listen()
+        os.link(first, path)
+    finally:
+        first.unlink()
 
 
 def _remove_if_dead(path: Path) -> None:

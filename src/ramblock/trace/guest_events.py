@@ -40,16 +40,10 @@ class GuestEvents:
         """Note that a conversion begins."""
         self._ledger.evidence.conversions += 1
         if event.time is None:
-            self._end_conversions_without_times(event)
+            self._ledger.conversions.end_of(event.source)
         self._ledger.conversions.step(
             event.start, event.end, self._ledger.now, event.source, event.vcpu
         )
-
-    def _end_conversions_without_times(self, event: Conversion) -> None:
-        for conversion in self._ledger.conversions.active:
-            if conversion.source is event.source:
-                conversion.over = True
-        self._ledger.conversions.active.clear()
 
     def conversion_end(self, event: ConversionEnd) -> None:
         """Note that a conversion is over."""
@@ -60,11 +54,7 @@ class GuestEvents:
 
     def vcpu_entry(self, event: VcpuEntry) -> None:
         """Note that a vCPU goes on."""
-        conversions = self._ledger.conversions
-        if event.vcpu not in conversions.entering:
-            conversions.entering.add(event.vcpu)
-        if conversions.active:
-            conversions.entry(event.vcpu)
+        self._ledger.conversions.entry(event.vcpu)
 
     def attributes(self, event: Attributes) -> None:
         """Note that pages became private or shared."""

@@ -31,8 +31,9 @@ class RangeMap(Generic[V]):
         self._blocks: list[tuple[list[int], list[V | None]]] = [([0], [None])]
 
     def __bool__(self) -> bool:
-        if len(self._blocks) == 1 and len(self._blocks[0][1]) == 1:
-            return self._blocks[0][1][0] is not None
+        if len(self._blocks) == 1:
+            first = self._blocks[0][1]
+            return len(first) > 1 or first[0] is not None  # neighbours differ
         return any(value is not None for _, values in self._blocks for value in values)
 
     def set(self, start: int, end: int, value: V | None) -> None:
@@ -98,11 +99,16 @@ class RangeMap(Generic[V]):
 
     def pieces(self, start: int, end: int) -> list[tuple[int, int, V]]:
         """Return the runs in the range that have a value, clipped to it, ascending, as (start, end, value)."""
-        found: list[tuple[int, int, V]] = []
         firsts, blocks = self._firsts, self._blocks
         index = bisect_right(firsts, start) - 1
         starts, values = blocks[index]
         at = bisect_right(starts, start) - 1
+        if (
+            start < end and at + 1 < len(starts) and starts[at + 1] >= end
+        ):  # all of it is one run, most of the time
+            only = values[at]
+            return [] if only is None else [(start, end, only)]
+        found: list[tuple[int, int, V]] = []
         position = start
         while position < end:
             value = values[at]

@@ -9,6 +9,8 @@ conversion is over. So a window points to its conversion, and is judged when it 
 
 from __future__ import annotations
 
+from collections import deque
+
 import msgspec
 
 from ramblock.trace.events import Source
@@ -39,19 +41,25 @@ class Conversions:
     The conversions that are going on.
 
     One is over at its end, if the trace has ends; at its vCPU's next entry, if entries are traced; else when nothing of it was seen
-    for ``grace`` nanoseconds.
+    for ``grace`` nanoseconds. There may be hundreds of the last kind at any time, so none of the calls below looks at all of them,
+    but for :meth:`end_of`, whose sources have few.
     """
 
     def __init__(self, grace: int) -> None:
         self.grace = grace
-        self.active: list[ActiveConversion] = []
+        #: Those that are going on, oldest first.
+        self.active: dict[ActiveConversion, None] = {}
         #: vCPUs whose entries are in the trace.
         self.entering: set[str] = set()
         #: Sources that tell each conversion's end.
         self.ending: set[str] = set()
         #: Conversions whose end was guessed.
         self.guessed = 0
-        self._next = 0
+        #: Which conversion a page is in; the newest, where two vCPUs convert the same page.
+        self._where: RangeMap[ActiveConversion] = RangeMap()
+        self._of_vcpu: dict[str, list[ActiveConversion]] = {}
+        #: Each with the time at which it was last looked at; ascending. Those that time does not end are not in it.
+        self._quiet: deque[tuple[int, ActiveConversion]] = deque()
 
     def step(
         self, start: int, end: int, time: int, source: Source, vcpu: str | None = None
@@ -59,80 +67,83 @@ class Conversions:
         """Note a step on a range; return the conversion that it belongs to, a new one if there is none."""
         found = self.find(start, end, vcpu)
         if found is None:
-            if not self.active:
-                self._next = time + self.grace
             found = ActiveConversion(start, end, source, time, vcpu)
-            self.active.append(found)
-        else:
-            found.last = time
-            if start < found.start:
-                found.start = start
-            if end > found.end:
-                found.end = end
-            if found.vcpu is None:
-                found.vcpu = vcpu
+            self.active[found] = None
+            if end > start:
+                self._where.set(start, end, found)
+            self._quiet.append((time, found))
+            if vcpu is not None:
+                self._of_vcpu.setdefault(vcpu, []).append(found)
+            return found
+        found.last = time
+        if start < found.start or end > found.end:
+            found.start, found.end = min(start, found.start), max(end, found.end)
+            self._where.set(found.start, found.end, found)
+        if found.vcpu is None and vcpu is not None:
+            found.vcpu = vcpu
+            self._of_vcpu.setdefault(vcpu, []).append(found)
         return found
 
     def find(self, start: int, end: int, vcpu: str | None = None) -> ActiveConversion | None:
         """Find the conversion that a step on this range belongs to."""
-        for conversion in self.active:
-            if (
-                conversion.start < end
-                and start < conversion.end
-                and (vcpu is None or conversion.vcpu is None or conversion.vcpu == vcpu)
-            ):
+        if not self.active or start >= end:
+            return None
+        for _, _, conversion in self._where.pieces(start, end):
+            if vcpu is None or conversion.vcpu is None or conversion.vcpu == vcpu:
                 return conversion
         return None
 
     def expire(self, time: int) -> None:
         """Let those end that have been quiet for too long."""
-        if not self.active or time <= self._next:
-            return
-        kept = []
-        for conversion in self.active:
-            if conversion.last + self.grace < time and not self.has_end(conversion):
-                conversion.over = True
-                self.guessed += conversion.asked
+        quiet = self._quiet
+        limit = time - self.grace
+        while quiet and quiet[0][0] < limit:
+            _, conversion = quiet.popleft()
+            if conversion.over:
+                continue
+            if conversion.held:
+                quiet.append((time, conversion))  # until its answer has come
+            elif self._has_end(conversion):
+                continue
+            elif conversion.last >= limit:
+                quiet.append((time, conversion))
             else:
-                kept.append(conversion)
-        self.active = kept
-        self._next = min((each.last for each in kept), default=time) + self.grace
+                self._end(conversion)
+                self.guessed += conversion.asked
 
-    def has_end(self, conversion: ActiveConversion) -> bool:
+    def _has_end(self, conversion: ActiveConversion) -> bool:
         """Whether the trace will tell when it is over."""
-        return (
-            conversion.held
-            or conversion.source.name in self.ending
-            or (conversion.vcpu is not None and conversion.vcpu in self.entering)
+        return conversion.source.name in self.ending or (
+            conversion.vcpu is not None and conversion.vcpu in self.entering
         )
 
     def end_of(self, source: Source) -> None:
         """End those of a source, which makes them one after the other."""
-        if len(self.active) == 1 and self.active[0].source is source:
-            self.active[0].over = True
-            self.active.clear()
-            return
-        kept = []
-        for conversion in self.active:
-            if conversion.source is source:
-                conversion.over = True
-            else:
-                kept.append(conversion)
-        self.active = kept
+        for conversion in [each for each in self.active if each.source is source]:
+            self._end(conversion)
+        if not self.active:
+            self._quiet.clear()
 
     def entry(self, vcpu: str) -> None:
-        """End the one of a vCPU."""
-        for conversion in self.active:
-            if conversion.vcpu == vcpu:
-                conversion.over = True
-                self.active.remove(conversion)
-                return
+        """End those of a vCPU, which goes on running the guest."""
+        self.entering.add(vcpu)
+        for conversion in self._of_vcpu.pop(vcpu, ()):
+            if not conversion.over:
+                self._end(conversion)
 
     def end_all_quiet(self, time: int) -> None:
         """At the end of the trace: let all end that were quiet for too long, whether the trace has ends or not."""
-        for conversion in self.active:
-            if conversion.last + self.grace < time:
-                conversion.over = True
+        for conversion in [each for each in self.active if each.last + self.grace < time]:
+            self._end(conversion)
+
+    def _end(self, conversion: ActiveConversion) -> None:
+        conversion.over = True
+        del self.active[conversion]
+        if conversion.vcpu in self._of_vcpu:
+            self._of_vcpu[conversion.vcpu].remove(conversion)
+        for start, end, value in self._where.pieces(conversion.start, conversion.end):
+            if value is conversion:
+                self._where.set(start, end, None)
 
 
 class Window(msgspec.Struct, eq=False, gc=False):
