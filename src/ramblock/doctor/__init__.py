@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The job of ``ramblock doctor``: what this host has for confidential guests and their devices. It looks, and changes nothing."""
+
+from ramblock.doctor.examination import Purpose, examine, fitness
+from ramblock.doctor.line import Line, Status
+
+__all__ = ["Line", "Purpose", "Status", "examine", "fitness"]
