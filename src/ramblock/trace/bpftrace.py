@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import re
 
-from ramblock.trace.events import Event, Map, Remark, Source, Unmap
-from ramblock.trace.reader import LineSplitter, ReadCounts
+from ramblock.trace.events import Event, Map, Remark, Unmap
+from ramblock.trace.reader import LineReader
 
 __all__ = ["BpftraceReader"]
 
@@ -26,21 +26,8 @@ _CHATTER = re.compile(rb"Attach(?:ed|ing) .*|\s*")
 _EVERYTHING = 1 << 64
 
 
-class BpftraceReader:
+class BpftraceReader(LineReader):
     """A parser of these lines; others are counted."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.counts = ReadCounts()
-        self._lines = LineSplitter()
-
-    def feed(self, data: bytes) -> list[Event]:
-        """Take bytes; return the events of the lines that are complete."""
-        return self._parse(self._lines.feed(data))
-
-    def finish(self) -> list[Event]:
-        """Take the end of the input; a last line without its end counts like any other."""
-        return self._parse(self._lines.finish())
 
     def _parse(self, lines: list[bytes]) -> list[Event]:
         found: list[Event] = []

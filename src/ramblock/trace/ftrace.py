@@ -7,7 +7,7 @@ import re
 
 from ramblock.trace.events import Event, Remark, Source
 from ramblock.trace.kernel_events import IGNORED, KernelEvents, NotUnderstoodError, Task
-from ramblock.trace.reader import LineSplitter, ReadCounts
+from ramblock.trace.reader import LineReader
 
 __all__ = ["FtraceReader"]
 
@@ -26,13 +26,11 @@ _TASKS_KEPT = 4096
 _NAMES = {name.encode() for name in IGNORED}
 
 
-class FtraceReader:
+class FtraceReader(LineReader):
     """A parser of the kernel's events as text. Lines of other events are counted, since many are recorded beside these."""
 
     def __init__(self, source: Source) -> None:
-        self.source = source
-        self.counts = ReadCounts()
-        self._lines = LineSplitter()
+        super().__init__(source)
         self._events = KernelEvents(source)
         self._tasks: dict[bytes, Task] = {}
 
@@ -40,14 +38,6 @@ class FtraceReader:
     def needs(self) -> dict[str, str]:
         """What would tell more, by a word for it."""
         return self._events.needs
-
-    def feed(self, data: bytes) -> list[Event]:
-        """Take bytes; return the events of the lines that are complete."""
-        return self._parse(self._lines.feed(data))
-
-    def finish(self) -> list[Event]:
-        """Take the end of the input; a last line without its end counts like any other."""
-        return self._parse(self._lines.finish())
 
     def _parse(self, lines: list[bytes]) -> list[Event]:
         found: list[Event] = []

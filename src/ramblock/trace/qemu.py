@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from ramblock.trace.events import Event, Remark, Source
 from ramblock.trace.qemu_events import QemuEvents
 from ramblock.trace.qemu_formats import FORMATS, IGNORED
-from ramblock.trace.reader import LineSplitter, ReadCounts
+from ramblock.trace.reader import LineReader
 
 __all__ = ["QemuReader"]
 
@@ -25,7 +25,7 @@ _FAILURE = re.compile(
 _ISO = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{6})Z ")
 
 
-class QemuReader:
+class QemuReader(LineReader):
     """
     A parser of QEMU's text trace; lines that are no trace events are counted, since the log may have others.
 
@@ -33,9 +33,7 @@ class QemuReader:
     """
 
     def __init__(self, source: Source, *, virtio_mem_block_size: int | None = None) -> None:
-        self.source = source
-        self.counts = ReadCounts()
-        self._lines = LineSplitter()
+        super().__init__(source)
         self._events = QemuEvents(source, virtio_mem_block_size)
         self._second = b""
         self._second_ns = 0
@@ -44,14 +42,6 @@ class QemuReader:
     def needs(self) -> dict[str, str]:
         """What would tell more, by a word for it."""
         return self._events.needs
-
-    def feed(self, data: bytes) -> list[Event]:
-        """Take bytes; return the events of the lines that are complete."""
-        return self._parse(self._lines.feed(data))
-
-    def finish(self) -> list[Event]:
-        """Take the end of the input; a last line without its end counts like any other."""
-        return self._parse(self._lines.finish())
 
     def _parse(self, lines: list[bytes]) -> list[Event]:
         found: list[Event] = []

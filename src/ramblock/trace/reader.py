@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import msgspec
@@ -10,7 +11,7 @@ import msgspec
 from ramblock.errors import TraceError
 from ramblock.trace.events import Event, Source
 
-__all__ = ["MAX_LINE", "LineSplitter", "ReadCounts", "TraceReader", "trace_error"]
+__all__ = ["MAX_LINE", "LineReader", "LineSplitter", "ReadCounts", "TraceReader", "trace_error"]
 
 #: Bytes of a line, or of a record; a longer one is not kept.
 MAX_LINE = 1 << 20
@@ -91,6 +92,27 @@ class LineSplitter:
         """Take the end of the input; return what was left, if anything."""
         tail, self._tail = self._tail, b""
         return [tail] if tail else []
+
+
+class LineReader(ABC):
+    """A reader of a format that is text: lines that it does not know are counted, and none of them ends the reading."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.counts = ReadCounts()
+        self._lines = LineSplitter()
+
+    def feed(self, data: bytes) -> list[Event]:
+        """Take bytes; return the events of the lines that are complete."""
+        return self._parse(self._lines.feed(data))
+
+    def finish(self) -> list[Event]:
+        """Take the end of the input; a last line without its end counts like any other."""
+        return self._parse(self._lines.finish())
+
+    @abstractmethod
+    def _parse(self, lines: list[bytes]) -> list[Event]:
+        """Turn lines into events, and count."""
 
 
 def trace_error(source: Source, line: int, text: str) -> TraceError:
