@@ -30,7 +30,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"kvm", "trace", "vfio"}),
     # Runs on a vCPU.
     frozenset({"guest_program"}),
-    frozenset({"check", "doctor", "plan", "probe", "report", "run"}),
+    frozenset({"check", "doctor", "probe", "report", "run"}),
+    # Reads what a check reads, and knows of a host what the doctor knows.
+    frozenset({"plan"}),
     # The faces of the jobs: a command line, and fixtures for pytest. The plugin is for those who test their own VMM, so it
     # is in their kit; but it is the one module there that runs a job, and only pytest loads it.
     frozenset({"cli", "testing.plugin"}),

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ramblock.cli import check_options, doctor_options, probe_options, run_options
+from ramblock.cli import check_options, doctor_options, plan_options, probe_options, run_options
 from ramblock.errors import RamblockError, TraceError, UsageError
 
 __all__ = ["main", "make_parser"]
@@ -49,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     run_options.add_to(commands)
     check_options.add_to(commands)
     probe_options.add_to(commands)
+    plan_options.add_to(commands)
     doctor_options.add_to(commands)
     return parser
 

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest that is planned for: its memory, its devices, and what runs in it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from ramblock.errors import UsageError
+from ramblock.plan.span import Span
+from ramblock.units import GIB, KIB, MIB, PAGE_SIZE, format_size
+
+__all__ = ["LEAST_MEMORY", "Guest", "OsProfile", "Pluggable", "Profile", "Technology"]
+
+#: Below it the smallest SWIOTLB pool does not fit.
+LEAST_MEMORY = 256 * MIB
+#: Guest physical addresses have at most 52 bits.
+_MOST_MEMORY = 1 << 52
+# Below 4 GiB QEMU's q35 machine places 2 GiB when there is more than fits (hw/i386/pc_q35.c).
+_LOW_MEMORY = 2 * GIB
+_SMALLEST_BLOCK = 4 * KIB
+
+
+class Technology(StrEnum):
+    """Whose confidential guest it is; it decides in which pieces a conversion reaches the VMM."""
+
+    TDX = "tdx"
+    SNP = "snp"
+
+    @property
+    def slice_size(self) -> int:
+        """
+        Most bytes of a guest's request that one conversion has.
+
+        TDX: KVM hands a MapGPA over in pieces of 2 MiB (TDX_MAP_GPA_MAX_LEN, arch/x86/kvm/vmx/tdx.c). SNP: a guest of Linux asks for
+        64 entries of at most 2 MiB at once (VMGEXIT_PSC_MAX_ENTRY, arch/x86/include/asm/sev.h), and KVM joins those that are neighbours.
+        """
+        return 2 * MIB if self is Technology.TDX else 128 * MIB
+
+
+class Profile(StrEnum):
+    """What an assigned device is."""
+
+    NIC = "nic"
+    NVME = "nvme"
+    GPU_CC = "gpu-cc"
+    NONE = "none"
+
+
+class OsProfile(StrEnum):
+    """What the guest's system does with its memory. The first two exclude each other, and so do the others."""
+
+    SWIOTLB = "linux-swiotlb"
+    SWIOTLB_DYNAMIC = "linux-swiotlb-dynamic"
+    LAZY_ACCEPT = "lazy-accept"
+    EAGER_ACCEPT = "eager-accept"
+
+
+class Pluggable(msgspec.Struct, frozen=True):
+    """A virtio-mem device."""
+
+    size: int
+    """Most that can be plugged, in bytes."""
+    block_size: int = 2 * MIB
+
+
+class Guest(msgspec.Struct, frozen=True, kw_only=True):
+    """
+    A confidential guest. Sizes are in bytes.
+
+    Everything else that is not said here is the default of Linux 7.3 and of QEMU's q35 machine.
+    """
+
+    memory: int
+    vcpus: int = 4
+    numa_nodes: int = 1
+    devices: tuple[Profile, ...] = ()
+    os: tuple[OsProfile, ...] = (OsProfile.SWIOTLB,)
+    technology: Technology = Technology.TDX
+    virtio_mem: Pluggable | None = None
+    backing_page: int = PAGE_SIZE
+    """Page size of the shared memory on the host: a huge page is held as long as any of it is shared."""
+    conversions: int = 10_000
+    """After boot, how many conversions are looked at: they fragment."""
+    rate: Span | None = None
+    """Conversions per second after boot; None: what the devices suggest."""
+
+    def check(self) -> None:
+        """
+        Check the values against each other.
+
+        :raises UsageError: One makes no sense; the text says which and what was expected.
+        """
+        if not LEAST_MEMORY <= self.memory <= _MOST_MEMORY or self.memory % PAGE_SIZE:
+            raise UsageError(
+                f"memory of {format_size(self.memory)} ({self.memory:#x})",
+                value=self.memory,
+                expected=f"whole pages, {format_size(LEAST_MEMORY)} to {format_size(_MOST_MEMORY)}",
+            )
+        for name, number, least in (
+            ("vCPUs", self.vcpus, 1),
+            ("NUMA nodes", self.numa_nodes, 1),
+            ("conversions", self.conversions, 0),
+        ):
+            if number < least:
+                raise UsageError(f"{number} {name}", value=number, expected=f"at least {least}")
+        if len(self.os) != len({_question(profile) for profile in self.os}):
+            raise UsageError(
+                f"profiles {', '.join(self.os)} of the guest's system exclude each other",
+                value=self.os,
+                expected="one of linux-swiotlb and linux-swiotlb-dynamic, one of lazy-accept and eager-accept",
+            )
+        if self.backing_page not in (PAGE_SIZE, 2 * MIB, GIB):
+            raise UsageError(
+                f"pages of {format_size(self.backing_page)}",
+                value=self.backing_page,
+                expected="4K, 2M or 1G",
+            )
+        self._check_virtio_mem()
+
+    def _check_virtio_mem(self) -> None:
+        device = self.virtio_mem
+        if device is None:
+            return
+        block = device.block_size
+        if block < _SMALLEST_BLOCK or block & (block - 1):
+            raise UsageError(
+                f"virtio-mem with blocks of {block:#x}",
+                value=block,
+                expected="a power of two, at least 4K",
+            )
+        if device.size <= 0 or device.size % block:
+            raise UsageError(
+                f"virtio-mem of {device.size:#x} with blocks of {block:#x}",
+                value=device.size,
+                expected="whole blocks",
+            )
+
+    @property
+    def dynamic_swiotlb(self) -> bool:
+        """Whether the bounce buffers grow while the guest runs (CONFIG_SWIOTLB_DYNAMIC)."""
+        return OsProfile.SWIOTLB_DYNAMIC in self.os
+
+    @property
+    def eager_accept(self) -> bool:
+        """Whether all memory is accepted at boot."""
+        return OsProfile.EAGER_ACCEPT in self.os
+
+    @property
+    def most_memory(self) -> int:
+        """Bytes that can be there at all, what virtio-mem may plug among them."""
+        return self.memory + (self.virtio_mem.size if self.virtio_mem else 0)
+
+    def sections(self) -> list[int]:
+        """Sizes of the parts of the guest's addresses that have memory: below 4 GiB, above it by node, virtio-mem's."""
+        low = min(self.memory, _LOW_MEMORY)
+        high = self.memory - low
+        nodes = min(self.numa_nodes, max(high // PAGE_SIZE, 1))
+        share = high // nodes // PAGE_SIZE * PAGE_SIZE
+        parts = [low, *([share] * (nodes - 1)), high - share * (nodes - 1)]
+        if self.virtio_mem is not None:
+            parts.append(self.virtio_mem.size)
+        return [part for part in parts if part]
+
+
+def _question(profile: OsProfile) -> str:
+    """Name what a profile answers."""
+    return "swiotlb" if "swiotlb" in profile else "accept"

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+QEMU's own check, as it does it (hw/vfio/listener.c, vfio_ram_discard_register_listener()).
+
+For every section that has a discard manager QEMU counts its granules, whether they will ever be mapped or not; to that it adds one mapping for
+each memory slot that KVM could still have. If that is more than the container may map it refuses: a warning until 10.1, an error since.
+The message begins "possibly running out of DMA mappings".
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ramblock.plan.guest import Guest
+from ramblock.units import PAGE_SIZE
+
+__all__ = ["QemuCheck", "check_as_qemu"]
+
+
+class QemuCheck(msgspec.Struct, frozen=True):
+    """What QEMU adds up."""
+
+    granules: int
+    """Pages of all sections with a discard manager."""
+    memslots: int
+    listeners: int
+    """Sections with a discard manager."""
+    needed: int
+    """``granules + memslots - listeners``."""
+    limit: int
+    passes: bool
+
+
+def check_as_qemu(guest: Guest, limit: int, memslots: int) -> QemuCheck:
+    """
+    Do the check for a guest on a container that may map *limit* times.
+
+    Page attributes change by 4 KiB, so blocks of virtio-mem are counted in pages too.
+    """
+    sections = guest.sections()
+    granules = sum(size // PAGE_SIZE for size in sections)
+    needed = granules + memslots - len(sections)
+    return QemuCheck(granules, memslots, len(sections), needed, limit, needed <= limit)

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What a recording tells of a guest: where its memory is, what it converted, and what its VMM's mappings came to.
+
+If the trace has the guest's side (page attributes or page states) the conversions are taken from that. Else the mappings of its busiest
+target are: what it maps is taken to become shared, and what it unmaps private. Nothing is replayed here; see
+:mod:`~ramblock.plan.trace_plan`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+
+import msgspec
+
+from ramblock.memory.attributes import PageState
+from ramblock.plan.simulation import Place
+from ramblock.plan.workload import Request
+from ramblock.trace.events import (
+    Attributes,
+    Block,
+    ConversionEnd,
+    Detach,
+    Event,
+    Layout,
+    Map,
+    StateChange,
+    Unmap,
+)
+from ramblock.trace.places import Places
+from ramblock.trace.ranges import RangeMap
+from ramblock.units import PAGE_SIZE
+
+__all__ = ["Observed", "Recorded", "Steps"]
+
+#: Largest guest address that can be placed: what one process can reserve on x86 is 128 TiB.
+_MOST_ADDRESS = 1 << 46
+
+
+class Observed(msgspec.Struct):
+    """What a target did in the trace."""
+
+    name: str
+    maps: int = 0
+    unmaps: int = 0
+    entries: int = 0
+    """At the end of the trace, or before it went."""
+    peak_entries: int = 0
+
+
+class _Target:
+    def __init__(self, name: str) -> None:
+        self.observed = Observed(name)
+        self.mappings: RangeMap[object] = RangeMap()
+        self.steps = Steps()
+
+    def map(self, event: Map) -> None:
+        before = len(self.mappings.pieces(event.start, event.end))
+        self.mappings.set(event.start, event.end, object())
+        self._note(1 - before)
+        self.observed.maps += 1
+
+    def unmap(self, event: Unmap) -> None:
+        around = self._pieces(event.start, event.end)
+        self.mappings.set(event.start, event.end, None)
+        self._note(self._pieces(event.start, event.end) - around)
+        self.observed.unmaps += 1
+
+    def _pieces(self, start: int, end: int) -> int:
+        """Count the pieces of mappings in the range and at its edges."""
+        return len(self.mappings.pieces(max(start - 1, 0), end + 1))
+
+    def _note(self, more: int) -> None:
+        observed = self.observed
+        observed.entries += more
+        observed.peak_entries = max(observed.peak_entries, observed.entries)
+
+
+class Steps:
+    """Conversions, in little memory: 25 bytes each."""
+
+    def __init__(self) -> None:
+        self._numbers = array("Q")
+        self._private = bytearray()
+        self._times = array("d")
+
+    def __len__(self) -> int:
+        return len(self._private)
+
+    def add(self, time: float, start: int, end: int, *, private: bool) -> None:
+        """Add one; widened to whole pages."""
+        self._numbers.append(start // PAGE_SIZE * PAGE_SIZE)
+        self._numbers.append(-(-end // PAGE_SIZE) * PAGE_SIZE)
+        self._private.append(private)
+        self._times.append(time)
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield where they are, as (start, end)."""
+        return zip(self._numbers[::2], self._numbers[1::2], strict=True)
+
+    def __iter__(self) -> Iterator[tuple[float, Request]]:
+        for (start, end), private, time in zip(
+            self.ranges(), self._private, self._times, strict=True
+        ):
+            state = PageState.PRIVATE if private else PageState.SHARED
+            yield time, Request(start, end - start, state)
+
+
+class Recorded:
+    """Takes events, in the order of the trace."""
+
+    def __init__(self) -> None:
+        self._began: int | None = None
+        self._events = 0
+        self._places = Places()
+        self._blocks: list[Block] = []
+        self._ends = False
+        self._attributes = Steps()
+        self._states = Steps()
+        self._conversions = Steps()
+        self._targets: dict[str, _Target] = {}
+        self._gone: list[_Target] = []
+        #: Of page states: how many could not be placed in the guest.
+        self.unplaced = 0
+
+    def feed(self, events: list[Event]) -> None:
+        """Take events."""
+        for event in events:
+            self._events += 1
+            self._take(event, self._time(event))
+
+    def _time(self, event: Event) -> float:
+        """Seconds since the beginning; without times, the number of the event."""
+        if event.time is None:
+            return float(self._events)
+        if self._began is None:
+            self._began = event.time
+        return (event.time - self._began) / 1e9
+
+    def _take(self, event: Event, time: float) -> None:
+        if isinstance(event, Map):
+            if event.done and event.end > event.start:
+                target = self._target(event.target)
+                target.map(event)
+                target.steps.add(time, event.start, event.end, private=False)
+        elif isinstance(event, Unmap):
+            self._unmap(event, time)
+        elif isinstance(event, Attributes):
+            self._attributes.add(time, event.start, event.end, private=event.private)
+        elif isinstance(event, StateChange):
+            placed = self._places.of_block(event.block, event.start, event.end)
+            self.unplaced += not placed
+            for start, end in placed:
+                self._states.add(time, start, end, private=event.private)
+        elif isinstance(event, ConversionEnd):
+            if event.result == "done" and event.end > event.start:
+                self._conversions.add(time, event.start, event.end, private=event.private)
+        elif isinstance(event, Layout):
+            self._places.note(event)
+            self._ends |= event.ends
+            self._blocks += () if event.removed else event.blocks
+        elif isinstance(event, Detach):
+            gone = self._targets.pop(event.target, None)
+            if gone is not None:
+                self._gone.append(gone)
+
+    def _unmap(self, event: Unmap, time: float) -> None:
+        target = self._target(event.target)
+        if not event.done or event.unmapped == 0:
+            return
+        end = min(event.end, 1 << 64)
+        if event.unmapped is not None and event.start == 0 and end >= 1 << 63:
+            # Everything at once.
+            for start, piece_end, _ in list(target.mappings.items()):
+                target.steps.add(time, start, piece_end, private=True)
+        elif target.mappings.pieces(event.start, end):
+            target.steps.add(time, event.start, end, private=True)
+        target.unmap(event)
+
+    def _target(self, name: str) -> _Target:
+        return self._targets.setdefault(name, _Target(name))
+
+    # -- what it comes to -----------------------------------------------------------------------------------------
+
+    @property
+    def observed(self) -> list[Observed]:
+        """What each target did, busiest first."""
+        return [target.observed for target in self._by_calls()]
+
+    def _by_calls(self) -> list[_Target]:
+        targets = [*self._gone, *self._targets.values()]
+        return sorted(targets, key=lambda target: -target.observed.maps)
+
+    @property
+    def from_mappings(self) -> bool:
+        """Whether the trace has no guest's side, so that the mappings stand for it."""
+        return not len(self._attributes) and not len(self._states)
+
+    @property
+    def steps(self) -> Steps:
+        """The conversions."""
+        if self.from_mappings:
+            targets = self._by_calls()
+            return targets[0].steps if targets else Steps()
+        if self._ends and len(self._conversions):
+            # Our own traces say how each request ended; what was put back is left out.
+            return self._conversions
+        return self._attributes if len(self._attributes) else self._states
+
+    def ends(self, place: Place, request: Request) -> bool:
+        """
+        Whether *request* takes a place away rather than to convert it.
+
+        A VMM that ends clears the attributes of its memory. Where the trace does not tell the end of a request, that looks like a guest that shares
+        all of a place at once.
+        """
+        if self._ends or self.from_mappings or request.to is PageState.PRIVATE:
+            return False
+        return (place.gpa, place.size) == (request.gpa, request.size)
+
+    def places(self) -> list[Place]:
+        """
+        Find out where the guest has memory.
+
+        From the trace's own layout where it has one; else each range that is first heard of in one piece is a place of its own, as when a VMM
+        sets the attributes of its memory when it makes it. If the mappings stand for the guest there is one place around all of them.
+        """
+        if self.from_mappings:
+            end = max((end for _, end in self.steps.ranges()), default=0)
+            return [Place(0, min(end, _MOST_ADDRESS), confidential=True)] if end else []
+        known: RangeMap[object] = RangeMap()
+        places = []
+        for block in self._blocks:
+            if block.confidential is None or known.pieces(block.start, block.end):
+                continue
+            known.set(block.start, block.end, block)
+            places.append(Place(block.start, block.end - block.start, block.confidential))
+        for start, end in self.steps.ranges():
+            for gap_start, gap_end in known.gaps(start, min(end, _MOST_ADDRESS)):
+                known.set(gap_start, gap_end, self)
+                places.append(Place(gap_start, gap_end - gap_start, confidential=True))
+        return sorted(places, key=lambda place: place.gpa)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan from a recording: its conversions, replayed through the real mapper under each policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from ramblock.check.input import open_input
+from ramblock.check.readers import ReaderOptions, Recording
+from ramblock.plan.limits import Limits
+from ramblock.plan.recorded import Observed, Recorded
+from ramblock.plan.row import Verdict
+from ramblock.plan.simulation import Counts, Place, Simulated, Simulation, kind_of
+from ramblock.plan.targets import POLICIES, TARGETS
+
+__all__ = ["TracePlan", "TraceRow", "plan_trace"]
+
+
+class TraceRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What one policy on one target would have needed for what is in the trace."""
+
+    policy: str
+    target: str
+    verdict: Verdict
+    limit: int | None
+    counts: Counts | None
+    """None: impossible."""
+    why: str = ""
+
+
+class TracePlan(msgspec.Struct, kw_only=True):
+    """What a recording comes to."""
+
+    source: str
+    rows: list[TraceRow]
+    observed: list[Observed]
+    """What the recorded program did, by target."""
+    simulated: Simulated
+    seconds: float
+    """From the first event to the last conversion; 0: the trace has no times."""
+    notes: list[str]
+    """What the trace cannot tell, in sentences."""
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether none of the rows could have worked."""
+        return all(each.verdict in (Verdict.REFUSED, Verdict.IMPOSSIBLE) for each in self.rows)
+
+
+def plan_trace(
+    path: str,
+    limits: Limits,
+    options: ReaderOptions | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> TracePlan:
+    """
+    Plan from a recording.
+
+    :param path: Anything that ``ramblock check`` reads; ``-`` is standard input.
+    :param progress: Called with the number of events or conversions since the last call.
+    :raises TraceError: It cannot be read to its end.
+    """
+    recorded = Recorded()
+    with open_input(path) as stream:
+        recording = Recording(path, stream, options or ReaderOptions())
+        for events in recording.batches():
+            recorded.feed(events)
+            if progress is not None:
+                progress(len(events))
+    if recording.error is not None:
+        raise recording.error
+    places = recorded.places()
+    with Simulation(places) as simulation:
+        simulation.end_boot()
+        seconds, skipped = _replay(recorded, places, simulation, progress)
+        simulated = simulation.result()
+    return TracePlan(
+        source=path,
+        rows=_rows(simulated, limits),
+        observed=recorded.observed,
+        simulated=simulated,
+        seconds=seconds,
+        notes=_notes(recorded, skipped),
+    )
+
+
+def _replay(
+    recorded: Recorded,
+    places: Sequence[Place],
+    simulation: Simulation,
+    progress: Callable[[int], None] | None,
+) -> tuple[float, int]:
+    time, skipped = 0.0, 0
+    whole = {(place.gpa, place.size): place for place in places}
+    for number, (time, request) in enumerate(recorded.steps):
+        place = whole.get((request.gpa, request.size))
+        if place is not None and recorded.ends(place, request):
+            continue
+        if simulation.covers(request):
+            simulation.convert(request)
+            simulation.note(time)
+        else:
+            skipped += 1
+        if progress is not None and not number % 500:
+            progress(500)
+    return time, skipped
+
+
+def _rows(simulated: Simulated, limits: Limits) -> list[TraceRow]:
+    rows = []
+    for target in TARGETS:
+        for policy in POLICIES:
+            limit = target.max_mappings(limits)
+            if not target.can(policy):
+                rows.append(
+                    TraceRow(
+                        policy=policy.value,
+                        target=target.name,
+                        verdict=Verdict.IMPOSSIBLE,
+                        limit=limit,
+                        counts=None,
+                        why=f"{target.name} cannot cut",
+                    )
+                )
+                continue
+            counts = simulated.final[kind_of(target, policy)]
+            fits = limit is None or counts.peak_entries <= limit
+            rows.append(
+                TraceRow(
+                    policy=policy.value,
+                    target=target.name,
+                    verdict=Verdict.FITS if fits else Verdict.REFUSED,
+                    limit=limit,
+                    counts=counts,
+                    why="" if fits else f"{counts.peak_entries:,} mappings, limit {limit:,}",
+                )
+            )
+    return rows
+
+
+def _notes(recorded: Recorded, skipped: int) -> list[str]:
+    notes = []
+    if recorded.from_mappings:
+        notes.append(
+            "the trace has no page states: what its busiest target maps is taken for shared, each map call for one run"
+        )
+    if recorded.unplaced:
+        notes.append(
+            f"{recorded.unplaced:,} changes of page states are left out: the trace does not tell where their block is"
+        )
+    if skipped:
+        notes.append(
+            f"{skipped:,} conversions are left out: they are not in one piece of memory that the trace tells of"
+        )
+    return notes
