@@ -103,7 +103,7 @@ def _print_rows(console: Console, rows: Sequence[Row]) -> None:
     if table.row_count:
         console.print(table)
     if cannot:
-        print(f"run: impossible on {', '.join(cannot)}, which cannot cut a mapping")
+        print(f"run: impossible on {', '.join(cannot)}: they cannot cut")
 
 
 def _print_costs(console: Console, rows: Sequence[Row]) -> None:

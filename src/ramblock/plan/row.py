@@ -8,7 +8,7 @@ from enum import StrEnum
 import msgspec
 
 from ramblock.dma.target import MappingPolicy
-from ramblock.plan.formula import Need, need
+from ramblock.plan.formula import Need, need, total_size
 from ramblock.plan.guest import Guest
 from ramblock.plan.limits import Limits
 from ramblock.plan.qemu_check import QemuCheck, check_as_qemu
@@ -109,7 +109,11 @@ def _headroom(
         cause = "what is mapped is pinned, and pinned memory counts as locked"
         found.append(_compare("RLIMIT_MEMLOCK", limits.memlock, wanted.pinned, cause))
     if limits.cgroup is not None:
-        held = Span.exactly(guest.memory) + wanted.held_twice + wanted.page_tables
+        # Memory that was accepted has a page of the host's; what was not may never be touched.
+        least = guest.memory if guest.eager_accept else total_size(boot_shares(guest)).low
+        least = min(least, guest.memory)
+        held = Span(least, guest.memory, guest.most_memory)
+        held += wanted.held_twice + wanted.page_tables
         found.append(
             _compare("memory of the control group", limits.cgroup, held,
                      "the guest's memory, what is held twice, and the IOMMU's tables")

@@ -23,6 +23,7 @@ _NONE = Span.exactly(0)
 _LARGEST_CHUNK = 4 * MIB  # MAX_PAGE_ORDER: the largest piece that the page allocator hands out
 
 _MOST_BUFFERS = 192 * MIB
+_LARGEST_BUFFER = 2 * MIB
 
 
 class Share(msgspec.Struct, frozen=True):
@@ -164,7 +165,8 @@ def later_shares(guest: Guest) -> list[Share]:
 
 def buffer_room(guest: Guest) -> int:
     """Tell how many bytes are in such buffers at most; :mod:`~ramblock.plan.workload` keeps to it."""
-    return min(_MOST_BUFFERS, guest.memory // 8)
+    room = guest.memory // 8 // (2 * PAGE_SIZE) * (2 * PAGE_SIZE)
+    return min(_MOST_BUFFERS, room, guest.conversions * _LARGEST_BUFFER)
 
 
 def firmware(guest: Guest) -> Share:

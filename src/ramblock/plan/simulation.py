@@ -184,13 +184,13 @@ class Simulation:
 
     def covers(self, request: Request) -> bool:
         """Whether the guest has memory that can be converted in all of the range."""
-        position = request.gpa
+        position, end = request.gpa, request.gpa + request.size
         for section in self._memory.sections:
-            if section.gpa <= position < section.gpa_end:
+            if position < end and section.gpa <= position < section.gpa_end:
                 if section.block.private is None:
                     return False
                 position = section.gpa_end
-        return position >= request.gpa + request.size
+        return position >= end
 
     def note(self, time: float) -> None:
         """Take a point for the picture, and see whether this is a peak."""

@@ -9,7 +9,6 @@ from math import prod
 
 import msgspec
 
-from ramblock.dma.target import MappingPolicy
 from ramblock.errors import UsageError
 from ramblock.plan.guest import Guest, OsProfile, Pluggable, Profile, Technology
 from ramblock.plan.limits import Limits
@@ -145,7 +144,8 @@ def _apply(guest: Guest, limits: Limits, values: Mapping[str, str]) -> tuple[Gue
             if name == "dma-entry-limit":
                 limits = msgspec.structs.replace(limits, dma_entry_limit=int(value))
             elif name == "policy":
-                MappingPolicy(value)
+                if value not in {policy.value for policy in POLICIES}:
+                    raise ValueError
             elif name == "target":
                 if value not in {target.name for target in TARGETS}:
                     raise ValueError

@@ -63,3 +63,4 @@ byId("scale").addEventListener("click", () => {
   draw(logarithmic);
 });
 draw(true);
+document.body.dataset.ready = "true";

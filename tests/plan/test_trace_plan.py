@@ -1,0 +1,181 @@
+"""A plan from a recording equals what the mapper really did in that run."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from ramblock.errors import TraceError
+from ramblock.plan import Limits, TracePlan, Verdict, plan_trace
+from ramblock.plan.recorded import Recorded
+from ramblock.plan.simulation import Counts
+from ramblock.units import MIB
+from trace_samples import DATA, recording
+
+# The part of `ramblock run`'s guest that nothing converts: 4 MiB of BIOS, mapped when a device is attached.
+_BIOS_PAGES = 1024
+_BIOS_RUNS = 1
+
+
+def _plan(name: str) -> TracePlan:
+    return plan_trace(str(DATA / name), Limits())
+
+
+def _same(plan: TracePlan, kind: str) -> None:
+    """The mapper's calls, and how many mappings there were at the end and at most, on each of its targets."""
+    made = plan.simulated.final[kind]
+    assert plan.observed
+    for seen in plan.observed:
+        assert (seen.maps, seen.unmaps) == (made.maps, made.unmaps), seen.name
+        assert (seen.entries, seen.peak_entries) == (made.entries, made.peak_entries), seen.name
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "targets"),
+    [
+        ("run-type1.jsonl.gz", "page", 2),
+        ("run-iommufd.jsonl.gz", "run", 2),
+        ("run-soft.jsonl.gz", "run", 2),
+    ],
+)
+def test_our_own_runs(name: str, kind: str, targets: int) -> None:
+    plan = _plan(name)
+    _same(plan, kind)
+    assert len(plan.observed) == targets
+    assert plan.notes == []
+    assert plan.seconds > 0
+
+
+@pytest.mark.parametrize("run", ["type1", "iommufd", "uncoordinated"])
+def test_the_kernels_recording_of_the_same_run(run: str) -> None:
+    """It has no BIOS, which nothing converts; all else comes to the same."""
+    from_run = _plan(f"run-{run}.jsonl.gz").simulated.final
+    from_kernel = _plan(f"ftrace-{run}.txt.gz").simulated.final
+    for kind, bios in (("page", _BIOS_PAGES), ("page-exact", _BIOS_PAGES), ("run", _BIOS_RUNS)):
+        ours, kernels = from_run[kind], from_kernel[kind]
+        assert kernels == Counts(
+            entries=ours.entries - bios,
+            peak_entries=ours.peak_entries - bios,
+            maps=ours.maps - bios,
+            unmaps=ours.unmaps,
+            mapped=ours.mapped - 4 * MIB,
+            tables=ours.tables - 2,
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "coordinated"),
+    [("run-uncoordinated", "run-type1"), ("run-soft-uncoordinated", "run-soft")],
+)
+def test_a_run_without_coordination_is_shown_beside_what_it_needed(
+    name: str, coordinated: str
+) -> None:
+    """There is no mapper in it: everything is mapped at boot and stays. The guest is the same."""
+    plan = _plan(f"{name}.jsonl.gz")
+    assert {(seen.maps, seen.unmaps, seen.entries) for seen in plan.observed} == {(4, 0, 4)}
+    assert plan.simulated.final == _plan(f"{coordinated}.jsonl.gz").simulated.final
+
+
+@pytest.mark.parametrize(
+    ("name", "idle_unmaps"),
+    [
+        ("probe-qemu-exact.jsonl.gz", 0),
+        ("probe-qemu-lenient.jsonl.gz", 0),
+        # One names what was not mapped; the mapper does not make such calls.
+        ("qemu-exact.trace.gz", 1),
+        ("qemu-lenient.trace.gz", 0),
+        ("qemu-iommufd.trace.gz", 0),
+        ("qemu-iommufd.simpletrace.gz", 0),
+    ],
+)
+@pytest.mark.slow
+def test_qemus_mappings(name: str, idle_unmaps: int) -> None:
+    """These guests are not confidential: what QEMU maps is what is populated, and each of its calls is a run."""
+    plan = _plan(name)
+    (seen,) = plan.observed
+    made = plan.simulated.final["run"]
+    assert (seen.maps, seen.unmaps - idle_unmaps) == (made.maps, made.unmaps)
+    assert (seen.entries, seen.peak_entries) == (made.entries, made.peak_entries)
+    assert "no page states" in plan.notes[0]
+
+
+def test_text_and_binary_trace_of_one_run_come_to_the_same() -> None:
+    text, binary = _plan("qemu-iommufd.trace.gz"), _plan("qemu-iommufd.simpletrace.gz")
+    assert text.simulated.final == binary.simulated.final
+    assert text.observed == binary.observed
+
+
+def test_limits_are_held_against_the_peak() -> None:
+    plan = plan_trace(str(DATA / "run-type1.jsonl.gz"), Limits(dma_entry_limit=3716))
+    verdicts = {(row.policy, row.target): row.verdict for row in plan.rows}
+    assert verdicts["page", "type1"] is Verdict.FITS
+    assert verdicts["page", "vhost-vdpa"] is Verdict.REFUSED
+    assert verdicts["run", "type1"] is Verdict.IMPOSSIBLE
+    plan = plan_trace(str(DATA / "run-type1.jsonl.gz"), Limits(dma_entry_limit=3715))
+    row = next(each for each in plan.rows if each.target == "type1")
+    assert (row.verdict, row.why) == (Verdict.REFUSED, "3,716 mappings, limit 3,715")
+
+
+def test_a_recording_that_is_cut_is_an_error(tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gz"
+    cut.write_bytes(gzip.compress(recording("run-soft.jsonl.gz"))[:-2000])
+    with pytest.raises(TraceError, match="the file ends in the middle"):
+        plan_trace(str(cut), Limits())
+
+
+def _own_trace(tmp_path: Path, *lines: dict[str, object]) -> str:
+    start = {"t": 0, "event": "start", "version": 1, "targets": {"iommu0": "soft"},
+             "blocks": [{"name": "ram", "gpa": 0, "size": 1 << 20, "confidential": True}]}  # fmt: skip
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (start, *lines)))
+    return str(path)
+
+
+def _conversion(gpa: int, size: int, to: str, result: str = "done") -> dict[str, object]:
+    return {"t": 1, "event": "conversion", "gpa": gpa, "size": size, "to": to, "action": "alloc",
+            "result": result, "took": 1}  # fmt: skip
+
+
+def _attributes(gpa: int, size: int, *, private: bool) -> dict[str, object]:
+    return {"t": 1, "event": "attributes", "gpa": gpa, "size": size, "private": private}
+
+
+def test_conversions_that_were_put_back_are_left_out(tmp_path: Path) -> None:
+    path = _own_trace(
+        tmp_path,
+        _attributes(0, 0x4000, private=False),
+        _conversion(0, 0x4000, "shared"),
+        _attributes(0x8000, 0x4000, private=False),
+        _attributes(0x8000, 0x4000, private=True),
+        _conversion(0x8000, 0x4000, "shared", "rolled back"),
+    )
+    plan = plan_trace(path, Limits())
+    assert (plan.simulated.conversions, plan.simulated.shared) == (1, 0x4000)
+
+
+def test_conversions_outside_of_memory_are_left_out_and_said(tmp_path: Path) -> None:
+    path = _own_trace(
+        tmp_path,
+        _attributes(0, 0x1000, private=False),
+        _conversion(0, 0x1000, "shared"),
+        _conversion(1 << 62, 0x1000, "shared"),
+    )
+    plan = plan_trace(path, Limits())
+    assert plan.simulated.conversions == 1
+    assert plan.notes == [
+        "1 conversions are left out: they are not in one piece of memory that the trace tells of"
+    ]
+
+
+def test_a_trace_without_anything(tmp_path: Path) -> None:
+    plan = plan_trace(_own_trace(tmp_path), Limits())
+    assert plan.simulated.conversions == 0
+    assert all(row.verdict is not Verdict.REFUSED for row in plan.rows)
+
+
+def test_what_is_kept_of_a_step_is_little() -> None:
+    recorded = Recorded()
+    recorded._attributes.add(1.5, 0x1234, 0x2001, private=True)
+    ((time, request),) = recorded.steps
+    assert (time, request.gpa, request.size) == (1.5, 0x1000, 0x2000)
