@@ -10,7 +10,7 @@ from ramblock.errors import UsageError
 from ramblock.plan import Guest, Limits, OsProfile, Pluggable, Profile, Span, Technology, plan_guest
 from ramblock.plan.formula import Need, need, pieces
 from ramblock.plan.guest import LEAST_MEMORY
-from ramblock.plan.shares import boot_shares, firmware, later_shares
+from ramblock.plan.shares import boot_shares, buffers, firmware, later_shares
 from ramblock.plan.targets import POLICIES, TARGETS
 from ramblock.units import GIB, KIB, MIB, PAGE_SIZE
 
@@ -64,7 +64,7 @@ def test_ranges_are_ranges(guest: Guest) -> None:
     for found in _every(guest):
         for name, span in _spans(found).items():
             assert 0 <= span.low <= span.expected <= span.high, name
-    for share in [*boot_shares(guest), *later_shares(guest), firmware(guest)]:
+    for share in [*boot_shares(guest), *later_shares(guest), buffers(guest), firmware(guest)]:
         for span in (share.size, share.requests):
             assert 0 <= span.low <= span.expected <= span.high, share.name
         assert not (share.size.low | share.size.expected | share.size.high) % PAGE_SIZE, share.name

@@ -81,6 +81,11 @@ def _print_shares(console: Console, plan: GuestPlan) -> None:
         add("later", share, _size(share.size))
     add("passing", plan.firmware, "one at a time")
     console.print(table)
+    if any("accept" in profile for profile in plan.guest.os):
+        print(
+            "Accepting memory changes no mapping: a page is private before and after."
+            f"\nAll of the guest's memory is taken {'at boot' if plan.guest.eager_accept else 'as it is used'}."
+        )
 
 
 def _print_rows(console: Console, rows: Sequence[Row]) -> None:

@@ -15,7 +15,14 @@ import msgspec
 
 from ramblock.dma.target import MappingPolicy
 from ramblock.plan.guest import Guest
-from ramblock.plan.shares import Share, boot_shares, conversion_rate, firmware, later_shares
+from ramblock.plan.shares import (
+    Share,
+    boot_shares,
+    buffers,
+    conversion_rate,
+    firmware,
+    later_shares,
+)
 from ramblock.plan.span import Span
 from ramblock.plan.targets import TargetKind
 from ramblock.units import GIB, MIB, PAGE_SIZE
@@ -78,14 +85,15 @@ def total_size(shares: Sequence[Share]) -> Span:
 def need(guest: Guest, policy: MappingPolicy, target: TargetKind) -> Need:
     """Work out what *guest* needs."""
     boot = boot_shares(guest)
-    everything = boot + later_shares(guest)
-    most = Span.exactly(guest.most_memory)
-    shared = total_size(everything).at_most(most)
+    staying = boot + later_shares(guest)
+    everything = [*staying, buffers(guest)]
+    shared = total_size(everything).at_most(Span.exactly(guest.most_memory))
     boot_entries = _entries(guest, policy, boot)
     peak = _entries(guest, policy, everything)
     if policy is MappingPolicy.RUN:
-        # Each conversion adds a mapping, or cuts one in two; never more than one for each page.
-        fragmented = min(peak.high + guest.conversions, pages(shared.high))
+        # Each conversion after boot adds a mapping, or cuts one in two; never more than one for each page.
+        most = _entries(guest, policy, staying).high + guest.conversions
+        fragmented = min(most, pages(shared.high))
         peak = Span(peak.low, peak.expected, max(fragmented, peak.expected))
     transient = firmware(guest)
     by_page = policy is MappingPolicy.PAGE

@@ -12,7 +12,7 @@ from ramblock.plan.advice import Advice, advise
 from ramblock.plan.guest import Guest
 from ramblock.plan.limits import Limits
 from ramblock.plan.row import Row, Verdict, row
-from ramblock.plan.shares import Share, boot_shares, firmware, later_shares
+from ramblock.plan.shares import Share, boot_shares, buffers, firmware, later_shares
 from ramblock.plan.simulation import Simulated, simulate
 from ramblock.plan.targets import POLICIES, TARGETS, TargetKind
 from ramblock.plan.workload import End
@@ -68,7 +68,7 @@ def plan_guest(
         guest=guest,
         limits=limits,
         boot_shares=boot_shares(guest),
-        later_shares=later_shares(guest),
+        later_shares=[*later_shares(guest), buffers(guest)],
         firmware=firmware(guest),
         rows=rows,
         advice=advise(guest, limits, [*rows, *fine]),

@@ -104,26 +104,20 @@ def write_sweep(path: Path, rows: Sequence[Mapping[str, Value]], axis: str, limi
     :param axis: The column that goes along the page.
     :raises UsageError: Plotly is not installed, or the file cannot be written.
     """
-    names = sorted({(str(each["policy"]), str(each["target"])) for each in rows})
-    lines = []
-    for policy, target in names:
-        # Of guests that are alike along the axis, the one that needs most.
-        most: dict[float, int] = {}
-        for each in rows:
-            place, entries = each[axis], each["peak_entries_high"]
-            if (each["policy"], each["target"]) != (policy, target):
-                continue
-            if isinstance(place, int) and isinstance(entries, int):
-                most[place] = max(most.get(place, 0), entries)
-        if most:
-            points = sorted(most.items())
-            lines.append(
-                {
-                    "name": f"{policy}, {target}",
-                    "x": [_in_gib(axis, place) for place, _ in points],
-                    "y": [entries for _, entries in points],
-                }
-            )
+    curves: dict[tuple[tuple[int, int], ...], list[str]] = {}
+    for policy, target in sorted({(str(each["policy"]), str(each["target"])) for each in rows}):
+        curve = _curve(rows, axis, policy, target)
+        if curve:
+            # Targets that need the same are one line; otherwise the last would hide the others.
+            curves.setdefault(curve, []).append(f"{policy} on {target}")
+    lines = [
+        {
+            "name": ", ".join(names),
+            "x": [_in_gib(axis, place) for place, _ in curve],
+            "y": [entries for _, entries in curve],
+        }
+        for curve, names in curves.items()
+    ]
     verdicts: dict[tuple[str, str, str], int] = {}
     for each in rows:
         key = str(each["policy"]), str(each["target"]), str(each["verdict"])
@@ -142,7 +136,21 @@ def write_sweep(path: Path, rows: Sequence[Mapping[str, Value]], axis: str, limi
     )
 
 
-def _in_gib(axis: str, place: float) -> float:
+def _curve(
+    rows: Sequence[Mapping[str, Value]], axis: str, policy: str, target: str
+) -> tuple[tuple[int, int], ...]:
+    """Take the most mappings along the axis; of guests at one place, of the one that needs most."""
+    most: dict[int, int] = {}
+    for each in rows:
+        place, entries = each[axis], each["peak_entries_high"]
+        if (each["policy"], each["target"]) != (policy, target):
+            continue
+        if isinstance(place, int) and isinstance(entries, int):
+            most[place] = max(most.get(place, 0), entries)
+    return tuple(sorted(most.items()))
+
+
+def _in_gib(axis: str, place: int) -> float:
     return place / (1 << 30) if axis == "memory" else place
 
 

@@ -12,7 +12,7 @@ from ramblock.plan.formula import Need, need, total_size
 from ramblock.plan.guest import Guest
 from ramblock.plan.limits import Limits
 from ramblock.plan.qemu_check import QemuCheck, check_as_qemu
-from ramblock.plan.shares import boot_shares, later_shares
+from ramblock.plan.shares import boot_shares, buffers, later_shares
 from ramblock.plan.span import Span
 from ramblock.plan.targets import TargetKind
 from ramblock.units import PAGE_SIZE, format_size
@@ -143,7 +143,7 @@ def _who_crosses(guest: Guest, limit: int, fails_at: int) -> str:
     """Say in which piece of shared memory the limit is reached."""
     first = f"{limit:,} mappings of a page each: first fails at {format_size(fails_at)} of shared memory"
     total = 0
-    for share in boot_shares(guest) + later_shares(guest):
+    for share in [*boot_shares(guest), *later_shares(guest), buffers(guest)]:
         total += share.size.high
         if total >= fails_at:
             return f"{first} ({share.name}: {_sizes(share.size)})"

@@ -17,7 +17,15 @@ from ramblock.plan.span import Span
 from ramblock.plan.swiotlb import swiotlb_bytes
 from ramblock.units import GIB, KIB, MIB, PAGE_SIZE
 
-__all__ = ["Share", "boot_shares", "buffer_room", "conversion_rate", "firmware", "later_shares"]
+__all__ = [
+    "Share",
+    "boot_shares",
+    "buffer_room",
+    "buffers",
+    "conversion_rate",
+    "firmware",
+    "later_shares",
+]
 
 _NONE = Span.exactly(0)
 _LARGEST_CHUNK = 4 * MIB  # MAX_PAGE_ORDER: the largest piece that the page allocator hands out
@@ -132,21 +140,6 @@ def later_shares(guest: Guest) -> list[Share]:
         for number, profile in enumerate(guest.devices)
         if profile is Profile.GPU_CC
     ]
-    if guest.conversions:
-        room = buffer_room(guest)
-        shares.append(
-            Share(
-                "DMA buffers that come and go",
-                Span.between(0, room),
-                Span(
-                    0,
-                    min(-(-guest.conversions // 2), -(-room // MIB)),
-                    min(guest.conversions, room // PAGE_SIZE),
-                ),
-                "the conversions after boot: buffers of 4 KiB to 2 MiB",
-                assumed=True,
-            )
-        )
     if guest.dynamic_swiotlb:
         # Nothing but memory ends the growth.
         most = guest.most_memory // _LARGEST_CHUNK * _LARGEST_CHUNK
@@ -161,6 +154,22 @@ def later_shares(guest: Guest) -> list[Share]:
             )
         )
     return shares
+
+
+def buffers(guest: Guest) -> Share:
+    """Describe what is shared in the conversions after boot; none of it where there are no such conversions."""
+    room = buffer_room(guest)
+    return Share(
+        "DMA buffers that come and go",
+        Span.between(0, room),
+        Span(
+            0,
+            min(-(-guest.conversions // 2), -(-room // MIB)),
+            min(guest.conversions, room // PAGE_SIZE),
+        ),
+        "the conversions after boot: buffers of 4 KiB to 2 MiB",
+        assumed=True,
+    )
 
 
 def buffer_room(guest: Guest) -> int:

@@ -3,7 +3,7 @@
 What a guest needs, found out by doing it: the conversions go through the real guest memory and the real mapper.
 
 One guest memory has three mappers, since no more differ in what they call: one mapping per page on a target that wants whole mappings back
-in any number (type1, iommufd, vhost-vdpa), one per page on a target that wants each back by itself (vfio-user), and one per run on a target that
+in any number (type1, vhost-vdpa), one per page on a target that wants each back by itself (iommufd, vfio-user), and one per run on a target that
 cuts (iommufd-cutting). The memory is real too, but nobody writes to it, so it costs nothing.
 """
 
