@@ -16,6 +16,7 @@ from cases import (
     check,
     checkerboard,
     convert,
+    plan,
     policy,
     replay,
     sources,
@@ -46,6 +47,7 @@ CASES: dict[str, ModuleType] = {
     "threads": threads,
     "translation": translation,
     "check": check,
+    "plan": plan,
 }
 
 # Where programs are compiled to; in the folder that `make clean` removes.

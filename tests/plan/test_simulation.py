@@ -158,3 +158,26 @@ def test_progress_is_told() -> None:
 def test_a_result_can_be_sent_as_json() -> None:
     simulated = simulate(Guest(memory=256 * MIB, conversions=10), End.LOW)
     assert msgspec.json.decode(msgspec.json.encode(simulated))["conversions"] > 10
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(256, 600), st.integers(0, 800), st.integers(0, 2**32))
+def test_pages_counted_are_pages_mapped(mebibytes: int, conversions: int, seed: int) -> None:
+    guest = Guest(memory=mebibytes * MIB, conversions=conversions)
+    results = []
+    for count_pages in (False, True):
+        places = [
+            Place(0, guest.memory, confidential=True),
+            Place(GIB, MIB, confidential=False),
+        ]
+        with Simulation(places, count_pages=count_pages) as simulation:
+            simulation.end_boot()
+            for number, request in enumerate(steady_requests(guest, seed)):
+                simulation.convert(request)
+                simulation.note(number)
+                # What is in that state already, and a mixture of both.
+                simulation.convert(Request(0, 64 * KIB, request.to))
+                simulation.convert(Request(32 * KIB, 64 * KIB, request.to))
+                simulation.note(number)
+            results.append(simulation.result())
+    assert results[0] == results[1]

@@ -21,6 +21,7 @@ from ramblock.dma.mapper import Mapper
 from ramblock.dma.target import DmaCapabilities, HostRange, MappingPolicy
 from ramblock.errors import DmaError, describe_range
 from ramblock.guest import GuestMemory
+from ramblock.memory.attributes import PageState
 from ramblock.memory.block import RamBlock
 from ramblock.plan.guest import Guest
 from ramblock.plan.targets import TargetKind
@@ -130,14 +131,45 @@ class _Watched:
         )
 
 
+class _ByPage:
+    """
+    What a mapper with one mapping per page would have done, from what the one with runs did.
+
+    A mapping is a page, so there are as many mappings as pages mapped, and as many calls as pages were mapped. To unmap, it makes the calls of the
+    other one, or one for each page where the target is exact.
+    """
+
+    def __init__(self, by_run: _Watched, *, exact: bool) -> None:
+        self._by_run = by_run
+        self._exact = exact
+        self._maps = by_run.mapper.mapped_bytes // PAGE_SIZE
+        self._peak = 0
+
+    def shared(self, size: int) -> None:
+        self._maps += size // PAGE_SIZE
+
+    def look(self) -> int:
+        entries = self._by_run.mapper.mapped_bytes // PAGE_SIZE
+        self._peak = max(self._peak, entries)
+        return entries
+
+    def counts(self) -> Counts:
+        run = self._by_run.counts()
+        entries = self.look()
+        unmaps = self._maps - entries if self._exact else run.unmaps
+        return Counts(entries, self._peak, self._maps, unmaps, run.mapped, run.tables)
+
+
 class Simulation:
     """
     A guest memory with the three mappers; a context manager, since it holds memory descriptors.
 
     :param places: Where the guest has memory; they must not overlap.
+    :param count_pages: Count what mappers with one mapping per page would do from what the one with runs does: the same numbers without
+        a call for each page, for guests that map terabytes.
     """
 
-    def __init__(self, places: Iterable[Place]) -> None:
+    def __init__(self, places: Iterable[Place], *, count_pages: bool = False) -> None:
         self._stack = ExitStack()
         self._conversions = 0
         self._peak_shared = 0
@@ -153,14 +185,19 @@ class Simulation:
                 stack.callback(block.close)
                 self._memory.map(block, place.gpa, readonly=not place.confidential)
                 self._blocks.append(block)
-            self._watched = {
-                name: self._attach(cuts=cuts, exact=exact, policy=policy)
-                for name, cuts, exact, policy in (
-                    ("page", False, False, MappingPolicy.PAGE),
-                    ("page-exact", False, True, MappingPolicy.PAGE),
-                    ("run", True, False, MappingPolicy.RUN),
-                )
-            }
+            by_run = self._attach(cuts=True, exact=False, policy=MappingPolicy.RUN)
+            self._counting: list[_ByPage] = []
+            self._watched: dict[str, _Watched | _ByPage] = {}
+            for name, exact in (("page", False), ("page-exact", True)):
+                if count_pages:
+                    counted = _ByPage(by_run, exact=exact)
+                    self._counting.append(counted)
+                    self._watched[name] = counted
+                else:
+                    self._watched[name] = self._attach(
+                        cuts=False, exact=exact, policy=MappingPolicy.PAGE
+                    )
+            self._watched["run"] = by_run
             stack.callback(self._detach)
             self._stack = stack.pop_all()
         self.note(0.0)
@@ -170,8 +207,8 @@ class Simulation:
         return _Watched(self._memory.attach(target, policy), target)
 
     def _detach(self) -> None:
-        for watched in self._watched.values():
-            self._memory.detach(watched.mapper)
+        for mapper in self._memory.mappers:
+            self._memory.detach(mapper)
 
     def convert(self, request: Request) -> None:
         """
@@ -179,7 +216,10 @@ class Simulation:
 
         :raises UsageError: The guest has no memory there. Nothing has changed.
         """
-        self._memory.convert(request.gpa, request.size, request.to)
+        result = self._memory.convert(request.gpa, request.size, request.to)
+        if request.to is PageState.SHARED:
+            for counted in self._counting:
+                counted.shared(result.changed_bytes)
         self._conversions += 1
 
     def covers(self, request: Request) -> bool:

@@ -14,8 +14,12 @@ from ramblock.plan.recorded import Observed, Recorded
 from ramblock.plan.row import Verdict
 from ramblock.plan.simulation import Counts, Place, Simulated, Simulation, kind_of
 from ramblock.plan.targets import POLICIES, TARGETS
+from ramblock.units import GIB
 
 __all__ = ["TracePlan", "TraceRow", "plan_trace"]
+
+# Bytes, every conversion counted; above it calls for single pages are counted and not made.
+_MOST_MAPPED = 16 * GIB
 
 
 class TraceRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +76,7 @@ def plan_trace(
     if recording.error is not None:
         raise recording.error
     places = recorded.places()
-    with Simulation(places) as simulation:
+    with Simulation(places, count_pages=_is_much(recorded, places)) as simulation:
         simulation.end_boot()
         seconds, skipped = _replay(recorded, places, simulation, progress)
         simulated = simulation.result()
@@ -84,6 +88,16 @@ def plan_trace(
         seconds=seconds,
         notes=_notes(recorded, skipped),
     )
+
+
+def _is_much(recorded: Recorded, places: Sequence[Place]) -> bool:
+    """Whether one call for each page would take minutes."""
+    size = sum(place.size for place in places if not place.confidential)
+    for start, end in recorded.steps.ranges():
+        size += end - start
+        if size > _MOST_MAPPED:
+            return True
+    return size > _MOST_MAPPED
 
 
 def _replay(
