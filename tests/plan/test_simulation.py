@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ramblock.dma.target import HostRange
-from ramblock.errors import DmaError
+from ramblock.errors import DmaError, UsageError
 from ramblock.memory.attributes import PageState
 from ramblock.plan import TARGETS, End, Guest, Profile, Technology, simulate
 from ramblock.plan.formula import need
@@ -181,3 +181,9 @@ def test_pages_counted_are_pages_mapped(mebibytes: int, conversions: int, seed: 
                 simulation.note(number)
             results.append(simulation.result())
     assert results[0] == results[1]
+
+
+def test_a_guest_that_is_too_small_for_its_devices() -> None:
+    guest = Guest(memory=256 * MIB, devices=(Profile.GPU_CC,) * 8)
+    with pytest.raises(UsageError, match="what is shared at boot needs guest addresses up to 0x"):
+        simulate(guest, End.HIGH)

@@ -97,7 +97,7 @@ def _add_host(parser: argparse.ArgumentParser) -> None:
         "--this-host", action="store_true", help="begin with the limits that this host has"
     )
     host.add_argument("--dma-entry-limit", type=int, metavar="N", help="of vfio_iommu_type1: 65535")
-    host.add_argument("--max-iotlb-entries", type=int, metavar="N", help="of vhost: 2048")
+    host.add_argument("--max-iotlb-entries", type=int, metavar="N", help="of vhost_vdpa: 2048")
     host.add_argument(
         "--server-maps", type=int, metavar="N", help="max_dma_maps of a vfio-user server: 65535"
     )

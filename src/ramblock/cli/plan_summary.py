@@ -90,8 +90,9 @@ def _print_shares(console: Console, plan: GuestPlan) -> None:
 
 def _print_rows(console: Console, rows: Sequence[Row]) -> None:
     print("\nMappings")
-    table = _table("policy", "target", "", "at boot", "at most", "worst case", right=(3, 4, 5))
+    table = _table("policy", "target", "", "at boot", "at most", right=(3, 4))
     cannot = []
+    worst = 0
     for each in rows:
         need = each.need
         if need is None:
@@ -100,15 +101,26 @@ def _print_rows(console: Console, rows: Sequence[Row]) -> None:
         table.add_row(
             each.policy,
             each.target,
-            Text(each.verdict, _STYLES[each.verdict]),
+            _verdict(each),
             str(need.boot_entries),
             str(need.peak_entries),
-            f"{need.worst_entries:,}",
         )
+        worst = need.worst_entries
     if table.row_count:
         console.print(table)
+        print(
+            "At the end: between what it is at boot and the most."
+            f"\nWorst case, a guest that fragments on purpose: {worst:,}, one for each page."
+        )
     if cannot:
         print(f"run: impossible on {', '.join(cannot)}: they cannot cut")
+
+
+def _verdict(each: Row) -> Text:
+    """Say whether it fits; QEMU counts all of the guest's memory, and may refuse all the same."""
+    if each.verdict is not Verdict.REFUSED and each.qemu is not None and not each.qemu.passes:
+        return Text(f"{each.verdict}, not QEMU", "yellow")
+    return Text(each.verdict, _STYLES[each.verdict])
 
 
 def _print_costs(console: Console, rows: Sequence[Row]) -> None:

@@ -109,7 +109,7 @@ def _vdpa(guest: Guest, limits: Limits, each: Row) -> Iterator[Advice]:
     if number <= _MOST_OF_VHOST:
         yield Advice(
             target="vhost-vdpa",
-            setting=f"modprobe vhost max_iotlb_entries={number} (vhost_vdpa or mlx5_vdpa where these have it)",
+            setting=f"modprobe vhost_vdpa max_iotlb_entries={number} (and mlx5_vdpa, where that drives the device)",
             number=number,
             effect=f"{each.need.peak_entries.high:,} mappings at most, for each device",
             caveat="read-only while the module is loaded",

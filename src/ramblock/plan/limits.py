@@ -19,7 +19,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     dma_entry_limit: int = 65_535
     """Mappings of a type1 container (drivers/vfio/vfio_iommu_type1.c: U16_MAX)."""
     max_iotlb_entries: int = 2_048
-    """Mappings of a vhost device (drivers/vhost/vhost.c)."""
+    """Mappings of a vhost device (drivers/vhost/vdpa.c)."""
     server_maps: int = 65_535
     """Mappings that a vfio-user server takes; QEMU's default (VFIO_USER_DEF_MAP_MAX)."""
     memlock: int | None = None
@@ -39,11 +39,17 @@ def limits_of_host(root: Path = Path("/")) -> Limits:
             root, "vfio_iommu_type1", "dma_entry_limit", defaults.dma_entry_limit
         ),
         max_iotlb_entries=_parameter(
-            root, "vhost", "max_iotlb_entries", defaults.max_iotlb_entries
+            root, _vdpa_module(root), "max_iotlb_entries", defaults.max_iotlb_entries
         ),
         memlock=None if locked.exempt else locked.limit,
         cgroup=cgroup_limit(root),
     )
+
+
+def _vdpa_module(root: Path) -> str:
+    """Name the module whose parameter counts: vhost_vdpa's own where it has one, else that of vhost."""
+    has_own = module_parameter("vhost_vdpa", "max_iotlb_entries", root=root) is not None
+    return "vhost_vdpa" if has_own else "vhost"
 
 
 def _parameter(root: Path, module: str, name: str, default: int) -> int:

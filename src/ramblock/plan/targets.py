@@ -71,6 +71,6 @@ TARGETS = (
         name="vhost-vdpa",
         per_device=True,
         limit="max_iotlb_entries",
-        limit_name="vhost.max_iotlb_entries",
+        limit_name="vhost_vdpa.max_iotlb_entries",
     ),
 )

@@ -50,6 +50,7 @@ class _Addresses:
 
     def __init__(self, guest: Guest) -> None:
         self._low_end = min(guest.memory, _LOW_END)
+        self._end, _ = _steady_part(guest)
         self._next = 0
 
     def take(self, size: int) -> int:
@@ -58,6 +59,12 @@ class _Addresses:
         if start < self._low_end < start + size:
             start = _HIGH_START
         self._next = start + size
+        if self._next > self._end:
+            raise UsageError(
+                f"what is shared at boot needs guest addresses up to {self._next:#x}",
+                value=self._next,
+                expected=f"at most {self._end:#x}: a larger guest, or fewer devices",
+            )
         return start
 
 
@@ -143,15 +150,20 @@ class _Buffer(NamedTuple):
     slot: _Slot
 
 
+def _steady_part(guest: Guest) -> tuple[int, int]:
+    """Choose where buffers come and go, as (start, end): the upper half of the larger part of the guest's memory."""
+    low = min(guest.memory, _LOW_END)
+    high = guest.memory - low
+    start, end = (0, low) if high <= low else (_HIGH_START, _HIGH_START + high)
+    middle = start + (end - start) // 2
+    return -(-middle // _SIZES[-1]) * _SIZES[-1], end
+
+
 class _Slots:
     """Room for buffers in the upper half of the guest's memory; those of one size are multiples of it."""
 
     def __init__(self, guest: Guest) -> None:
-        low = min(guest.memory, _LOW_END)
-        high = guest.memory - low
-        start = _HIGH_START + high // 2 if high > low else low // 2
-        self._end = _HIGH_START + high if high > low else low
-        self._next = -(-start // _SIZES[-1]) * _SIZES[-1]
+        self._next, self._end = _steady_part(guest)
         self.room = buffer_room(guest)
         self._free: dict[int, list[int]] = {}
 
