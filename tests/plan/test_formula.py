@@ -64,7 +64,7 @@ def test_ranges_are_ranges(guest: Guest) -> None:
     for found in _every(guest):
         for name, span in _spans(found).items():
             assert 0 <= span.low <= span.expected <= span.high, name
-    for share in [*boot_shares(guest), *later_shares(guest), buffers(guest), firmware(guest)]:
+    for share in [*boot_shares(guest), *later_shares(guest), buffers(guest), firmware()]:
         for span in (share.size, share.requests):
             assert 0 <= span.low <= span.expected <= span.high, share.name
         assert not (share.size.low | share.size.expected | share.size.high) % PAGE_SIZE, share.name
@@ -131,6 +131,8 @@ def test_pieces(count: int, requests: int, in_slice: int | None) -> None:
         ({"memory": GIB + 1}, "memory of"),
         ({"memory": 1 << 60}, "memory of"),
         ({"vcpus": 0}, "0 vCPUs"),
+        ({"vcpus": 4097}, "4097 vCPUs"),
+        ({"numa_nodes": 129}, "129 NUMA nodes"),
         ({"numa_nodes": 0}, "0 NUMA nodes"),
         ({"conversions": -1}, "-1 conversions"),
         ({"backing_page": 8 * KIB}, "pages of 8 KiB"),
@@ -158,6 +160,12 @@ def test_pinned_memory_against_its_limit() -> None:
     row = next(each for each in plan.rows if each.target == "iommufd")
     assert row.verdict == "refused"
     (advice,) = (each for each in plan.advice if "LimitMEMLOCK" in each.setting)
+    enough = Limits(
+        memlock=8 * MIB, dma_entry_limit=10**7, server_maps=10**7, max_iotlb_entries=10**7
+    )
+    assert [each.setting for each in plan_guest(Guest(memory=4 * GIB), enough).advice] == [
+        advice.setting
+    ]
     assert advice.number is not None
     enough = plan_guest(Guest(memory=4 * GIB), Limits(memlock=advice.number))
     assert next(each for each in enough.rows if each.target == "iommufd").verdict == "fits"

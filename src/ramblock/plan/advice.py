@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
+from ramblock.plan.formula import Need
 from ramblock.plan.guest import Guest
-from ramblock.plan.limits import Limits
 from ramblock.plan.row import Row, Verdict
 from ramblock.plan.shares import boot_shares
 from ramblock.plan.swiotlb import SLAB
@@ -35,7 +35,7 @@ class Advice(msgspec.Struct, frozen=True, kw_only=True):
     caveat: str = ""
 
 
-def advise(guest: Guest, limits: Limits, rows: Sequence[Row]) -> list[Advice]:
+def advise(guest: Guest, rows: Sequence[Row]) -> list[Advice]:
     """
     Say what helps those rows that do not fit; empty where all fit.
 
@@ -45,16 +45,22 @@ def advise(guest: Guest, limits: Limits, rows: Sequence[Row]) -> list[Advice]:
     if not lacking:
         return []
     found: list[Advice] = []
-    if any(each.target == "type1" for each in lacking):
+    short = [each for each in lacking if _lacks_mappings(each)]
+    if any(each.target == "type1" for each in short):
         found += _other_targets(rows)
-    for each in lacking:
-        raising = _RAISE.get(each.target)
-        if raising is not None:
-            found += raising(guest, limits, each)
+    for each in short:
+        if each.need is not None:
+            found += _RAISE[each.target](each, each.need)
     found += _pinning(lacking)
-    if any(each.target in _RAISE for each in lacking):
-        found += _smaller_pool(guest, lacking)
+    found += _smaller_pool(guest, short)
     return found
+
+
+def _lacks_mappings(each: Row) -> bool:
+    """Whether it is mappings that are short, and not memory."""
+    if each.qemu is not None and not each.qemu.passes:
+        return True
+    return any(room.counts_mappings and room.verdict is not Verdict.FITS for room in each.headroom)
 
 
 def _starts(each: Row) -> bool:
@@ -63,14 +69,15 @@ def _starts(each: Row) -> bool:
 
 def _other_targets(rows: Sequence[Row]) -> Iterator[Advice]:
     for each in sorted(rows, key=lambda each: each.policy != "run"):
-        if each.need is None or each.verdict is Verdict.REFUSED:
+        need = each.need
+        if need is None or each.verdict is Verdict.REFUSED:
             continue
         if each.target == "iommufd-cutting" and each.policy == "run":
             yield Advice(
                 target="iommufd-cutting",
                 setting="iommufd with mappings that are cut: IommufdIoas in mode cutting, policy run"
                 " (IOMMU_OPTION_HUGE_PAGES=0, VFIO_IOMMU_UNMAP_DMA on /dev/iommu)",
-                effect=f"{each.need.boot_entries} mappings at boot, no limit",
+                effect=f"{need.boot_entries} mappings at boot, no limit",
                 caveat="needs a VMM that does it; QEMU maps page by page",
             )
         elif each.target == "iommufd" and each.policy == "page":
@@ -78,19 +85,17 @@ def _other_targets(rows: Sequence[Row]) -> Iterator[Advice]:
                 target="iommufd",
                 setting="QEMU: -object iommufd,id=iommufd0 -device vfio-pci,host=...,iommufd=iommufd0;"
                 " kata: iommufd devices (/dev/vfio/devices/vfioN) in the CDI file",
-                effect=f"{each.need.peak_entries} mappings, no limit; QEMU does not check",
+                effect=f"{need.peak_entries} mappings, no limit; QEMU does not check",
                 caveat="kernel memory and calls for each page remain",
             )
 
 
-def _type1(guest: Guest, limits: Limits, each: Row) -> Iterator[Advice]:
-    del guest, limits
-    assert each.need is not None
-    enough = max(each.need.peak_entries.high, each.qemu.needed if each.qemu else 0)
+def _type1(each: Row, need: Need) -> Iterator[Advice]:
+    enough = max(need.peak_entries.high, each.qemu.needed if each.qemu else 0)
     number = _round_up(enough, 65_536)
     if number > _MOST_OF_TYPE1:
         return
-    text = f"{each.need.peak_entries.high:,} mappings at most"
+    text = f"{need.peak_entries.high:,} mappings at most"
     if each.qemu is not None and not each.qemu.passes:
         text += f", and {each.qemu.needed:,} for QEMU's own check"
     yield Advice(
@@ -102,24 +107,20 @@ def _type1(guest: Guest, limits: Limits, each: Row) -> Iterator[Advice]:
     )
 
 
-def _vdpa(guest: Guest, limits: Limits, each: Row) -> Iterator[Advice]:
-    del guest, limits
-    assert each.need is not None
-    number = _round_up(each.need.peak_entries.high, 2_048)
+def _vdpa(each: Row, need: Need) -> Iterator[Advice]:
+    number = _round_up(need.peak_entries.high, 2_048)
     if number <= _MOST_OF_VHOST:
         yield Advice(
             target="vhost-vdpa",
             setting=f"modprobe vhost_vdpa max_iotlb_entries={number} (and mlx5_vdpa, where that drives the device)",
             number=number,
-            effect=f"{each.need.peak_entries.high:,} mappings at most, for each device",
+            effect=f"{need.peak_entries.high:,} mappings at most, for each device",
             caveat="read-only while the module is loaded",
         )
 
 
-def _vfio_user(guest: Guest, limits: Limits, each: Row) -> Iterator[Advice]:
-    del guest, limits
-    assert each.need is not None
-    enough = max(each.need.peak_entries.high, each.qemu.needed if each.qemu else 0)
+def _vfio_user(each: Row, need: Need) -> Iterator[Advice]:
+    enough = max(need.peak_entries.high, each.qemu.needed if each.qemu else 0)
     number = _round_up(enough, 65_536)
     caveat = "the server and its client each have a limit; the smaller counts"
     if number > _MOST_OF_LIBVFIO_USER:
@@ -130,12 +131,12 @@ def _vfio_user(guest: Guest, limits: Limits, each: Row) -> Iterator[Advice]:
         target="vfio-user",
         setting=f"the server's max_dma_maps={number} (libvfio-user: max_regions of vfu_setup_device_dma())",
         number=number,
-        effect=f"{each.need.peak_entries.high:,} mappings at most, for each device",
+        effect=f"{need.peak_entries.high:,} mappings at most, for each device",
         caveat=caveat,
     )
 
 
-_RAISE: dict[str, Callable[[Guest, Limits, Row], Iterator[Advice]]] = {
+_RAISE: dict[str, Callable[[Row, Need], Iterator[Advice]]] = {
     "type1": _type1,
     "vhost-vdpa": _vdpa,
     "vfio-user": _vfio_user,

@@ -95,7 +95,7 @@ def need(guest: Guest, policy: MappingPolicy, target: TargetKind) -> Need:
         most = _entries(guest, policy, staying).high + guest.conversions
         fragmented = min(most, pages(shared.high))
         peak = Span(peak.low, peak.expected, max(fragmented, peak.expected))
-    transient = firmware(guest)
+    transient = firmware()
     by_page = policy is MappingPolicy.PAGE
     rate = conversion_rate(guest).each(lambda number: -(-number // 2))
     in_pages = Span(

@@ -20,6 +20,9 @@ _MOST_MEMORY = 1 << 52
 # Below 4 GiB QEMU's q35 machine places 2 GiB when there is more than fits (hw/i386/pc_q35.c).
 _LOW_MEMORY = 2 * GIB
 _SMALLEST_BLOCK = 4 * KIB
+_MOST_VCPUS = 4096  # KVM_MAX_VCPUS, arch/x86/include/asm/kvm_host.h
+_MOST_NODES = 128  # MAX_NODES, include/system/numa.h of QEMU
+_MOST_CONVERSIONS = 10**12
 
 
 class Technology(StrEnum):
@@ -98,13 +101,15 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
                 value=self.memory,
                 expected=f"whole pages, {format_size(LEAST_MEMORY)} to {format_size(_MOST_MEMORY)}",
             )
-        for name, number, least in (
-            ("vCPUs", self.vcpus, 1),
-            ("NUMA nodes", self.numa_nodes, 1),
-            ("conversions", self.conversions, 0),
+        for name, number, least, most in (
+            ("vCPUs", self.vcpus, 1, _MOST_VCPUS),
+            ("NUMA nodes", self.numa_nodes, 1, _MOST_NODES),
+            ("conversions", self.conversions, 0, _MOST_CONVERSIONS),
         ):
-            if number < least:
-                raise UsageError(f"{number} {name}", value=number, expected=f"at least {least}")
+            if not least <= number <= most:
+                raise UsageError(
+                    f"{number} {name}", value=number, expected=f"{least:,} to {most:,}"
+                )
         if len(self.os) != len({_question(profile) for profile in self.os}):
             raise UsageError(
                 f"profiles {', '.join(self.os)} of the guest's system exclude each other",

@@ -69,8 +69,8 @@ def plan_guest(
         limits=limits,
         boot_shares=boot_shares(guest),
         later_shares=[*later_shares(guest), buffers(guest)],
-        firmware=firmware(guest),
+        firmware=firmware(),
         rows=rows,
-        advice=advise(guest, limits, [*rows, *fine]),
+        advice=advise(guest, [*rows, *fine]),
         simulated=None if end is None else simulate(guest, end, seed=seed, progress=progress),
     )

@@ -48,6 +48,8 @@ class Headroom(msgspec.Struct, frozen=True, kw_only=True):
     """What uses it up, in words; empty where it fits."""
     fails_at: int | None = None
     """Bytes of shared memory that cannot be mapped any more; None: it fits, or mappings are not counted in pages."""
+    counts_mappings: bool = False
+    """Whether the limit is one of mappings, else of bytes."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +106,9 @@ def _headroom(
         if policy is MappingPolicy.PAGE and entries.high > limit:
             fails_at = (limit + 1) * PAGE_SIZE
         cause = _who_crosses(guest, limit, fails_at) if fails_at is not None else ""
-        found.append(_compare(target.limit_name, limit, entries, cause, fails_at))
+        found.append(
+            _compare(target.limit_name, limit, entries, cause, fails_at, counts_mappings=True)
+        )
     if limits.memlock is not None and target.pins:
         cause = "what is mapped is pinned, and pinned memory counts as locked"
         found.append(_compare("RLIMIT_MEMLOCK", limits.memlock, wanted.pinned, cause))
@@ -122,7 +126,13 @@ def _headroom(
 
 
 def _compare(
-    name: str, limit: int, wanted: Span, cause: str, fails_at: int | None = None
+    name: str,
+    limit: int,
+    wanted: Span,
+    cause: str,
+    fails_at: int | None = None,
+    *,
+    counts_mappings: bool = False,
 ) -> Headroom:
     if wanted.high <= limit:
         verdict, cause = Verdict.FITS, ""
@@ -136,6 +146,7 @@ def _compare(
         verdict=verdict,
         cause=cause,
         fails_at=fails_at,
+        counts_mappings=counts_mappings,
     )
 
 

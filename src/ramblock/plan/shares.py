@@ -178,9 +178,8 @@ def buffer_room(guest: Guest) -> int:
     return min(_MOST_BUFFERS, room, guest.conversions * _LARGEST_BUFFER)
 
 
-def firmware(guest: Guest) -> Share:
+def firmware() -> Share:
     """Describe the buffers that firmware shares for one request each, and takes back; none stays."""
-    del guest  # the same for all
     requests = Span(0, 2_500, 5_000)
     return Share(
         "firmware's buffers",

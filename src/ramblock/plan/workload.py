@@ -72,7 +72,7 @@ def boot_requests(guest: Guest, end: End) -> Iterator[Request]:
     """Yield the conversions of boot: firmware's buffers, which go again, and then what stays."""
     slice_size = None if end is End.LOW else guest.technology.slice_size
     addresses = _Addresses(guest)
-    transient = firmware(guest)
+    transient = firmware()
     count = getattr(transient.requests, end)
     if count:
         size = getattr(transient.size, end) // count
