@@ -160,12 +160,12 @@ def test_pinned_memory_against_its_limit() -> None:
     row = next(each for each in plan.rows if each.target == "iommufd")
     assert row.verdict == "refused"
     (advice,) = (each for each in plan.advice if "LimitMEMLOCK" in each.setting)
-    enough = Limits(
+    mappings_for_all = Limits(
         memlock=8 * MIB, dma_entry_limit=10**7, server_maps=10**7, max_iotlb_entries=10**7
     )
-    assert [each.setting for each in plan_guest(Guest(memory=4 * GIB), enough).advice] == [
-        advice.setting
-    ]
+    assert [
+        each.setting for each in plan_guest(Guest(memory=4 * GIB), mappings_for_all).advice
+    ] == [advice.setting]
     assert advice.number is not None
     enough = plan_guest(Guest(memory=4 * GIB), Limits(memlock=advice.number))
     assert next(each for each in enough.rows if each.target == "iommufd").verdict == "fits"
