@@ -117,7 +117,9 @@ def format_size(size: int) -> str:
 
 
 # A B behind a hexadecimal number is one of its digits.
-_SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]{1,40})\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(
+    r"(0x[0-9a-f]{1,40}|[0-9]{1,40})\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE | re.ASCII
+)
 _SUFFIXES = {None: 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
 
 

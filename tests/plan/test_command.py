@@ -171,6 +171,12 @@ def test_a_sweep_to_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         (("--memory", "1G", "--sweep", "tee=tdx", "--plot", "x.html"), "--plot has nothing to go along"),
         (("x.jsonl", "--memory", "1G"), "--memory with a recording"),
         (("x.jsonl", "--simulate"), "--simulate with a recording"),
+        (("x.jsonl", "--memlock", "4K"), "--memlock with a recording"),
+        (("x.jsonl", "--virtio-mem", "4G"), "--virtio-mem with a recording"),
+        (("--memory", "0x" + "f" * 400), "is not a size"),
+        (("--memory", "1G", "--device", "nic:" + "9" * 5000), "--device nic:999"),
+        (("--memory", "1G", "--dma-entry-limit", "99999999999"), "at most 4,294,967,295"),
+        (("--memory", "1G", "--memlock", "0x" + "f" * 40), "--memlock 1"),
     ],
 )  # fmt: skip
 def test_usage(arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,3 +213,16 @@ def test_a_page_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_p
     code, _, err = _run(capsys, "--memory", "256M", "--conversions", "0", "--plot", str(path))
     assert code == 2
     assert str(path) in err
+
+
+def test_a_sweep_in_which_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--device", "gpu-cc", "--sweep", "memory=16G,32G", "-q", "--target", "type1")
+    assert _run(capsys, *arguments)[0] == 1
+    assert _run(capsys, *arguments[:-2])[0] == 0
+
+
+def test_what_cannot_be_is_said_of_a_recording(capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(DATA / "run-iommufd.jsonl.gz")
+    code, out, _ = _run(capsys, path, "--policy", "run", "--target", "type1")
+    assert code == 1
+    assert "run: impossible on type1: they cannot cut" in out

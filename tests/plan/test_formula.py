@@ -30,9 +30,9 @@ def _guests(draw: st.DrawFn) -> Guest:
     accept = draw(st.sampled_from([(), (OsProfile.LAZY_ACCEPT,), (OsProfile.EAGER_ACCEPT,)]))
     return Guest(
         memory=draw(_MEMORY),
-        vcpus=draw(st.integers(1, 512)),
+        vcpus=draw(st.integers(1, 4096)),
         numa_nodes=draw(st.integers(1, 8)),
-        devices=tuple(draw(st.lists(st.sampled_from(list(Profile)), max_size=4))),
+        devices=tuple(draw(st.lists(st.sampled_from(list(Profile)), max_size=12))),
         os=(swiotlb, *accept),
         technology=draw(st.sampled_from(list(Technology))),
         virtio_mem=draw(st.none() | _PLUGGABLE),
@@ -192,3 +192,19 @@ def test_huge_pages_are_held_twice() -> None:
     huge = need(Guest(memory=4 * GIB, backing_page=GIB), MappingPolicy.PAGE, TARGETS[0])
     assert small.held_twice.high == 2 * MIB
     assert huge.held_twice.high > GIB
+
+
+def test_a_guest_that_shares_more_than_it_has() -> None:
+    guest = Guest(memory=256 * MIB, devices=(Profile.GPU_CC,) * 64)
+    plan = plan_guest(guest, Limits())
+    assert plan.hopeless
+    assert "the guest would share" in plan.rows[0].why
+    for row in plan.rows:
+        if row.need is not None:
+            assert row.need.pinned.low <= row.need.pinned.high
+
+
+def test_a_device_that_is_none_pins_nothing() -> None:
+    target = next(target for target in TARGETS if target.name == "vhost-vdpa")
+    with_none = need(Guest(memory=GIB, devices=(Profile.NONE,) * 3), MappingPolicy.PAGE, target)
+    assert with_none.pinned == need(Guest(memory=GIB), MappingPolicy.PAGE, target).pinned

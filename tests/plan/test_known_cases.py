@@ -169,6 +169,28 @@ def test_qemu_counts_each_node_and_what_can_be_plugged() -> None:
     assert check.granules == pages(24 * GIB)
 
 
+def test_qemu_places_what_fits_below_4_gib_there() -> None:
+    assert check_as_qemu(Guest(memory=2560 * MIB), 1, 1).listeners == 1
+    assert check_as_qemu(Guest(memory=2816 * MIB), 1, 1).listeners == 2
+
+
+def test_qemu_adds_up_in_32_bits() -> None:
+    check = check_as_qemu(Guest(memory=16 << 40), 65_535, 32_764)
+    assert check.needed > 1 << 32
+    assert check.passes
+
+
+def test_a_smaller_pool_is_advised_only_where_it_is_one() -> None:
+    """Not where boot fits as it is, nor where the areas of all processors need more."""
+    for guest in (
+        Guest(memory=4 * GIB, devices=(Profile.GPU_CC,)),
+        Guest(memory=16 * GIB, vcpus=2048),
+    ):
+        limit = 200_000 if guest.memory == 4 * GIB else 65_535
+        plan = plan_guest(guest, Limits(dma_entry_limit=limit))
+        assert not any("swiotlb=" in each.setting for each in plan.advice)
+
+
 def test_only_targets_that_cut_take_runs(kata: GuestPlan) -> None:
     possible = {row.target for row in kata.rows if row.policy == "run" and row.need is not None}
     assert possible == {"iommufd-cutting"}

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from ramblock.plan import Limits, limits_of_host
 
 
@@ -22,7 +20,7 @@ def test_a_host_that_tells_nothing_has_the_defaults(tmp_path: Path) -> None:
 
 def test_what_a_host_tells(tmp_path: Path) -> None:
     _parameter(tmp_path, "vfio_iommu_type1", "dma_entry_limit", "4227072")
-    _parameter(tmp_path, "vhost", "max_iotlb_entries", "4096")
+    _parameter(tmp_path, "vhost_vdpa", "max_iotlb_entries", "4096")
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text("0::/vm\n")
     (tmp_path / "sys/fs/cgroup/vm").mkdir(parents=True)
@@ -32,11 +30,10 @@ def test_what_a_host_tells(tmp_path: Path) -> None:
     assert found.cgroup == 8 << 30
 
 
-@pytest.mark.parametrize(("own", "limit"), [("1000000", 1_000_000), ("64", 64)])
-def test_vhost_vdpas_own_parameter_counts(own: str, limit: int, tmp_path: Path) -> None:
+def test_vhosts_parameter_is_another(tmp_path: Path) -> None:
+    """It is for vhost's own device IOTLB."""
     _parameter(tmp_path, "vhost", "max_iotlb_entries", "4096")
-    _parameter(tmp_path, "vhost_vdpa", "max_iotlb_entries", own)
-    assert limits_of_host(tmp_path).max_iotlb_entries == limit
+    assert limits_of_host(tmp_path).max_iotlb_entries == 2_048
 
 
 def test_what_is_no_number_is_the_default(tmp_path: Path) -> None:

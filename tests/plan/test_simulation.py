@@ -187,3 +187,18 @@ def test_a_guest_that_is_too_small_for_its_devices() -> None:
     guest = Guest(memory=256 * MIB, devices=(Profile.GPU_CC,) * 8)
     with pytest.raises(UsageError, match="what is shared at boot needs guest addresses up to 0x"):
         simulate(guest, End.HIGH)
+
+
+def test_a_guest_can_make_two_mappings_with_each_conversion() -> None:
+    """Every other page is taken back, and then all is shared again: the bound of the formula is reached, and not passed."""
+    pages, cuts = 512, 255
+    with Simulation([Place(0, pages * PAGE_SIZE, confidential=True)]) as simulation:
+        simulation.convert(Request(0, pages * PAGE_SIZE, PageState.SHARED))
+        simulation.end_boot()
+        for page in range(1, 2 * cuts, 2):
+            simulation.convert(Request(page * PAGE_SIZE, PAGE_SIZE, PageState.PRIVATE))
+        simulation.convert(Request(0, pages * PAGE_SIZE, PageState.SHARED))
+        result = simulation.result()
+    conversions = cuts + 1
+    assert result.boot["run"].entries == 1
+    assert 1 + 2 * conversions >= result.final["run"].entries == 1 + 2 * cuts

@@ -81,6 +81,10 @@ def test_axes_that_make_no_sense(text: str) -> None:
         "device=gpu",
         "os=windows",
         "virtio-mem=3M",
+        "virtio-mem=9999999T",
+        "dma-entry-limit=-5",
+        "dma-entry-limit=0",
+        "dma-entry-limit=4G",
     ],
 )
 def test_values_are_checked_before_the_work(text: str) -> None:
@@ -236,3 +240,27 @@ def test_ctrl_c_keeps_what_is_there(tmp_path: Path) -> None:
     assert set(range(200)) <= guests
     assert len(guests) < 1585
     assert f"{len(guests):,} of 1,585 guests" in err
+
+
+def test_too_many_combinations_are_refused_at_once() -> None:
+    axes = [f"{name}=1..900000+1" for name in ("conversions", "dma-entry-limit")]
+    with pytest.raises(UsageError, match="combinations"):
+        _sweep(*axes).check()
+
+
+def test_a_folder_is_no_table(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").mkdir()
+    with pytest.raises(UsageError, match="it is a folder"):
+        check_table(tmp_path / "d.csv")
+
+
+def test_limits_of_mappings_are_in_their_column_alone() -> None:
+    sweep = Sweep(guest=_BASE, limits=Limits(memlock=GIB), axes=(parse_axis("policy=page"),))
+    limits = {row["target"]: row["limit"] for row in sweep.rows(0, [()])}
+    assert limits == {
+        "type1": 65_535,
+        "iommufd": None,
+        "iommufd-cutting": None,
+        "vfio-user": 65_535,
+        "vhost-vdpa": 2_048,
+    }

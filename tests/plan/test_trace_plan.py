@@ -202,3 +202,68 @@ def test_a_trace_of_terabytes_is_no_more_work(tmp_path: Path) -> None:
     assert plan.simulated.final["page-exact"].unmaps == (1 << 44) // 4096
     assert plan.simulated.final["run"].entries == 1
     assert "1 conversions are left out" in plan.notes[1]
+
+
+def _qemu(tmp_path: Path, *lines: str) -> str:
+    path = tmp_path / "qemu.trace"
+    path.write_text("".join(f"64@1795510755.{n:06}:{line}\n" for n, line in enumerate(lines)))
+    return str(path)
+
+
+def test_a_recording_that_begins_in_the_middle(tmp_path: Path) -> None:
+    """Nothing tells where the guest has memory; what is converted is no less."""
+    path = _qemu(
+        tmp_path,
+        "kvm_convert_memory start 0x2000000 size 0x200000 private_to_shared",
+        "ram_block_attributes_state_change offset 0x2000000 size 0x200000 from 'private' to 'shared'",
+        "kvm_convert_memory start 0x2200000 size 0x200000 private_to_shared",
+        "ram_block_attributes_state_change offset 0x2200000 size 0x200000 from 'private' to 'shared'",
+        "kvm_convert_memory start 0x2000000 size 0x200000 shared_to_private",
+        "ram_block_attributes_state_change offset 0x2000000 size 0x200000 from 'shared' to 'private'",
+    )
+    plan = plan_trace(path, Limits())
+    assert plan.simulated.conversions == 3
+    assert plan.simulated.final["page"].peak_entries == 1024
+    assert plan.simulated.final["run"].entries == 1
+    assert any("may begin in the middle" in note for note in plan.notes)
+
+
+def test_many_places_are_few_descriptors(tmp_path: Path) -> None:
+    lines = [_attributes(n << 24, 0x1000, private=False) for n in range(3000)]
+    start = {"t": 0, "event": "start", "version": 1, "targets": {}, "blocks": []}
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (start, *lines)))
+    plan = plan_trace(str(path), Limits())
+    assert plan.simulated.final["run"].entries == 3000
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"event": "map", "target": "t", "iova": (1 << 64) - 4096, "size": 4096, "writable": True},
+        {"event": "unmap", "target": "t", "iova": 4096, "size": (1 << 64) - 4096, "unmapped": 4096},
+        {"event": "attributes", "gpa": (1 << 64) - 4096, "size": 4096, "private": False},
+        {"event": "attributes", "gpa": 4096, "size": 0, "private": False},
+    ],
+)
+def test_ranges_at_the_ends(event: dict[str, object], tmp_path: Path) -> None:
+    first = {"event": "map", "target": "t", "iova": 0, "size": 8192, "writable": True}
+    start = {"t": 0, "event": "start", "version": 1, "targets": {}, "blocks": []}
+    path = tmp_path / "trace.jsonl"
+    lines = [start, {"t": 1, **first}, {"t": 2, **event}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan = plan_trace(str(path), Limits())
+    assert plan.simulated.final["page"].entries in (0, 1, 2)
+
+
+def test_a_block_that_is_not_aligned_is_rounded(tmp_path: Path) -> None:
+    start = {"t": 0, "event": "start", "version": 1, "targets": {},
+             "blocks": [{"name": "ram", "gpa": 0x800, "size": 0x10000, "confidential": True}]}  # fmt: skip
+    path = tmp_path / "trace.jsonl"
+    lines = [
+        start,
+        _attributes(0x1000, 0x1000, private=False),
+        _conversion(0x1000, 0x1000, "shared"),
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert plan_trace(str(path), Limits()).simulated.final["page"].entries == 1

@@ -25,7 +25,7 @@ __all__ = ["start"]
 # What says something of a guest, and so nothing of a recording.
 _OF_A_GUEST = (
     "memory", "vcpus", "numa", "device", "os", "tee", "backing", "conversions", "rate", "simulate", "seed", "sweep",
-    "table", "jobs", "scheduler",
+    "table", "jobs", "scheduler", "virtio_mem", "memlock", "cgroup", "memslots",
 )  # fmt: skip
 
 
@@ -48,7 +48,9 @@ def _check_usage(arguments: argparse.Namespace) -> None:
         given = [name for name in _OF_A_GUEST if getattr(arguments, name) not in (None, [])]
         if given:
             raise UsageError(
-                f"--{given[0]} with a recording", value=given, expected="a guest or a recording"
+                f"--{given[0].replace('_', '-')} with a recording",
+                value=given,
+                expected="a guest or a recording",
             )
     elif arguments.format is not None:
         raise UsageError("--format without a recording", value=arguments.format, expected="both")

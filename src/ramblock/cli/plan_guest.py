@@ -17,6 +17,8 @@ from ramblock.units import GIB, MIB, parse_size
 __all__ = ["guest_of", "limits_of"]
 
 _MOST_DEVICES = 256
+_MOST_NUMBER = (1 << 32) - 1
+_MOST_BYTES = (1 << 64) - 1
 
 
 def guest_of(arguments: argparse.Namespace) -> Guest:
@@ -56,7 +58,7 @@ def _devices(texts: list[str]) -> list[Profile]:
     found = []
     for text in texts:
         name, colon, number = text.partition(":")
-        count = int(number) if number.isdecimal() else 0 if colon else 1
+        count = int(number) if re.fullmatch(r"[0-9]{1,4}", number) else 0 if colon else 1
         if name not in list(Profile) or not 1 <= count <= _MOST_DEVICES:
             raise UsageError(
                 f"--device {text}",
@@ -98,7 +100,11 @@ def limits_of(arguments: argparse.Namespace) -> Limits:
         if text is not None:
             given[name] = parse_size(text)
     for name, number in given.items():
-        if number < 1:
+        # Those that are numbers are 32-bit parameters.
+        most = _MOST_BYTES if name in ("memlock", "cgroup") else _MOST_NUMBER
+        if not 1 <= number <= most:
             option = name.replace("_", "-")
-            raise UsageError(f"--{option} {number}", value=number, expected="at least 1")
+            raise UsageError(
+                f"--{option} {number}", value=number, expected=f"at least 1, at most {most:,}"
+            )
     return msgspec.structs.replace(limits, **given)

@@ -166,7 +166,7 @@ def _print_limits(rows: Sequence[Row]) -> None:
 
 
 def _print_fragmentation(plan: GuestPlan) -> None:
-    """Show what conversions make of runs, at worst: each adds a mapping or cuts one."""
+    """Show what conversions make of runs at worst: see :func:`~ramblock.plan.formula.need`."""
     runs = next((each for each in plan.rows if each.policy == "run" and each.need), None)
     if runs is None or runs.need is None:
         return
@@ -175,8 +175,8 @@ def _print_fragmentation(plan: GuestPlan) -> None:
     steps = [number for number in (0, 100, 10_000, 1_000_000) if number <= plan.guest.conversions]
     if plan.guest.conversions not in steps:
         steps.append(plan.guest.conversions)
-    text = ", ".join(f"{number:,}: {min(boot + number, most):,}" for number in steps)
-    print(f"\nRuns after so many conversions, if each of them fragments: {text}")
+    text = ", ".join(f"{number:,}: {min(boot + 2 * number, most):,}" for number in steps)
+    print(f"\nRuns after so many conversions, if each of them fragments as much as it can: {text}")
 
 
 def _print_simulated(console: Console, plan: GuestPlan) -> None:
@@ -219,7 +219,11 @@ def print_trace_plan(plan: TracePlan) -> None:
         table.add_row(
             each.policy, each.target, verdict, *(f"{number:,}" for number in numbers), limit
         )
-    console.print(table)
+    if table.row_count:
+        console.print(table)
+    cannot = [each.target for each in plan.rows if each.counts is None]
+    if cannot:
+        print(f"run: impossible on {', '.join(cannot)}: they cannot cut")
     print("\nAs recorded")
     table = _table("target", "most", "at the end", "maps", "unmaps", right=range(1, 5))
     for seen in plan.observed:

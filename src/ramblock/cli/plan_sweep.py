@@ -13,6 +13,7 @@ from ramblock.cli.plan_guest import guest_of, limits_of
 from ramblock.cli.plan_progress import sweeping
 from ramblock.errors import UsageError
 from ramblock.plan.page import write_sweep
+from ramblock.plan.row import Verdict
 from ramblock.plan.sweep import Sweep, parse_axis
 from ramblock.plan.sweep_run import Swept, run_on_cluster, run_sweep
 from ramblock.plan.table import check_table, write_csv, write_table
@@ -20,6 +21,7 @@ from ramblock.plan.table import check_table, write_csv, write_table
 __all__ = ["start_sweep"]
 
 _INTERRUPTED = 130
+_HOPELESS = (Verdict.REFUSED, Verdict.IMPOSSIBLE)
 # Columns of the table that can go along a picture, by the axis that makes them.
 _ALONG = {
     "memory": "memory",
@@ -48,7 +50,9 @@ def start_sweep(arguments: argparse.Namespace) -> int:
             swept = run_sweep(sweep, jobs, progress)
     _write(arguments, sweep, swept, along)
     _tell(arguments, len(sweep), swept)
-    return 0 if swept.complete else _INTERRUPTED
+    if not swept.complete:
+        return _INTERRUPTED
+    return int(all(row["verdict"] in _HOPELESS for row in swept.rows))
 
 
 def _sweep_of(arguments: argparse.Namespace) -> Sweep:

@@ -11,7 +11,7 @@ from ramblock.plan.formula import Need
 from ramblock.plan.guest import Guest
 from ramblock.plan.row import Row, Verdict
 from ramblock.plan.shares import boot_shares
-from ramblock.plan.swiotlb import SLAB
+from ramblock.plan.swiotlb import SLAB, least_of_areas, swiotlb_bytes
 from ramblock.units import KIB, MIB, PAGE_SIZE, format_size
 
 __all__ = ["Advice", "advise"]
@@ -179,6 +179,8 @@ def _smaller_pool(guest: Guest, lacking: Sequence[Row]) -> Iterator[Advice]:
     if room < _LEAST_SWIOTLB:
         return
     pool = 1 << (room.bit_length() - 1)  # the kernel rounds up to a power of two
+    if pool >= swiotlb_bytes(guest.memory, guest.vcpus).high or pool < least_of_areas(guest.vcpus):
+        return
     yield Advice(
         target="type1",
         setting=f"swiotlb={pool // SLAB} on the guest's kernel command line",

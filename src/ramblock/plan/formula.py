@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import msgspec
 
 from ramblock.dma.target import MappingPolicy
-from ramblock.plan.guest import Guest
+from ramblock.plan.guest import Guest, Profile
 from ramblock.plan.shares import (
     Share,
     boot_shares,
@@ -31,8 +31,8 @@ __all__ = ["Need", "need", "pages", "pieces", "total_size"]
 
 _LEAF = 2 * MIB  # what one table of an IOMMU with four levels covers: 512 pages
 _NOTHING = Span.exactly(0)
-# Buffers that come and go after boot: 4 to 64 KiB each.
-_PAGES_OF_A_BUFFER = Span(1, 4, 16)
+# Buffers that come and go after boot: powers of two from 4 KiB to 2 MiB, 102 pages on average.
+_PAGES_OF_A_BUFFER = Span(1, 102, 512)
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,8 +91,9 @@ def need(guest: Guest, policy: MappingPolicy, target: TargetKind) -> Need:
     boot_entries = _entries(guest, policy, boot)
     peak = _entries(guest, policy, everything)
     if policy is MappingPolicy.RUN:
-        # Each conversion after boot adds a mapping, or cuts one in two; never more than one for each page.
-        most = _entries(guest, policy, staying).high + guest.conversions
+        # Mappings and the gaps between them grow by two with each conversion at most: a cut leaves a mapping and a gap more, and what is
+        # shared over gaps fills each with a mapping. There are never more than one for each page.
+        most = _entries(guest, policy, staying).high + 2 * guest.conversions
         fragmented = min(most, pages(shared.high))
         peak = Span(peak.low, peak.expected, max(fragmented, peak.expected))
     transient = firmware()
@@ -130,14 +131,16 @@ def _entries(guest: Guest, policy: MappingPolicy, shares: Sequence[Share]) -> Sp
         pieces(share.size.expected, share.requests.expected, slice_size) for share in shares
     )
     high = sum(pieces(share.size.high, share.requests.high, slice_size) for share in shares)
-    return Span(low, expected, max(high, expected))
+    found = Span(low, expected, max(high, expected))
+    return found.at_most(_entries(guest, MappingPolicy.PAGE, shares))
 
 
 def _pinned(guest: Guest, target: TargetKind, shared: Span, boot: Span) -> Span:
     if not target.pins:
         return _NOTHING
-    tables = max(len(guest.devices), 1) if target.per_device else 1
-    return Span(boot.low * tables, shared.expected * tables, shared.high * tables)
+    devices = sum(profile is not Profile.NONE for profile in guest.devices)
+    tables = max(devices, 1) if target.per_device else 1
+    return Span(min(boot.low, shared.low) * tables, shared.expected * tables, shared.high * tables)
 
 
 def _held_twice(guest: Guest, shares: Sequence[Share], shared: Span) -> Span:
@@ -155,12 +158,13 @@ def _held_twice(guest: Guest, shares: Sequence[Share], shared: Span) -> Span:
 
     def kept(size: int, requests: int) -> int:
         touched = min(-(-size // unit) + requests, -(-guest.most_memory // unit))
-        return max(touched * unit - size, 0)
+        return min(max(touched * unit - size, 0), guest.most_memory - size)
 
-    expected = sum(share.requests.expected for share in shares)
-    high = max(sum(share.requests.high for share in shares), expected)
-    most = max(kept(shared.high, high), kept(shared.expected, expected)) + moving
-    return Span(0, kept(shared.expected, expected), max(most, kept(shared.expected, expected)))
+    expected = kept(shared.expected, sum(share.requests.expected for share in shares))
+    requests = sum(share.requests.high for share in shares)
+    # The less is shared of as many huge pages, the more of them is held for nothing.
+    most = max(kept(size, requests) for size in (shared.low, shared.expected, shared.high))
+    return Span(0, expected, max(most + moving, expected))
 
 
 def _page_tables(guest: Guest, shares: Sequence[Share], shared: Span) -> Span:

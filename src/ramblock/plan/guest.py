@@ -17,7 +17,8 @@ __all__ = ["LEAST_MEMORY", "Guest", "OsProfile", "Pluggable", "Profile", "Techno
 LEAST_MEMORY = 256 * MIB
 #: Guest physical addresses have at most 52 bits.
 _MOST_MEMORY = 1 << 52
-# Below 4 GiB QEMU's q35 machine places 2 GiB when there is more than fits (hw/i386/pc_q35.c).
+# QEMU's q35 machine places all memory below 4 GiB where it fits there, else 2 GiB (hw/i386/pc_q35.c).
+_FITS_LOW = 0xB0000000
 _LOW_MEMORY = 2 * GIB
 _SMALLEST_BLOCK = 4 * KIB
 _MOST_VCPUS = 4096  # KVM_MAX_VCPUS, arch/x86/include/asm/kvm_host.h
@@ -135,11 +136,11 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
                 value=block,
                 expected="a power of two, at least 4K",
             )
-        if device.size <= 0 or device.size % block:
+        if device.size <= 0 or device.size % block or self.most_memory > _MOST_MEMORY:
             raise UsageError(
                 f"virtio-mem of {device.size:#x} with blocks of {block:#x}",
                 value=device.size,
-                expected="whole blocks",
+                expected=f"whole blocks, and at most {format_size(_MOST_MEMORY)} with the memory",
             )
 
     @property
@@ -159,7 +160,7 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
 
     def sections(self) -> list[int]:
         """Sizes of the parts of the guest's addresses that have memory: below 4 GiB, above it by node, virtio-mem's."""
-        low = min(self.memory, _LOW_MEMORY)
+        low = self.memory if self.memory < _FITS_LOW else _LOW_MEMORY
         high = self.memory - low
         nodes = min(self.numa_nodes, max(high // PAGE_SIZE, 1))
         share = high // nodes // PAGE_SIZE * PAGE_SIZE

@@ -39,17 +39,11 @@ def limits_of_host(root: Path = Path("/")) -> Limits:
             root, "vfio_iommu_type1", "dma_entry_limit", defaults.dma_entry_limit
         ),
         max_iotlb_entries=_parameter(
-            root, _vdpa_module(root), "max_iotlb_entries", defaults.max_iotlb_entries
+            root, "vhost_vdpa", "max_iotlb_entries", defaults.max_iotlb_entries
         ),
         memlock=None if locked.exempt else locked.limit,
         cgroup=cgroup_limit(root),
     )
-
-
-def _vdpa_module(root: Path) -> str:
-    """Name the module whose parameter counts: vhost_vdpa's own where it has one, else that of vhost."""
-    has_own = module_parameter("vhost_vdpa", "max_iotlb_entries", root=root) is not None
-    return "vhost_vdpa" if has_own else "vhost"
 
 
 def _parameter(root: Path, module: str, name: str, default: int) -> int:

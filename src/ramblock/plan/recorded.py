@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from itertools import islice, takewhile
 
 import msgspec
 
@@ -36,6 +37,8 @@ __all__ = ["Observed", "Recorded", "Steps"]
 
 #: Largest guest address that can be placed: what one process can reserve on x86 is 128 TiB.
 _MOST_ADDRESS = 1 << 46
+# Blocks of memory that a VMM makes; more in a row are conversions.
+_MOST_DECLARED = 64
 
 
 class Observed(msgspec.Struct):
@@ -90,14 +93,16 @@ class Steps:
 
     def add(self, time: float, start: int, end: int, *, private: bool) -> None:
         """Add one; widened to whole pages."""
-        self._numbers.append(start // PAGE_SIZE * PAGE_SIZE)
-        self._numbers.append(-(-end // PAGE_SIZE) * PAGE_SIZE)
+        # In pages: 2**64, where a range may end, would not fit.
+        self._numbers.append(start // PAGE_SIZE)
+        self._numbers.append(-(-end // PAGE_SIZE))
         self._private.append(private)
         self._times.append(time)
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Yield where they are, as (start, end)."""
-        return zip(self._numbers[::2], self._numbers[1::2], strict=True)
+        for start, end in zip(self._numbers[::2], self._numbers[1::2], strict=True):
+            yield start * PAGE_SIZE, end * PAGE_SIZE
 
     def __iter__(self) -> Iterator[tuple[float, Request]]:
         for (start, end), private, time in zip(
@@ -123,6 +128,7 @@ class Recorded:
         self._gone: list[_Target] = []
         #: Of page states: how many could not be placed in the guest.
         self.unplaced = 0
+        self._declared: set[tuple[int, int]] = set()
 
     def feed(self, events: list[Event]) -> None:
         """Take events."""
@@ -147,12 +153,14 @@ class Recorded:
         elif isinstance(event, Unmap):
             self._unmap(event, time)
         elif isinstance(event, Attributes):
-            self._attributes.add(time, event.start, event.end, private=event.private)
+            if event.end > event.start:
+                self._attributes.add(time, event.start, event.end, private=event.private)
         elif isinstance(event, StateChange):
             placed = self._places.of_block(event.block, event.start, event.end)
             self.unplaced += not placed
             for start, end in placed:
-                self._states.add(time, start, end, private=event.private)
+                if end > start:
+                    self._states.add(time, start, end, private=event.private)
         elif isinstance(event, ConversionEnd):
             if event.result == "done" and event.end > event.start:
                 self._conversions.add(time, event.start, event.end, private=event.private)
@@ -208,7 +216,12 @@ class Recorded:
             return self._conversions
         return self._attributes if len(self._attributes) else self._states
 
-    def ends(self, place: Place, request: Request) -> bool:
+    @property
+    def told_layout(self) -> bool:
+        """Whether the trace tells where the guest has memory, and not only what it converted."""
+        return bool(self._declared) or self.from_mappings
+
+    def ends(self, request: Request) -> bool:
         """
         Whether *request* takes a place away rather than to convert it.
 
@@ -217,27 +230,51 @@ class Recorded:
         """
         if self._ends or self.from_mappings or request.to is PageState.PRIVATE:
             return False
-        return (place.gpa, place.size) == (request.gpa, request.size)
+        return (request.gpa, request.size) in self._declared
 
     def places(self) -> list[Place]:
         """
         Find out where the guest has memory.
 
-        From the trace's own layout where it has one; else each range that is first heard of in one piece is a place of its own, as when a VMM
-        sets the attributes of its memory when it makes it. If the mappings stand for the guest there is one place around all of them.
+        From the trace's own layout where it has one, and from what is made private before anything is shared: a VMM does so with its memory when it
+        makes it. All other ranges lie in one place around them. If the mappings stand for the guest there is one place around all of them.
         """
         if self.from_mappings:
             end = max((end for _, end in self.steps.ranges()), default=0)
             return [Place(0, min(end, _MOST_ADDRESS), confidential=True)] if end else []
         known: RangeMap[object] = RangeMap()
-        places = []
-        for block in self._blocks:
-            if block.confidential is None or known.pieces(block.start, block.end):
-                continue
-            known.set(block.start, block.end, block)
-            places.append(Place(block.start, block.end - block.start, block.confidential))
-        for start, end in self.steps.ranges():
-            for gap_start, gap_end in known.gaps(start, min(end, _MOST_ADDRESS)):
-                known.set(gap_start, gap_end, self)
-                places.append(Place(gap_start, gap_end - gap_start, confidential=True))
+        places = [*self._places_of_layout(known), *self._places_made_private(known)]
+        self._declared = {(place.gpa, place.size) for place in places}
+        places += self._places_around(known)
         return sorted(places, key=lambda place: place.gpa)
+
+    def _places_of_layout(self, known: RangeMap[object]) -> Iterator[Place]:
+        for block in self._blocks:
+            start, end = (
+                block.start // PAGE_SIZE * PAGE_SIZE,
+                -(-block.end // PAGE_SIZE) * PAGE_SIZE,
+            )
+            if block.confidential is None or end > _MOST_ADDRESS or known.pieces(start, end):
+                continue
+            known.set(start, end, block)
+            yield Place(start, end - start, block.confidential)
+
+    def _places_made_private(self, known: RangeMap[object]) -> Iterator[Place]:
+        first = [request for _, request in islice(self.steps, _MOST_DECLARED + 1)]
+        made = list(takewhile(lambda request: request.to is PageState.PRIVATE, first))
+        if len(made) > _MOST_DECLARED:
+            return  # the trace begins in the middle of something
+        for request in made:
+            end = request.gpa + request.size
+            if end <= _MOST_ADDRESS and not known.pieces(request.gpa, end):
+                known.set(request.gpa, end, self)
+                yield Place(request.gpa, request.size, confidential=True)
+
+    def _places_around(self, known: RangeMap[object]) -> Iterator[Place]:
+        low, high = _MOST_ADDRESS, 0
+        for start, end in self.steps.ranges():
+            if end <= _MOST_ADDRESS and known.gaps(start, end):
+                low, high = min(low, start), max(high, end)
+        if low < high:
+            for start, end in known.gaps(low, high):
+                yield Place(start, end - start, confidential=True)

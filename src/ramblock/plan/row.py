@@ -76,6 +76,15 @@ def row(guest: Guest, policy: MappingPolicy, target: TargetKind, limits: Limits)
             why=f"{target.name} cannot cut: a mapping has to be unmapped whole, so it must be no larger than a page",
         )
     wanted = need(guest, policy, target)
+    least = total_size(boot_shares(guest)).low
+    if least > guest.memory:
+        return Row(
+            policy=policy.value,
+            target=target.name,
+            verdict=Verdict.REFUSED,
+            why=f"the guest would share {format_size(least)} at boot, and has {format_size(guest.memory)}",
+            need=wanted,
+        )
     headroom = _headroom(guest, policy, target, limits, wanted)
     worst = max(headroom, key=lambda each: _ORDER.index(each.verdict), default=None)
     limit = target.max_mappings(limits)

@@ -71,7 +71,7 @@ def boot_shares(guest: Guest) -> list[Share]:
 
 def _atomic_pools(guest: Guest) -> Share:
     """DMA buffers for atomic contexts: a pool for each memory zone (kernel/dma/pool.c, dma_atomic_pool_init())."""
-    wanted = max(guest.memory // GIB * (128 * KIB), 128 * KIB)
+    wanted = max(guest.memory // (GIB // (128 * KIB)), 128 * KIB)
     one = min(1 << (wanted - 1).bit_length(), _LARGEST_CHUNK)
     pools = Span.between(2, 3)  # the zones DMA and DMA32; NORMAL, where there is memory above 4 GiB
     return Share(
@@ -183,7 +183,7 @@ def firmware() -> Share:
     requests = Span(0, 2_500, 5_000)
     return Share(
         "firmware's buffers",
-        requests.each(lambda count: count * 4 * PAGE_SIZE),
+        Span(0, requests.expected * 4 * PAGE_SIZE, requests.high * 8 * PAGE_SIZE),
         requests,
         "about 5,000 in a boot through grub, most below 32 KiB (tianocore/edk2 PR 3709); none with a kernel that the VMM loads",
         assumed=True,

@@ -42,6 +42,7 @@ Value = int | str | bool | None
 Point = tuple[str, ...]
 
 _MOST_VALUES = 1_000_000
+_MOST_GUESTS = 10_000_000
 
 
 def parse_axis(text: str) -> tuple[str, tuple[str, ...]]:
@@ -92,6 +93,11 @@ class Sweep(msgspec.Struct, frozen=True, kw_only=True):
 
         :raises UsageError: One makes no sense; nothing was computed.
         """
+        guests = prod(len(values) for _, values in self.axes)
+        if guests > _MOST_GUESTS:
+            raise UsageError(
+                f"{guests:,} combinations", value=guests, expected=f"at most {_MOST_GUESTS:,}"
+            )
         names = [name for name, _ in self.axes]
         if len(set(names)) != len(names):
             raise UsageError("an axis is given twice", value=names)
@@ -142,7 +148,10 @@ def _apply(guest: Guest, limits: Limits, values: Mapping[str, str]) -> tuple[Gue
     for name, value in values.items():
         try:
             if name == "dma-entry-limit":
-                limits = msgspec.structs.replace(limits, dma_entry_limit=int(value))
+                number = parse_size(value)
+                if not 1 <= number < 1 << 32:
+                    raise ValueError
+                limits = msgspec.structs.replace(limits, dma_entry_limit=number)
             elif name == "policy":
                 if value not in {policy.value for policy in POLICIES}:
                     raise ValueError
@@ -165,6 +174,8 @@ def _guest_field(name: str, value: str) -> dict[str, object]:
         return {"backing_page": parse_size(value)}
     if name == "virtio-mem":
         size, _, block = value.partition(":")
+        if not parse_size(size):
+            return {"virtio_mem": None}
         return {"virtio_mem": Pluggable(parse_size(size), parse_size(block) if block else 2 * MIB)}
     if name == "device":
         return {"devices": (Profile(value),)}
@@ -200,8 +211,9 @@ def _flat(number: int, guest: Guest, limits: Limits, made: Row) -> dict[str, Val
             for end in ("low", "expected", "high"):
                 flat[f"{name}_{end}"] = getattr(span, end)
         flat["worst_entries"] = made.need.worst_entries
-    if made.headroom:
-        flat |= {"limit": made.headroom[0].limit, "left": made.headroom[0].left}
+    for room in made.headroom:
+        if room.counts_mappings:
+            flat |= {"limit": room.limit, "left": room.left}
     if made.qemu is not None:
         flat |= {"qemu_needed": made.qemu.needed, "qemu_passes": made.qemu.passes}
     return flat

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from itertools import islice
 
 import msgspec
@@ -59,14 +59,20 @@ def run_sweep(sweep: Sweep, jobs: int, progress: Progress) -> Swept:
     sweep.check()
     collected = _Collected(len(sweep), progress)
     pool = ProcessPoolExecutor(jobs, initializer=_leave_interrupts_to_parent)
+    futures: list[Future[tuple[int, int, Table]]] = []
     try:
-        futures = [pool.submit(_plan, sweep, first, points) for first, points in _chunks(sweep)]
+        for first, points in _chunks(sweep):
+            futures.append(pool.submit(_plan, sweep, first, points))
         for future in as_completed(futures):
             collected.take(*future.result())
     except KeyboardInterrupt:
         pass
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+    for future in futures:
+        # Done while the others were waited for.
+        if future.done() and not future.cancelled():
+            collected.take(*future.result())
     return collected.result()
 
 
@@ -111,7 +117,9 @@ class _Collected:
         self._guests = 0
 
     def take(self, first: int, guests: int, rows: Table) -> None:
-        """Take one."""
+        """Take one, unless it was taken."""
+        if first in self._chunks:
+            return
         self._chunks[first] = rows
         self._guests += guests
         self._progress(guests)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from ramblock.plan.span import Span
 from ramblock.units import GIB, KIB, MIB, PAGE_SIZE
 
-__all__ = ["SLAB", "swiotlb_bytes"]
+__all__ = ["SLAB", "least_of_areas", "swiotlb_bytes"]
 
 _LEAST, _MOST = 64 * MIB, GIB
 #: What ``swiotlb=`` on the kernel's command line counts in (IO_TLB_SIZE).
@@ -30,7 +30,14 @@ def swiotlb_bytes(memory: int, vcpus: int) -> Span:
     segments = -(-exact // _SEGMENT)
     areas = _power_of_two(vcpus)
     rounded = _power_of_two(max(segments, areas)) * _SEGMENT
+    # The kernel halves it until there is room for it.
+    rounded = min(rounded, 1 << ((memory // 2).bit_length() - 1))
     return Span(exact // PAGE_SIZE * PAGE_SIZE, rounded, rounded)
+
+
+def least_of_areas(vcpus: int) -> int:
+    """Tell how many bytes the areas of so many processors need."""
+    return _power_of_two(vcpus) * _SEGMENT
 
 
 def _power_of_two(number: int) -> int:

@@ -24,6 +24,8 @@ def check_table(path: Path) -> None:
         raise UsageError(f"--table {path}", value=str(path), expected="a name in .csv or .parquet")
     if not path.parent.is_dir():
         raise UsageError(f"--table {path}: there is no folder {path.parent}", value=str(path))
+    if path.is_dir():
+        raise UsageError(f"--table {path}: it is a folder", value=str(path))
     if path.suffix == ".parquet":
         _require_pyarrow(path)
 

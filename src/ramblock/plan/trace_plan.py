@@ -9,12 +9,13 @@ import msgspec
 
 from ramblock.check.input import open_input
 from ramblock.check.readers import ReaderOptions, Recording
+from ramblock.errors import TraceError
 from ramblock.plan.limits import Limits
 from ramblock.plan.recorded import Observed, Recorded
 from ramblock.plan.row import Verdict
 from ramblock.plan.simulation import Counts, Place, Simulated, Simulation, kind_of
 from ramblock.plan.targets import POLICIES, TARGETS
-from ramblock.units import GIB
+from ramblock.units import GIB, format_size
 
 __all__ = ["TracePlan", "TraceRow", "plan_trace"]
 
@@ -76,9 +77,10 @@ def plan_trace(
     if recording.error is not None:
         raise recording.error
     places = recorded.places()
-    with Simulation(places, count_pages=_is_much(recorded, places)) as simulation:
+    with _make_simulation(path, recorded, places) as simulation:
         simulation.end_boot()
-        seconds, skipped = _replay(recorded, places, simulation, progress)
+        left_out = _LeftOut()
+        seconds = _replay(recorded, simulation, left_out, progress)
         simulated = simulation.result()
     return TracePlan(
         source=path,
@@ -86,7 +88,7 @@ def plan_trace(
         observed=recorded.observed,
         simulated=simulated,
         seconds=seconds,
-        notes=_notes(recorded, skipped),
+        notes=_notes(recorded, left_out),
     )
 
 
@@ -100,26 +102,45 @@ def _is_much(recorded: Recorded, places: Sequence[Place]) -> bool:
     return size > _MOST_MAPPED
 
 
+def _make_simulation(path: str, recorded: Recorded, places: Sequence[Place]) -> Simulation:
+    try:
+        return Simulation(places, count_pages=_is_much(recorded, places))
+    except OSError as error:
+        size = sum(place.size for place in places)
+        raise TraceError(
+            f"{path}: a guest with memory of {format_size(size)} cannot be laid out here: {error.strerror}",
+            path=path,
+            line=0,
+        ) from error
+
+
+class _LeftOut(msgspec.Struct):
+    """Conversions that are not replayed."""
+
+    elsewhere: int = 0
+    """Not in memory that the trace tells of."""
+    ends: int = 0
+    """Taken for the end of a block."""
+
+
 def _replay(
     recorded: Recorded,
-    places: Sequence[Place],
     simulation: Simulation,
+    left_out: _LeftOut,
     progress: Callable[[int], None] | None,
-) -> tuple[float, int]:
-    time, skipped = 0.0, 0
-    whole = {(place.gpa, place.size): place for place in places}
+) -> float:
+    time = 0.0
     for number, (time, request) in enumerate(recorded.steps):
-        place = whole.get((request.gpa, request.size))
-        if place is not None and recorded.ends(place, request):
-            continue
-        if simulation.covers(request):
+        if recorded.ends(request):
+            left_out.ends += 1
+        elif simulation.covers(request):
             simulation.convert(request)
             simulation.note(time)
         else:
-            skipped += 1
+            left_out.elsewhere += 1
         if progress is not None and not number % 500:
             progress(500)
-    return time, skipped
+    return time
 
 
 def _rows(simulated: Simulated, limits: Limits) -> list[TraceRow]:
@@ -154,7 +175,7 @@ def _rows(simulated: Simulated, limits: Limits) -> list[TraceRow]:
     return rows
 
 
-def _notes(recorded: Recorded, skipped: int) -> list[str]:
+def _notes(recorded: Recorded, left_out: _LeftOut) -> list[str]:
     notes = []
     if recorded.from_mappings:
         notes.append(
@@ -164,8 +185,16 @@ def _notes(recorded: Recorded, skipped: int) -> list[str]:
         notes.append(
             f"{recorded.unplaced:,} changes of page states are left out: the trace does not tell where their block is"
         )
-    if skipped:
+    if not recorded.told_layout:
         notes.append(
-            f"{skipped:,} conversions are left out: they are not in one piece of memory that the trace tells of"
+            "the trace does not tell where the guest has memory, so it may begin in the middle: what was shared before is not in it"
+        )
+    if left_out.ends:
+        notes.append(
+            f"{left_out.ends:,} requests that share all of a block at once are taken for its end, and left out"
+        )
+    if left_out.elsewhere:
+        notes.append(
+            f"{left_out.elsewhere:,} conversions are left out: they are not in one piece of memory that the trace tells of"
         )
     return notes
