@@ -36,13 +36,12 @@ from ramblock.bitmap import SavedBits, SparseBitmap
 from ramblock.dma import DmaCapabilities, HostRange, SoftIommu
 from ramblock.errors import (
     ConversionError,
-    ConversionInterrupted,
     DmaError,
     MappingLimitError,
     PoisonedError,
 )
-from ramblock.memory.block import _kept
-from ramblock.memory.in_place import TRIES
+from ramblock.guest.block import _kept
+from ramblock.hostmem.in_place import TRIES
 from ramblock.testing import (
     CheckedInPlace,
     CheckedPrivate,
@@ -1031,7 +1030,7 @@ def run_case(scenario: Scenario, plan: Plan) -> list[Call]:
     error: BaseException | None = None
     try:
         result = scenario.act(guest)
-    except (Exception, ConversionInterrupted, InjectedInterrupt) as caught:
+    except (Exception, InjectedInterrupt) as caught:
         error = caught
     calls = guest.injector.calls
     guest.injector.disarm()

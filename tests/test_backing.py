@@ -9,8 +9,8 @@ import pytest
 from doubles import PAGE
 from ramblock import RamBlock
 from ramblock.errors import UsageError
-from ramblock.memory import AnonymousBacking, MemfdBacking, StandInPrivate, backing
-from ramblock.memory.host_calls import write_own_memory
+from ramblock.hostmem import AnonymousBacking, MemfdBacking, StandInPrivate, backing
+from ramblock.hostmem.host_calls import write_own_memory
 from ramblock.units import MIB
 from require import require_hugetlb
 

@@ -7,7 +7,7 @@ import pytest
 from ramblock import GuestMemory, PageState, RamBlock, RamSection, VirtioMem
 from ramblock.dma import HostRange, SoftIommu
 from ramblock.errors import ConversionError
-from ramblock.memory import MemfdBacking, StandInPrivate
+from ramblock.hostmem import MemfdBacking, StandInPrivate
 from ramblock.testing import (
     CheckedInPlace,
     FaultyTarget,

@@ -6,7 +6,7 @@ from doubles import PAGE, RecordingListener, RefusalError, section
 from ramblock import GuestMemory, RamBlock, VirtioMem
 from ramblock.dma import HostRange, SoftIommu
 from ramblock.errors import BusyError
-from ramblock.memory import DiscardCoordinator, HoldKind
+from ramblock.discard import DiscardCoordinator, HoldKind
 
 COORDINATED = HoldKind.REQUIRE_COORDINATED
 UNCOORDINATED = HoldKind.REQUIRE_UNCOORDINATED

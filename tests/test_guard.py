@@ -10,7 +10,7 @@ from ramblock import GuestMemory, Mapper, PageState, RamBlock, RamSection, Virti
 from ramblock.dma import DmaCapabilities, HostRange, SoftIommu
 from ramblock.errors import BusyError, ConversionError, PoisonedError, UsageError
 from ramblock.events import StateChanged
-from ramblock.memory.guard import Guard
+from ramblock.discard.guard import Guard
 from ramblock.testing import FaultyTarget
 
 SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE

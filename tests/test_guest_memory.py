@@ -30,7 +30,6 @@ from ramblock import (
 from ramblock.dma import SoftIommu
 from ramblock.errors import (
     ConversionError,
-    ConversionInterrupted,
     DmaError,
     IommuFault,
     MappingLimitError,
@@ -38,7 +37,7 @@ from ramblock.errors import (
     UsageError,
 )
 from ramblock.guest import MemorySlots, Vm
-from ramblock.memory import StandInPrivate
+from ramblock.hostmem import StandInPrivate
 from ramblock.testing import FaultyTarget, RecordingTarget
 from ramblock.units import GIB, TIB
 

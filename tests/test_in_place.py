@@ -20,11 +20,11 @@ from ramblock import (
 )
 from ramblock.dma import SoftIommu
 from ramblock.errors import ConversionError, DmaError, PoisonedError, UsageError
-from ramblock.memory import InPlaceBacking
-from ramblock.memory import backing as backing_module
-from ramblock.memory import block as block_module
-from ramblock.memory.host_calls import punch_hole
-from ramblock.memory.in_place import TRIES
+from ramblock.hostmem import InPlaceBacking
+from ramblock.hostmem import backing as backing_module
+from ramblock.guest import block as block_module
+from ramblock.hostmem.host_calls import punch_hole
+from ramblock.hostmem.in_place import TRIES
 from ramblock.testing import FaultyTarget, RecordingTarget, SimulatedInPlace, pages_of
 
 SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE

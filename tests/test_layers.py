@@ -170,7 +170,7 @@ def test_the_pure_part_makes_no_system_calls(package: list[Module]) -> None:
     ("path", "source", "wrong"),
     [
         # down, sideways, up
-        ("dma/soft.py", "from ramblock.memory import RamBlock", 0),
+        ("dma/soft.py", "from ramblock.hostmem import RamBlock", 0),
         ("dma/soft.py", "import ramblock.memory.sections", 0),
         ("memory/sections.py", "from .attributes import RamBlockAttributes", 0),
         ("memory/sections.py", "from . import attributes", 0),

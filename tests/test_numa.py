@@ -10,10 +10,10 @@ import pytest
 from doubles import PAGE
 from ramblock import BackendKind, GuestMemory, HostMemoryBackend, PageState, RamBlock
 from ramblock.errors import UsageError
-from ramblock.memory import NumaBinding, NumaPolicy, host_facts, numa
-from ramblock.memory.host_calls import populate, set_memory_policy
-from ramblock.memory.host_facts import nodes_with_memory
-from ramblock.memory.hugetlb import HugePagePool
+from ramblock.hostmem import NumaBinding, NumaPolicy, host_facts, numa
+from ramblock.hostmem.host_calls import populate, set_memory_policy
+from ramblock.hostmem.host_facts import nodes_with_memory
+from ramblock.hostmem.hugetlb import HugePagePool
 from ramblock.uapi.mempolicy import MempolicyMode
 from ramblock.units import MIB
 from require import require_hugetlb

@@ -11,9 +11,9 @@ import pytest
 
 from doubles import PAGE
 from ramblock import BackendKind, GuestMemory, HostMemoryBackend, PageState, RamBlock
-from ramblock.memory import MemfdBacking, NumaBinding, NumaPolicy, backend, host_calls, prealloc
-from ramblock.memory.host_calls import populate
-from ramblock.memory.prealloc import preallocate
+from ramblock.hostmem import MemfdBacking, NumaBinding, NumaPolicy, backend, host_calls, prealloc
+from ramblock.hostmem.host_calls import populate
+from ramblock.hostmem.prealloc import preallocate
 from ramblock.units import GIB, KIB, MIB, TIB
 from require import require_hugetlb
 

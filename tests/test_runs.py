@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from doubles import PAGE, PageSource, PageSourceWithRanges, runs
-from ramblock.memory.runs import complement, intersect, merge_adjacent, populated_in
+from ramblock.ranges import complement, intersect, merge_adjacent, populated_in
 
 COUNT = 24
 END = COUNT * PAGE

@@ -32,7 +32,7 @@ from ramblock import GuestMemory, Mapper, MappingPolicy, PageState, RamBlock, Ra
 from ramblock.dma import SoftIommu
 from ramblock.dma.vfio_user import Capabilities
 from ramblock.errors import ConversionError, IommuFault, MappingLimitError, UsageError
-from ramblock.memory import MemfdBacking, StandInPrivate
+from ramblock.hostmem import MemfdBacking, StandInPrivate
 from ramblock.testing import (
     GuestChecker,
     GuestModel,

@@ -20,7 +20,7 @@ from ramblock import GuestMemory, PageState, RamBlock
 from ramblock.dma import DmaCapabilities, HostRange, SoftIommu
 from ramblock.errors import IommuFault
 from ramblock.events import StateChanged
-from ramblock.memory import MemfdBacking, StandInPrivate
+from ramblock.hostmem import MemfdBacking, StandInPrivate
 from ramblock.units import PAGE_SIZE
 from vfio_user_server import RemoteIommu
 

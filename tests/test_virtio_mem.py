@@ -18,7 +18,7 @@ from doubles import (
 from ramblock import GuestMemory, MappingPolicy, PageState, RamBlock, VirtioMem
 from ramblock.dma import SoftIommu
 from ramblock.errors import BusyError, DmaError, MappingLimitError, UsageError
-from ramblock.memory import StandInPrivate
+from ramblock.hostmem import StandInPrivate
 from ramblock.testing import FaultyTarget
 
 SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE

@@ -66,6 +66,11 @@ class SparseBitmap:
                 base = index << _CHUNK_SHIFT
                 yield index, chunk, max(start - base, 0), min(end - base, _CHUNK_BITS)
 
+    def get(self, position: int) -> bool:
+        """Whether one bit is set."""
+        chunk = self._chunks.get(position >> _CHUNK_SHIFT)
+        return chunk is not None and bool(chunk[position & _CHUNK_MASK])
+
     def set(self, start: int, end: int) -> int:
         """Set every bit of the range; return how many were clear."""
         first, last = start >> _CHUNK_SHIFT, (end - 1) >> _CHUNK_SHIFT

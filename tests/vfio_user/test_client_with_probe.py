@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from ramblock import GuestMemory, PageState, RamBlock
 from ramblock.dma import HostRange, VfioUserTarget
 from ramblock.errors import DmaError, IommuFault, PoisonedError
-from ramblock.memory.host_calls import address_of
+from ramblock.hostmem.host_calls import address_of
 from ramblock.probe.server import Probe
 from ramblock.probe.windows import UnmapRule
 from ramblock.units import PAGE_SIZE

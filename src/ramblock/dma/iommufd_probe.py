@@ -21,7 +21,7 @@ from ramblock.dma.iommufd_calls import (
 from ramblock.dma.target import HostRange
 from ramblock.dma.vfio_dma import unmap_dma
 from ramblock.errors import DmaError
-from ramblock.memory.host_calls import address_of
+from ramblock.hostmem.host_calls import address_of
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["why_not_cutting"]

@@ -19,8 +19,8 @@ from typing import NamedTuple
 from ramblock.dma.mapping_table import Mapping, MappingTable, join_adjacent
 from ramblock.dma.target import DmaCapabilities, HostRange
 from ramblock.errors import DmaError, IommuFault, describe_range
-from ramblock.memory.backing import read_fd, write_fd
-from ramblock.memory.host_calls import write_own_memory
+from ramblock.hostmem.backing import read_fd, write_fd
+from ramblock.hostmem.host_calls import write_own_memory
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_granularity, check_positive, check_range
 
 __all__ = ["FaultRecord", "Mapping", "SoftIommu"]

@@ -38,7 +38,7 @@ from ramblock.kvm import (
     MmioExit,
     ShutdownExit,
 )
-from ramblock.memory.block import RamBlock
+from ramblock.guest.block import RamBlock
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["GuestEvent", "GuestProgram", "IdleEvent"]

@@ -29,7 +29,6 @@ import logging
 
 from ramblock.errors import (
     ConversionError,
-    ConversionInterrupted,
     MappingLimitError,
     PoisonedError,
     RamblockError,
@@ -41,7 +40,7 @@ from ramblock.kvm.exits import HypercallExit, MemoryFaultExit
 from ramblock.kvm.faults import FaultGuard, StuckGuestError, StuckReason, wanted_state
 from ramblock.kvm.hypercall import HypercallResult, MapGpaRange
 from ramblock.logs import Sparingly
-from ramblock.memory.attributes import PageState
+from ramblock.discard.attributes import PageState
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_range
 
 __all__ = ["GuestConversions"]
@@ -112,7 +111,7 @@ class GuestConversions:
     ) -> tuple[HypercallResult, RamblockError | None]:
         try:
             result = self._memory.convert(gpa, size, to)
-        except (PoisonedError, ConversionInterrupted):
+        except PoisonedError:
             raise
         except UsageError as error:
             if to is PageState.SHARED and self._is_hole(gpa, size):

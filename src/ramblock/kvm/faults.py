@@ -14,7 +14,7 @@ from threading import Lock
 
 from ramblock.errors import RamblockError, describe_range
 from ramblock.kvm.exits import EHWPOISON, MemoryFaultExit
-from ramblock.memory.attributes import PageState
+from ramblock.discard.attributes import PageState
 from ramblock.uapi.kvm import MemoryFaultFlags
 
 __all__ = ["FaultGuard", "StuckGuestError", "StuckReason", "wanted_state"]

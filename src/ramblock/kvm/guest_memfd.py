@@ -4,21 +4,18 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.page_cache import cached_bytes
-from ramblock.memory.host_calls import punch_hole
+from ramblock.hostmem.host_calls import punch_hole
+from ramblock.process import OfOneProcess
 from ramblock.uapi.kvm import GuestMemfdFlags
 from ramblock.units import PAGE_SIZE, check_range, format_size
-
-if TYPE_CHECKING:
-    from ramblock.kvm.vm import KvmVm
 
 __all__ = ["GuestMemfd"]
 
 
-class GuestMemfd:
+class GuestMemfd(OfOneProcess):
     """
     A guest_memfd of one VM: a private backing for :class:`~ramblock.RamBlock`. Made by :meth:`KvmVm.create_guest_memfd`.
 
@@ -27,12 +24,12 @@ class GuestMemfd:
     """
 
     def __init__(
-        self, descriptor: Descriptor, size: int, flags: GuestMemfdFlags, vm: KvmVm
+        self, descriptor: Descriptor, size: int, flags: GuestMemfdFlags, vm: object
     ) -> None:
         self._descriptor = descriptor
         self.size = size
         self.flags = flags
-        #: The only VM that can use it.
+        #: The KvmVm that can use it; no other can.
         self.vm = vm
 
     @property

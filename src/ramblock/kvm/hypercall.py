@@ -14,7 +14,7 @@ from enum import IntEnum
 
 from ramblock.errors import UsageError
 from ramblock.kvm.exits import HypercallExit
-from ramblock.memory.attributes import PageState
+from ramblock.discard.attributes import PageState
 from ramblock.uapi.kvm_para import KVM_HC_MAP_GPA_RANGE, MapGpaRangeBits
 from ramblock.units import GIB, KIB, MIB
 

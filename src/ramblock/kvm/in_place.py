@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Whether the kernel converts pages of a guest_memfd in place (``ramblock.memory.in_place``).
+Whether the kernel converts pages of a guest_memfd in place (``ramblock.hostmem.in_place``).
 
 The interface, KVM_SET_MEMORY_ATTRIBUTES2 on the descriptor of a guest_memfd, is in no release up to Linux 7.3. The number of its
 capability differed between the revisions that were posted (245 to 250, which released kernels use for other things by now), so

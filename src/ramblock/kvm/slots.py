@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 
 from ramblock.errors import UsageError, describe_range
 from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.guest_memfd import GuestMemfd
-from ramblock.memory.section import RamSection
+from ramblock.discard.section import RamSection
 from ramblock.uapi.kvm import (
     KVM_SET_USER_MEMORY_REGION,
     KVM_SET_USER_MEMORY_REGION2,
@@ -20,13 +19,6 @@ from ramblock.uapi.kvm import (
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["SlotTable"]
-
-
-@dataclass(slots=True)
-class _Slot:
-    number: int
-    sure: bool = False
-    """Whether the kernel certainly has it. False from before a call until it has returned."""
 
 
 # KVM_MEM_MAX_NR_PAGES (include/linux/kvm_host.h): the kernel says EINVAL to more, and not why.
@@ -44,7 +36,7 @@ class SlotTable:
     def __init__(self, vm: Descriptor, limit: int) -> None:
         self._vm = vm
         self._limit = limit
-        self._slots: dict[RamSection, _Slot] = {}
+        self._slots: dict[RamSection, int] = {}
 
     def add(self, section: RamSection, private: GuestMemfd | None) -> None:
         """
@@ -53,23 +45,10 @@ class SlotTable:
         :param private: What serves its private pages, if anything does.
         :raises OSError: Refused: the guest does not see it.
         """
-        slot = self._slots.get(section)
-        if slot is None:
-            slot = self._slots[section] = _Slot(self._free_number())
-            been_there = False
-        elif slot.sure:
-            return
-        else:
-            # A removal was interrupted. What the guest may still have must not blink, so it is not removed first.
-            been_there = True
-        try:
-            self._set(slot.number, section, private)
-        except OSError as error:
-            # A slot with guest_memfd cannot be changed, not even to what it is (kvm_set_memory_region()): it is still there.
-            if not (been_there and error.errno == errno.EINVAL):
-                del self._slots[section]
-                raise
-        slot.sure = True
+        if section not in self._slots:
+            number = self._free_number()
+            self._set(number, section, private)
+            self._slots[section] = number
 
     def remove(self, section: RamSection) -> None:
         """
@@ -79,28 +58,17 @@ class SlotTable:
 
         :raises OSError: Refused: the guest still sees it.
         """
-        slot = self._slots.get(section)
-        if slot is None:
-            return
-        if self._vm.closed:
-            del self._slots[section]
-            return
-        was_sure, slot.sure = slot.sure, False
-        try:
+        number = self._slots.get(section)
+        if number is not None and not self._vm.closed:
             self._vm.call(
                 KVM_SET_USER_MEMORY_REGION,
-                f"removing slot {slot.number} at {section.gpa:#x}",
-                KvmUserspaceMemoryRegion(slot=slot.number),
+                f"removing slot {number} at {section.gpa:#x}",
+                KvmUserspaceMemoryRegion(slot=number),
             )
-        except OSError as error:
-            # EINVAL: there is no such slot. That is no news where an addition or a removal was interrupted.
-            if was_sure or error.errno != errno.EINVAL:
-                slot.sure = was_sure
-                raise
-        del self._slots[section]
+        self._slots.pop(section, None)
 
     def _free_number(self) -> int:
-        taken = {slot.number for slot in self._slots.values()}
+        taken = set(self._slots.values())
         number = next(number for number in range(len(taken) + 1) if number not in taken)
         if number >= self._limit:
             raise OSError(errno.ENOSPC, f"{self._vm.name}: all {self._limit} memory slots are used")

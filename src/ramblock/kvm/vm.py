@@ -12,7 +12,7 @@ from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.guest_memfd import GuestMemfd
 from ramblock.kvm.slots import SlotTable
 from ramblock.kvm.vcpu import Vcpu
-from ramblock.memory.section import RamSection
+from ramblock.discard.section import RamSection
 from ramblock.uapi.kvm import (
     KVM_CHECK_EXTENSION,
     KVM_CREATE_GUEST_MEMFD,
@@ -134,9 +134,10 @@ class KvmVm:
 
     def add_memory_slot(self, section: RamSection) -> None:
         """
-        Let the guest see *section*, with the guest_memfd of its block where it has one; if it sees it already, nothing happens.
+        Let the guest see *section*, with the guest_memfd of its block where it has one; if it sees it
+        already, nothing happens.
 
-        :raises UsageError: The private side of the block cannot serve this VM; the guest does not see the section.
+        :raises UsageError: The block's private side cannot serve this VM; the guest does not see it.
         :raises OSError: Refused: the guest does not see it.
         """
         self._slots.add(section, self._private_side(section))
@@ -150,7 +151,7 @@ class KvmVm:
         self._slots.remove(section)
 
     def _private_side(self, section: RamSection) -> GuestMemfd | None:
-        """Find the guest_memfd for a slot; None: it has none."""
+        """Check the private side of a slot; None: it needs none."""
         private = section.block.private
         if not isinstance(private, GuestMemfd):
             if private is not None and self.enforces_attributes:

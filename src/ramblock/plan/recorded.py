@@ -15,7 +15,7 @@ from itertools import islice, takewhile
 
 import msgspec
 
-from ramblock.memory.attributes import PageState
+from ramblock.discard.attributes import PageState
 from ramblock.plan.simulation import Place
 from ramblock.plan.workload import Request
 from ramblock.trace.events import (

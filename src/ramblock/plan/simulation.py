@@ -21,8 +21,8 @@ from ramblock.dma.mapper import Mapper
 from ramblock.dma.target import DmaCapabilities, HostRange, MappingPolicy
 from ramblock.errors import DmaError, describe_range
 from ramblock.guest import GuestMemory
-from ramblock.memory.attributes import PageState
-from ramblock.memory.block import RamBlock
+from ramblock.discard.attributes import PageState
+from ramblock.guest.block import RamBlock
 from ramblock.plan.guest import Guest
 from ramblock.plan.targets import TargetKind
 from ramblock.plan.workload import End, Request, boot_requests, steady_requests
@@ -96,7 +96,7 @@ class _Target:
     def map(self, iova: int, memory: HostRange, *, writable: bool = True) -> None:
         end = iova + memory.size
         if self._mapped.set(iova // PAGE_SIZE, end // PAGE_SIZE) * PAGE_SIZE != memory.size:
-            raise DmaError(f"{describe_range(iova, memory.size)} is mapped", errno.EEXIST)
+            raise DmaError(errno.EEXIST, f"{describe_range(iova, memory.size)} is mapped")
         self._tables.set(iova // _TABLE, (end - 1) // _TABLE + 1)
 
     def unmap(self, iova: int, size: int) -> int:

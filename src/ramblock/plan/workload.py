@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from ramblock.errors import UsageError
-from ramblock.memory.attributes import PageState
+from ramblock.discard.attributes import PageState
 from ramblock.plan.formula import pages
 from ramblock.plan.guest import Guest
 from ramblock.plan.shares import Share, boot_shares, buffer_room, firmware

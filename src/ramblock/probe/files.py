@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ramblock.errors import describe_range
-from ramblock.memory.host_calls import address_of, write_own_memory
+from ramblock.hostmem.host_calls import address_of, write_own_memory
 
 __all__ = ["FileTable", "MemoryFile"]
 

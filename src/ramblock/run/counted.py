@@ -8,7 +8,6 @@ from time import perf_counter_ns
 
 from ramblock.errors import (
     ConversionError,
-    ConversionInterrupted,
     MappingLimitError,
     PoisonedError,
     RamblockError,
@@ -17,7 +16,7 @@ from ramblock.errors import (
 from ramblock.guest.conversion import ConversionResult
 from ramblock.guest.memory import GuestMemory
 from ramblock.guest.vm import Vm
-from ramblock.memory.attributes import PageState
+from ramblock.discard.attributes import PageState
 from ramblock.run.guest_script import Action, Request
 from ramblock.run.tally import Outcome, Tally
 from ramblock.run.verifier import Verifier
@@ -57,8 +56,6 @@ class CountedMemory(GuestMemory):
         self.action = request.action
         try:
             self.convert(request.gpa, request.size, request.to)
-        except ConversionInterrupted:
-            raise
         except (UsageError, MappingLimitError, ConversionError) as error:
             _log.debug("request refused: %s", error)  # it is counted
         return self.outcome
@@ -68,8 +65,6 @@ class CountedMemory(GuestMemory):
         clock = _Clock(self._verifier)
         try:
             result = super().convert(gpa, size, to)
-        except ConversionInterrupted:
-            raise
         except RamblockError as error:
             clock.stop()
             self.outcome, reason = _classify(error)
@@ -137,22 +132,17 @@ def _classify(error: RamblockError) -> tuple[Outcome, str]:
     if isinstance(error, MappingLimitError):
         return Outcome.OVER_BUDGET, f"the budget of {error.limit} mappings is used up"
     if isinstance(error, UsageError):
-        return Outcome.REFUSED, _usage_reason(error)
+        return Outcome.REFUSED, _USAGE_REASONS.get(error.reason or "", str(error))
     raise error
 
 
-_USAGE_REASONS = (
-    ("nothing is mapped", "a hole"),
-    ("no private backing", "RAM without private backing"),
-    ("not aligned", "not aligned to pages"),
-    ("does not lie in", "past the end of the address space"),
-    ("must not be negative", "a negative address"),
-)
-
-
-def _usage_reason(error: UsageError) -> str:
-    text = str(error)
-    return next((reason for part, reason in _USAGE_REASONS if part in text), text)
+_USAGE_REASONS = {
+    "hole": "a hole",
+    "no private side": "RAM without private backing",
+    "alignment": "not aligned to pages",
+    "limit": "past the end of the address space",
+    "empty": "empty, or a negative address",
+}
 
 
 def _encodable(value: int) -> int | str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from ramblock.memory.attributes import PageState
+from ramblock.discard.attributes import PageState
 from ramblock.run.device import Buffer
 from ramblock.run.layout import BlockPlace
 from ramblock.run.scenario import Workload

@@ -20,9 +20,9 @@ from ramblock.dma.mapper import Mapper
 from ramblock.dma.target import DmaTarget, HostRange
 from ramblock.errors import RamblockError
 from ramblock.events import StateChanged
-from ramblock.memory.attributes import PageState
-from ramblock.memory.backend import HostMemoryBackend
-from ramblock.memory.block import RamBlock
+from ramblock.discard.attributes import PageState
+from ramblock.hostmem.backend import HostMemoryBackend
+from ramblock.guest.block import RamBlock
 from ramblock.run.counted import CountedMemory
 from ramblock.run.device import Device
 from ramblock.run.faults import FaultPlan

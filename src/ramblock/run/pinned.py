@@ -16,7 +16,7 @@ import weakref
 
 from ramblock.dma.soft import SoftIommu
 from ramblock.dma.target import HostRange
-from ramblock.memory.backing import read_fd, write_fd
+from ramblock.hostmem.backing import read_fd, write_fd
 
 __all__ = ["PinnedIommu"]
 

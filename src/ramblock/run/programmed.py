@@ -28,7 +28,7 @@ from typing import NamedTuple
 from ramblock.errors import GuestProgramError, PoisonedError
 from ramblock.guest_program import Command, GuestProgram, IdleEvent, Operation, Status
 from ramblock.kvm import GuestConversions, HypercallExit
-from ramblock.memory.attributes import PageState
+from ramblock.discard.attributes import PageState
 from ramblock.run.counted import CountedMemory
 from ramblock.run.device import Buffer, Device
 from ramblock.run.guest_script import Action, Request

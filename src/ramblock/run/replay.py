@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from ramblock.errors import TraceError
-from ramblock.memory.attributes import PageState
+from ramblock.discard.attributes import PageState
 from ramblock.run.guest_script import Action, Request
 from ramblock.run.layout import BlockPlace
 from ramblock.trace.writer import TRACE_VERSION

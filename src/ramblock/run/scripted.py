@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from ramblock.memory.attributes import PageState
+from ramblock.discard.attributes import PageState
 from ramblock.run.counted import CountedMemory
 from ramblock.run.device import Buffer, Device
 from ramblock.run.guest_script import Action, Request

@@ -27,11 +27,11 @@ from ramblock.dma.soft import Mapping
 from ramblock.dma.target import DmaCapabilities, DmaTarget, HostRange
 from ramblock.errors import describe_range
 from ramblock.guest.vm import MAKE_PRIVATE, MAKE_SHARED, MemorySlots, Vm
-from ramblock.memory.backing import PrivateBacking, SharedBacking
-from ramblock.memory.block import RamBlock
-from ramblock.memory.in_place import InPlaceBacking
-from ramblock.memory.section import RamSection
-from ramblock.memory.virtio_mem import VirtioMem
+from ramblock.hostmem.backing import PrivateBacking, SharedBacking
+from ramblock.guest.block import RamBlock
+from ramblock.hostmem.in_place import InPlaceBacking
+from ramblock.discard.section import RamSection
+from ramblock.discard.virtio_mem import VirtioMem
 from ramblock.units import PAGE_SIZE
 
 __all__ = [

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from ramblock.dma.soft import SoftIommu
 from ramblock.dma.target import MappingPolicy
-from ramblock.memory.attributes import PageState
+from ramblock.discard.attributes import PageState
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_granularity, check_range
 
 __all__ = [

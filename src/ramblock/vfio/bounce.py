@@ -6,7 +6,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from ramblock.dma.target import DmaTarget, HostRange
-from ramblock.memory.backing import AnonymousBacking
+from ramblock.hostmem.backing import AnonymousBacking
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["BouncePage"]

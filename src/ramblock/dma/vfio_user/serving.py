@@ -20,8 +20,8 @@ from ramblock.dma.vfio_user.replies import DmaReadReply, DmaWriteReply
 from ramblock.dma.vfio_user.requests import DmaRead, DmaWrite
 from ramblock.errors import DmaError, describe_range
 from ramblock.logs import Sparingly
-from ramblock.memory.backing import read_fd, write_fd
-from ramblock.memory.host_calls import read_own_memory, write_own_memory
+from ramblock.hostmem.backing import read_fd, write_fd
+from ramblock.hostmem.host_calls import read_own_memory, write_own_memory
 
 __all__ = ["ServedMemory"]
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ramblock.errors import UsageError
-from ramblock.memory.host_calls import set_memory_policy
-from ramblock.memory.host_facts import allowed_nodes, nodes_with_memory
+from ramblock.hostmem.host_calls import set_memory_policy
+from ramblock.hostmem.host_facts import allowed_nodes, nodes_with_memory
 from ramblock.uapi.mempolicy import MempolicyMode
 
 __all__ = ["NumaBinding", "NumaPolicy", "list_nodes"]

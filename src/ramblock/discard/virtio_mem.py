@@ -3,37 +3,22 @@
 
 from __future__ import annotations
 
+from ramblock.discard.bitmap_source import BitmapSource
+from ramblock.discard.manager import ManagedBlock
 from ramblock.errors import UsageError, describe_range
-from ramblock.memory.bitmap_source import CHANGE_STEPS, BitmapChange, BitmapSource
-from ramblock.memory.block import RamBlock
-from ramblock.memory.notification import reserve
-from ramblock.memory.transaction import Step, run_transaction
 from ramblock.units import PAGE_SIZE, check_granularity, check_range
 
 __all__ = ["VirtioMem"]
-
-
-def _expect_free(change: BitmapChange) -> None:
-    start, end = change.byte_span
-    change.source.block.sides.both.expect(start, end - start)
-
-
-def _unexpect_free(change: BitmapChange) -> None:
-    start, end = change.byte_span
-    change.source.block.sides.both.unexpect(start, end - start)
-
-
-# Whatever was in use is put on the account before the commit, so that an interrupt behind it loses nothing.
-_NOTIFY, _STATE = CHANGE_STEPS
-_UNPLUG_STEPS = (_NOTIFY, Step("account", _expect_free, _unexpect_free), _STATE)
 
 
 class VirtioMem(BitmapSource):
     """
     A virtio-mem device's plug state, as a discard source.
 
-    It adds itself to the block, with everything unplugged: listeners hear the discard, then the memory is freed. Plug
-    state and page state are independent: an unplugged range may be converted, and is mapped when it is plugged.
+    It adds itself to the block, with everything unplugged: listeners hear the discard, then the memory
+    is freed. Plug state and page state are independent: an unplugged range may be converted, and is
+    mapped when it is plugged. Taken out of the block's sources and added again, it keeps its plug
+    state, and frees what it withholds.
 
     :param block: The block that the device provides.
     :param block_size: Of the device, in bytes: a power of two, at least a host page, that divides the block's size.
@@ -42,27 +27,20 @@ class VirtioMem(BitmapSource):
     :raises Exception: Whatever a listener raised when it refused; the device is not there and all is as before.
     """
 
-    def __init__(self, block: RamBlock, block_size: int) -> None:
+    #: Unplugged memory is not the guest's: it is freed.
+    withholds = True
+
+    def __init__(self, block: ManagedBlock, block_size: int) -> None:
         check_granularity(block_size, "virtio-mem block size")
         if block_size < PAGE_SIZE or block.size % block_size:
             raise UsageError(
-                f"virtio-mem blocks of {block_size:#x} bytes do not fit block {block.name!r} of {block.size:#x} bytes",
+                f"virtio-mem blocks of {block_size:#x} bytes do not fit block {block.name!r} of"
+                f" {block.size:#x} bytes",
                 value=block_size,
                 expected=f"at least {PAGE_SIZE:#x}, and a divisor of the block's size",
             )
         super().__init__(block, block_size)
-        block.run("virtio-mem", self._appear)
-
-    def _appear(self) -> None:
-        block = self.block
-        block.sides.both.expect(0, block.size)
-        try:
-            block.discard_manager.insert_source(self)
-        except BaseException:
-            if not any(source is self for source in block.discard_manager.sources):
-                block.sides.both.unexpect(0, block.size)
-            raise
-        block.sides.both.free(0, block.size)
+        block.discard_manager.add_source(self)
 
     @property
     def block_size(self) -> int:
@@ -83,7 +61,7 @@ class VirtioMem(BitmapSource):
         :raises PoisonedError: The block is poisoned, or this call poisoned it.
         :raises Exception: Whatever a listener raised when it refused; nothing has changed.
         """
-        self.block.run("plug", self._plug, offset, size)
+        self.block.discard_manager.run("plug", self._plug, offset, size)
 
     def _plug(self, offset: int, size: int) -> None:
         self._check(offset, size)
@@ -92,8 +70,8 @@ class VirtioMem(BitmapSource):
                 f"{self._name(offset, size)} is plugged already, at least in part",
                 value=(offset, size),
             )
-        self._change(offset, size, populate=True)
-        self.block.sides.both.keep_used(offset, size)
+        self._change("plug", offset, size, populate=True)
+        self.block.discard_manager.freeing.keep_used(offset, size)
 
     def unplug(self, offset: int, size: int) -> None:
         """
@@ -104,7 +82,7 @@ class VirtioMem(BitmapSource):
         :raises PoisonedError: The block is poisoned, or this call poisoned it; the memory is kept.
         :raises Exception: Whatever a listener raised when it refused; nothing has changed.
         """
-        self.block.run("unplug", self._unplug, offset, size)
+        self.block.discard_manager.run("unplug", self._unplug, offset, size)
 
     def _unplug(self, offset: int, size: int) -> None:
         self._check(offset, size)
@@ -113,8 +91,8 @@ class VirtioMem(BitmapSource):
                 f"{self._name(offset, size)} is unplugged already, at least in part",
                 value=(offset, size),
             )
-        self._change(offset, size, populate=False)
-        self.block.sides.both.free(offset, size)
+        self._change("unplug", offset, size, populate=False)
+        self.block.discard_manager.freeing.free(offset, size)
 
     def unplug_all(self) -> None:
         """
@@ -122,34 +100,30 @@ class VirtioMem(BitmapSource):
 
         Raises what :meth:`unplug` raises, with the same state left.
         """
-        self.block.run("unplug_all", self._unplug_all)
+        self.block.discard_manager.run("unplug_all", self._unplug_all)
 
     def _unplug_all(self) -> None:
         self._check_present()
         if self.populated_bytes:
-            self._change(0, self.block.size, populate=False)
-            self.block.sides.both.free(0, self.block.size)
+            self._change("unplug_all", 0, self.block.size, populate=False)
+            self.block.discard_manager.freeing.free(0, self.block.size)
 
     def on_adding(self) -> None:
-        """Claim that discards will happen; the discard manager calls it before the device becomes a source."""
-        block = self.block
-        self._hold = block.guard.discards.require_coordinated(f"virtio-mem on block {block.name!r}")
-        block.holds.append(self._hold)
+        """Claim that discards will happen; the discard manager calls it before it adds the device."""
+        manager = self.block.discard_manager
+        owner = f"virtio-mem on block {self.block.name!r}"
+        self._hold = manager.guard.discards.require_coordinated(owner)
+        manager.holds.append(self._hold)
 
     def on_removed(self) -> None:
         """Let go of the claim; the discard manager calls it when the device is no source any more."""
         self._hold.release()
-        self.block.holds.remove(self._hold)
+        self.block.discard_manager.holds.remove(self._hold)
 
-    def _change(self, offset: int, size: int, *, populate: bool) -> None:
-        change = BitmapChange(self, offset, size, populate=populate)
-        assert change.notification is not None  # the callers have checked that something changes
-        reserve((change.notification,))
-        guard = self.block.guard
-        steps = CHANGE_STEPS if populate else _UNPLUG_STEPS
-        failure = run_transaction(guard, steps, (change,))
-        if failure is not None:
-            failure.reraise(guard, "plug" if populate else "unplug")
+    def _change(self, operation: str, offset: int, size: int, *, populate: bool) -> None:
+        change = self.plan(offset, size, populate=populate)
+        assert change is not None  # the callers have checked that something changes
+        self.change(operation, change)
 
     def _check(self, offset: int, size: int) -> None:
         self._check_present()
@@ -171,4 +145,5 @@ class VirtioMem(BitmapSource):
         return f"virtio-mem on block {self.block.name!r}: {describe_range(offset, size)}"
 
     def __repr__(self) -> str:
-        return f"<VirtioMem of {self.block.name!r}: {self.plugged_size:#x} of {self.block.size:#x} bytes plugged>"
+        plugged = f"{self.plugged_size:#x} of {self.block.size:#x} bytes plugged"
+        return f"<VirtioMem of {self.block.name!r}: {plugged}>"

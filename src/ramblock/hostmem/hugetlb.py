@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ramblock.memory.host_facts import NODES
+from ramblock.hostmem.host_facts import NODES
 from ramblock.units import GIB, KIB, format_size
 
 __all__ = ["HugePagePool", "describe_shortage", "lacking_on"]

@@ -15,8 +15,8 @@ import weakref
 from typing import Protocol
 
 from ramblock.errors import UsageError
-from ramblock.memory.host_calls import address_of, punch_hole, write_own_memory
-from ramblock.memory.hugetlb import describe_shortage
+from ramblock.hostmem.host_calls import address_of, punch_hole, write_own_memory
+from ramblock.hostmem.hugetlb import describe_shortage
 from ramblock.units import PAGE_SIZE, check_range, format_size
 
 __all__ = ["AnonymousBacking", "MemfdBacking", "PrivateBacking", "SharedBacking", "StandInPrivate"]

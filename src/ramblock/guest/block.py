@@ -4,37 +4,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Protocol
 
+from ramblock.discard.attributes import RamBlockAttributes
+from ramblock.discard.guard import Guard
+from ramblock.discard.manager import RamDiscardManager
 from ramblock.errors import UsageError
-from ramblock.memory.attributes import RamBlockAttributes
-from ramblock.memory.backend import HostMemoryBackend
-from ramblock.memory.backing import PrivateBacking, SharedBacking, StandInPrivate, check_private
-from ramblock.memory.coordination import DiscardHold
-from ramblock.memory.discard_manager import RamDiscardManager
-from ramblock.memory.guard import Guard, Moved
-from ramblock.memory.in_place import check_in_place, is_in_place, take_in_place
-from ramblock.memory.prealloc import Progress
-from ramblock.memory.sides import Sides
+from ramblock.guest.freeing import Sides, sides_of
+from ramblock.hostmem.backend import HostMemoryBackend
+from ramblock.hostmem.backing import PrivateBacking, SharedBacking, StandInPrivate, check_private
+from ramblock.hostmem.in_place import check_in_place, is_in_place, take_in_place
+from ramblock.hostmem.prealloc import Progress
+from ramblock.process import OfOneProcess
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_range, format_size
 
 __all__ = ["Placement", "RamBlock"]
 
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 class Placement(Protocol):
     """The guest memory in which a block is placed, as far as the block has to know."""
 
     def forget(self, block: RamBlock) -> None:
-        """Drop every section of *block*, whatever listeners say; the lock is held by the caller."""
-
-    def release_unplaced(self, block: RamBlock) -> None:
-        """Let *block* go if it has no section any more."""
+        """Drop every section of *block*, whatever listeners say; the caller holds the lock."""
 
 
 def _check_name(name: object) -> None:
@@ -42,7 +36,7 @@ def _check_name(name: object) -> None:
         raise UsageError(f"{name!r} is not a name", value=name, expected="text without NUL")
 
 
-class RamBlock:
+class RamBlock(OfOneProcess):
     """
     Guest RAM: a shared backing, for confidential guests a private one, the page states, and the discard manager.
 
@@ -62,25 +56,40 @@ class RamBlock:
         self.private = private
         #: The memory, where it serves both states and so is both sides; else None.
         self.in_place = private if is_in_place(private) else None
-        self.guard = Guard()
         self.placement: Placement | None = None
-        self.holds: list[DiscardHold] = []
         self._shared = shared
         self._own_private = private if owns_private else None
-        self._closed = False
-        self._given_back = False
         #: Joins the block's sources and tells its listeners.
-        self.discard_manager = RamDiscardManager(self)
+        self.discard_manager = manager = RamDiscardManager(self)
         #: The page states; None for ordinary RAM, which is always shared.
         self.attributes: RamBlockAttributes | None = None
-        #: What is in use of its memory, and freeing the rest.
-        self.sides = Sides(self, shared, private)
         if private is not None:
             self.attributes = RamBlockAttributes(self)
-            self.discard_manager.insert_source(self.attributes)
-            self.holds.append(
-                self.guard.discards.require_coordinated(f"page conversion of block {name!r}")
-            )
+            manager.add_source(self.attributes)
+            owner = f"page conversion of block {name!r}"
+            manager.holds.append(self.guard.discards.require_coordinated(owner))
+        #: What is in use of its memory, and freeing the rest.
+        discard_private = None if private is None else self._discard_private
+        self.sides: Sides = sides_of(manager, self.attributes, shared, discard_private)
+        manager.freeing = self.sides.both
+
+    def _discard_private(self, offset: int, size: int) -> None:
+        assert self.private is not None
+        self.private.discard(offset, size)
+
+    def retire_private(self, old: PrivateBacking) -> None:
+        """
+        Empty *old*, which :attr:`private` has taken the place of; for a reset, which holds the lock.
+
+        The old guest's bytes must go. A backing of somebody else's is theirs to close.
+        """
+        try:
+            old.discard(0, self.size)
+        except Exception as error:
+            _log.warning("block %r: the old private side is not emptied: %s", self.name, error)
+        if old is self._own_private and isinstance(old, StandInPrivate):
+            old.close()
+            self._own_private = None
 
     @classmethod
     def create(
@@ -91,9 +100,10 @@ class RamBlock:
 
         :param name: For messages and traces.
         :param size: In bytes; a multiple of the host page size.
-        :param private: None for ordinary RAM; ``"stand-in"`` for a memfd in the role of guest_memfd; any
-            :class:`~ramblock.memory.PrivateBacking`, which stays the caller's to close; or an
-            :class:`~ramblock.memory.InPlaceBacking`, which is all of the block's memory from now on and is closed with it.
+        :param private: None for ordinary RAM; ``"stand-in"`` for a memfd in the role of guest_memfd;
+            any :class:`~ramblock.PrivateBacking`, which stays the caller's to close; or an
+            :class:`~ramblock.InPlaceBacking`, which is all of the block's memory from now on and is
+            closed with it.
         :raises UsageError: Bad size, or *private* is none of these or does not fit; nothing is held.
         :raises OSError: The host has no memory; nothing is held.
         """
@@ -160,7 +170,7 @@ class RamBlock:
     @property
     def closed(self) -> bool:
         """Whether the block was closed."""
-        return self._closed
+        return self.discard_manager.closed
 
     def read(self, offset: int, size: int) -> bytes:
         """
@@ -189,10 +199,10 @@ class RamBlock:
         return self._shared.allocated_bytes()
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self.closed:
             raise UsageError(f"block {self.name!r} is closed", value=self.name)
 
-    # -- freeing --------------------------------------------------------------------------------------------------
+    # -- freeing and closing ------------------------------------------------------------------------
 
     @property
     def not_freed_bytes(self) -> int:
@@ -206,80 +216,45 @@ class RamBlock:
         :return: Bytes that still wait.
         :raises PoisonedError: The block is poisoned, and keeps its pages.
         """
-        return self.run("free_pending", self.sides.both.free_pending)
+        return self.discard_manager.run("free_pending", self.sides.both.free_pending)
 
-    # -- locking and life -----------------------------------------------------------------------------------------
-
-    def run(
-        self,
-        operation: str,
-        work: Callable[..., T],
-        *arguments: object,
-        even_poisoned: bool = False,
-        even_closed: bool = False,
-    ) -> T:
-        """
-        Call ``work(*arguments)`` under the lock that the block is under, which placing the block can change.
-
-        :raises BusyError: A listener called back in.
-        :raises PoisonedError: Unless *even_poisoned*.
-        :raises UsageError: The block is closed; unless *even_closed*.
-        """
-        while True:
-            result: T | Moved = self.guard.run(
-                operation,
-                self._run_open,
-                work,
-                arguments,
-                even_closed,
-                even_poisoned=even_poisoned,
-                home=self,
-            )
-            if not isinstance(result, Moved):
-                return result
-
-    def _run_open(
-        self, work: Callable[..., T], arguments: tuple[object, ...], even_closed: object
-    ) -> T:
-        if not even_closed:
-            self._check_open()
-        result: T = work(*arguments)
-        return result
+    @property
+    def guard(self) -> Guard:
+        """The lock, the poison and the doubts that the block is under."""
+        return self.discard_manager.guard
 
     def close(self) -> None:
         """
-        Unregister the listeners, leave the guest memory, and give the memory back. Twice is the same as once.
+        Unregister the listeners, leave the guest memory, and give the memory back. Twice is the same
+        as once.
 
-        It never refuses because of listeners: one that cannot let go poisons, and then, as for any poisoned block, the
-        pages stay alive, since a target may reach them. Interrupted by Ctrl-C it has left nothing half-done, and is to be
-        called again; if it comes while a listener that refuses is being forced out, it poisons.
+        It never refuses because of listeners: one that cannot let go poisons, and then, as for any
+        poisoned block, the pages stay alive, since a target may reach them. In a fork it only closes
+        what this process has of the block, and tells nobody.
 
         :raises BusyError: Called by a listener from inside an operation; nothing has changed.
         """
-        self.run("close", self._close, even_poisoned=True, even_closed=True)
+        if self.guard.forked:
+            self.discard_manager.closed = True
+            self._shared.close()
+        else:
+            manager = self.discard_manager
+            manager.run("close", self._close, even_poisoned=True, even_closed=True)
 
     def _close(self) -> None:
-        if not self._closed:
-            if self.placement is not None:
-                self.placement.forget(self)
-            for registration in self.discard_manager.registrations:
-                self.discard_manager.dismiss(registration.listener)
-            self._closed = True
-        if not self._given_back:
-            self._give_back()
-            self._given_back = True
-
-    def _give_back(self) -> None:
-        """Give back what the block holds; whatever of it was given back before an interrupt is so twice."""
-        for hold in self.holds:
+        manager = self.discard_manager
+        if manager.closed:
+            return
+        if self.placement is not None:
+            self.placement.forget(self)
+        manager.dismiss_all()
+        manager.closed = True
+        for hold in manager.holds:
             hold.release()
-        if self.guard.doubts_of(self):
+        if manager.guard.doubts_of(self):
             _kept.append(self._shared)
-            _log.critical(
-                "block %r is closed poisoned; its %s stay allocated",
-                self.name,
-                format_size(self.size),
-            )
+            size = format_size(self.size)
+            _log.critical("block %r is closed poisoned; its %s stay allocated", self.name, size)
         else:
             self._shared.close()
         if isinstance(self._own_private, StandInPrivate):

@@ -5,19 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import Enum
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
+from ramblock.discard.bitmap_source import BitmapChange, BitmapSource
+from ramblock.discard.manager import ManagedBlock
 from ramblock.errors import UsageError
 from ramblock.events import StateChanged
-from ramblock.memory.bitmap_source import CHANGE_STEPS, BitmapChange, BitmapSource
-from ramblock.memory.notification import reserve
-from ramblock.memory.transaction import run_transaction
 from ramblock.units import PAGE_SIZE, check_range
 
-if TYPE_CHECKING:
-    from ramblock.memory.block import RamBlock
-
-__all__ = ["PageState", "RamBlockAttributes"]
+__all__ = ["PageState", "RamBlockAttributes", "check_state"]
 
 
 class PageState(Enum):
@@ -27,9 +23,6 @@ class PageState(Enum):
     """Only the guest can read it. For a discard manager: discarded."""
     SHARED = "shared"
     """The host and its devices can read it. For a discard manager: populated."""
-
-
-_BEFORE = {None: "mixture", True: PageState.SHARED.value, False: PageState.PRIVATE.value}
 
 
 def check_state(to: object) -> None:
@@ -49,7 +42,10 @@ class RamBlockAttributes(BitmapSource):
     User code reads it as ``block.attributes``.
     """
 
-    def __init__(self, block: RamBlock) -> None:
+    #: A block keeps its page states: they cannot be removed from its sources.
+    permanent = True
+
+    def __init__(self, block: ManagedBlock) -> None:
         super().__init__(block, PAGE_SIZE)
 
     @property
@@ -63,7 +59,8 @@ class RamBlockAttributes(BitmapSource):
 
         :raises UsageError: The range is empty or leaves the block.
         """
-        check_range(offset, size, limit=self.block.size, align=1, what=f"block {self.block.name!r}")
+        what = f"block {self.block.name!r}"
+        check_range(offset, size, limit=self.block.size, align=1, what=what)
         return self.is_populated(offset, size)
 
     @overload
@@ -76,8 +73,8 @@ class RamBlockAttributes(BitmapSource):
         """
         Yield the maximal runs of pages as (offset, size) in bytes, ascending.
 
-        ``ranges(state)`` is the whole block by page state. ``ranges(offset, size)`` is what a discard manager asks any
-        source for: the populated, that is shared, runs inside the range.
+        ``ranges(state)`` is the whole block by page state. ``ranges(offset, size)`` is the question of
+        a discard manager to any source: the populated, that is shared, runs inside the range.
 
         :raises UsageError: Not a page state.
         """
@@ -94,8 +91,8 @@ class RamBlockAttributes(BitmapSource):
         """
         Change the state of a range and tell the listeners: all or nothing. Only what differs changes.
 
-        It knows no KVM and frees nothing. On a block that is placed in a guest, ``GuestMemory.convert`` is the one to
-        call.
+        It knows no KVM and frees nothing. On a block that is placed in a guest,
+        ``GuestMemory.convert`` is the one to call.
 
         :param offset: In bytes, a multiple of the page size.
         :param size: In bytes, a multiple of the page size.
@@ -104,33 +101,29 @@ class RamBlockAttributes(BitmapSource):
         :raises PoisonedError: The block is poisoned, or this call poisoned it.
         :raises Exception: Whatever a listener raised when it refused; nothing has changed.
         """
-        self.block.run("state_change", self._state_change, offset, size, to)
+        self.block.discard_manager.run("state_change", self._state_change, offset, size, to)
 
     def _state_change(self, offset: int, size: int, to: PageState) -> None:
-        change = self.plan(offset, size, to)
-        if change.notification is not None:
-            reserve((change.notification,))
-            guard = self.block.guard
-            failure = run_transaction(guard, CHANGE_STEPS, (change,))
-            if failure is not None:
-                failure.reraise(guard, "state_change")
-            self.block.sides.both.keep_used(offset, size)
-            self.observe(change, offset, size)
-
-    def plan(self, offset: int, size: int, to: PageState) -> BitmapChange:
-        """Check the range and find out what would change; the lock is held by the caller."""
         check_state(to)
-        check_range(offset, size, limit=self.block.size, align=PAGE_SIZE, what=self.place)
-        return BitmapChange(self, offset, size, populate=to is PageState.SHARED)
+        what = f"block {self.block.name!r}"
+        check_range(offset, size, limit=self.block.size, align=PAGE_SIZE, what=what)
+        change = self.plan(offset, size, populate=to is PageState.SHARED)
+        if change is not None:
+            self.change("state_change", change)
+            self.block.discard_manager.freeing.keep_used(offset, size)
+            self.observe(change, offset, size)
 
     def observe(self, change: BitmapChange, offset: int, size: int) -> None:
         """Emit the event of a change that was asked for ``[offset, offset + size)`` and is done."""
-        guard = self.block.guard
+        guard = self.block.discard_manager.guard
         if guard.observer is not None:
-            after = PageState.SHARED if change.populate else PageState.PRIVATE
-            guard.observe(
-                StateChanged(self.block.name, offset, size, _BEFORE[change.before], after.value)
-            )
+            before, after = "private", "shared"
+            if not change.populate:
+                before, after = after, before
+            if change.mixture:
+                before = "mixture"
+            guard.observe(StateChanged(self.block.name, offset, size, before, after))
 
     def __repr__(self) -> str:
-        return f"<RamBlockAttributes of {self.block.name!r}: {self.shared_bytes:#x} of {self.block.size:#x} bytes shared>"
+        shared = f"{self.shared_bytes:#x} of {self.block.size:#x} bytes shared"
+        return f"<RamBlockAttributes of {self.block.name!r}: {shared}>"

@@ -21,7 +21,7 @@ from typing import Protocol, TypeGuard
 from weakref import WeakSet
 
 from ramblock.errors import UsageError
-from ramblock.memory.backing import PrivateBacking, SharedBacking
+from ramblock.hostmem.backing import PrivateBacking, SharedBacking
 
 __all__ = [
     "TRIES",

@@ -7,8 +7,8 @@ import errno
 from collections.abc import Callable
 from typing import TypeAlias
 
-from ramblock.memory.backing import SharedBacking
-from ramblock.memory.host_calls import populate
+from ramblock.hostmem.backing import SharedBacking
+from ramblock.hostmem.host_calls import populate
 from ramblock.units import MIB, format_size
 
 __all__ = ["Progress", "preallocate"]

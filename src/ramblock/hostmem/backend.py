@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ramblock.errors import UsageError
-from ramblock.memory.backing import AnonymousBacking, MemfdBacking, SharedBacking
-from ramblock.memory.host_facts import available_bytes, available_on, nodes_with_memory
-from ramblock.memory.hugetlb import describe_shortage, lacking_on
-from ramblock.memory.numa import NumaBinding, NumaPolicy, list_nodes
-from ramblock.memory.prealloc import Progress, preallocate
+from ramblock.hostmem.backing import AnonymousBacking, MemfdBacking, SharedBacking
+from ramblock.hostmem.host_facts import available_bytes, available_on, nodes_with_memory
+from ramblock.hostmem.hugetlb import describe_shortage, lacking_on
+from ramblock.hostmem.numa import NumaBinding, NumaPolicy, list_nodes
+from ramblock.hostmem.prealloc import Progress, preallocate
 from ramblock.units import GIB, MIB, PAGE_SIZE, check_range, format_size
 
 __all__ = ["BackendKind", "HostMemoryBackend"]

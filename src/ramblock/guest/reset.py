@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The reset of a guest: a reboot, after which nothing of the old guest is left.
+
+Every confidential page is private again, virtio-mem is unplugged, no device maps either, and all that
+memory is freed, the guest's old private bytes included. A VMM that recreates its VM or the guest_memfds
+(QEMU 11 does both at a confidential reset) hands in the new ones.
+
+The steps and their undo, as in a conversion; ordinary RAM stays as it is and stays mapped::
+
+    unmap       <-> map again             everything that will not be populated any more
+    slot        <-> add with the old side only where a private side is replaced in the same VM
+    attribute   <-> as the states say     private; in a new VM before it has a slot
+    slot        <-> remove                in a new VM all of them
+    state       <-> flip back             everything private and unplugged
+    --- committed ---
+    free both sides
+
+QEMU 11.1.3 leaves bitmap and mappings as they were: a device then reaches pages that the new guest
+believes private.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from ramblock.discard.attributes import RamBlockAttributes
+from ramblock.discard.bitmap_source import BitmapChange
+from ramblock.discard.guard import Guard
+from ramblock.discard.notification import reserve
+from ramblock.discard.section import RamSection
+from ramblock.discard.undo import UndoLog
+from ramblock.discard.virtio_mem import VirtioMem
+from ramblock.errors import UsageError
+from ramblock.guest.block import RamBlock
+from ramblock.guest.freeing import free_each
+from ramblock.guest.places import Place, PlaceMap
+from ramblock.guest.vm import MAKE_PRIVATE, MemorySlots, Vm, establish, set_attribute, withdraw
+from ramblock.hostmem.backing import PrivateBacking, check_private
+
+__all__ = ["check_new_parts", "reset_guest"]
+
+
+def check_new_parts(
+    places: PlaceMap, vm: Vm | None, private: Mapping[RamBlock, PrivateBacking]
+) -> None:
+    """Raise :class:`UsageError` unless a guest can be reset with *vm* and *private*."""
+    if vm is not None and not hasattr(vm, "set_memory_attributes"):
+        raise UsageError(f"{vm!r} is not a VM", value=vm, expected="a Vm, or None")
+    for block, backing in private.items():
+        # Not the block's own word for it: it may be placed in another memory.
+        if not places.of_block(block) or block.private is None or block.in_place is not None:
+            raise UsageError(
+                f"{block!r} takes no new private side",
+                value=block,
+                expected="a block of this memory with a private side of its own",
+            )
+        check_private(backing, block.size, block.name)
+
+
+def reset_guest(
+    guard: Guard,
+    places: PlaceMap,
+    old_vm: Vm | None,
+    vm: Vm | None,
+    private: Mapping[RamBlock, PrivateBacking],
+) -> None:
+    """
+    Reset; see the module. The caller holds the lock and has checked the new parts.
+
+    :param vm: The new VM; None: it stays.
+    :raises BaseException: What a target or VM raised; everything is as before.
+    :raises PoisonedError: It could not be put back.
+    """
+    new_vm = old_vm if vm is None else vm
+    renewed = vm is not None
+    old_sides = [(block, block.private) for block in private]
+    changing = [block for block in _blocks(places) if _resettable(block)]
+    farewells = [
+        block.discard_manager.notification(None, 0, block.size, populate=False)
+        for block in changing
+    ]
+    reserve(farewells)
+    flips: list[BitmapChange] = []
+    with UndoLog(guard, "reset") as undo:
+        for block, farewell in zip(changing, farewells, strict=True):
+            undo.do("unmap", farewell.tell, farewell.take_back, piece=block)
+        # Slots of the old VM need no care where it is replaced: it does not run any more.
+        again = [place for place in places if renewed or place.block in private]
+        for place in [] if renewed else again:
+            _do_slot(undo, old_vm, place, add=False)
+        for block, backing in private.items():
+            undo.do(
+                "private side",
+                partial(setattr, block, "private", backing),
+                partial(setattr, block, "private", block.private),
+                piece=block,
+            )
+        for place in places:
+            if place.block.attributes is not None:
+                # An attribute of a new VM goes back to the kernel's default, which nobody sees.
+                back = withdraw if renewed and place.block.in_place is None else establish
+                undo.do(
+                    "attribute",
+                    partial(_make_private, new_vm, place.block, place.section),
+                    partial(back, new_vm, place.block, place.section),
+                    piece=place.block,
+                )
+        for place in again:
+            _do_slot(undo, new_vm, place, add=True)
+        for block in changing:
+            for source in _resettable(block):
+                change = source.plan(0, block.size, populate=False)
+                if change is not None:
+                    undo.do("state", change.flip, change.flip_back, piece=block)
+                    flips.append(change)
+    for change in flips:
+        if isinstance(change.source, RamBlockAttributes):
+            change.source.observe(change, 0, change.source.block.size)
+    for block, old in old_sides:
+        if old is not None and old is not block.private:
+            block.retire_private(old)
+    free_each(partial(block.sides.both.free, 0, block.size) for block in changing)
+
+
+def _blocks(places: PlaceMap) -> list[RamBlock]:
+    return list({id(place.block): place.block for place in places}.values())
+
+
+def _resettable(block: RamBlock) -> list[RamBlockAttributes | VirtioMem]:
+    """List the sources of *block* that a reset changes; somebody else's has its own reset."""
+    return [
+        source
+        for source in block.discard_manager.sources
+        if isinstance(source, (RamBlockAttributes, VirtioMem))
+    ]
+
+
+def _make_private(vm: Vm | None, block: RamBlock, section: RamSection) -> None:
+    set_attribute(vm, block, section, section.offset, section.end, private=MAKE_PRIVATE)
+
+
+def _do_slot(undo: UndoLog, vm: object, place: Place, *, add: bool) -> None:
+    if isinstance(vm, MemorySlots):
+        calls = (vm.add_memory_slot, vm.remove_memory_slot)
+        do, put_back = calls if add else reversed(calls)
+        try:
+            undo.do("slot", do, put_back, place.section, piece=place.block)
+        except Exception:
+            undo.drop_last()  # a refusal: the VM did nothing
+            raise
