@@ -102,11 +102,12 @@ class BitmapChange:
             start, end = span
             self._saved = source.bits.save(start, end)
         self._span = start, end
-        self.notification: Notification = source.block.discard_manager.notification(
-            source,
+        self.notification = Notification(
+            source.block.discard_manager,
             start << shift,
             end << shift,
             populate=populate,
+            source=source,
             runs=None if whole else self._runs,
             hollow=whole or not populate,
         )

@@ -51,9 +51,8 @@ class Guard:
         # Whoever comes while the lock is taken waits at a gate of its own, and is let in in turn. A
         # bare Lock goes to whichever thread runs next, which is often the one that has just given it
         # back: of eight threads that shared a guest, one waited a second.
-        self._state = Lock()
-        self._taken = False
-        self._queue: deque[Lock] = deque()
+        self._lock = Lock()
+        self._gates: deque[Lock] = deque()
         self._reason: str | None = None
         self._doubts: list[tuple[RamSection, object]] = []
         #: How many doubts were ever noted.
@@ -95,15 +94,8 @@ class Guard:
         arguments: tuple[object, ...],
         even_poisoned: object,
     ) -> T:
-        gate = None
-        with self._state:
-            if self._taken:
-                gate = Lock()
-                gate.acquire()
-                self._queue.append(gate)
-            self._taken = True
-        if gate is not None:
-            gate.acquire()
+        if self._gates or not self._lock.acquire(blocking=False):
+            self._wait()
         try:
             self._owner = get_ident()
             self._operation = operation
@@ -112,11 +104,31 @@ class Guard:
             return work(*arguments)
         finally:
             self._owner = None
-            with self._state:
-                if self._queue:
-                    self._queue.popleft().release()
-                else:
-                    self._taken = False
+            if self._gates:
+                self._gates.popleft().release()
+            else:
+                self._lock.release()
+                if self._gates:
+                    # Somebody came between that look and the release, and saw the lock taken.
+                    self._open_a_gate()
+
+    def _wait(self) -> None:
+        """Take the lock in turn."""
+        gate = Lock()
+        gate.acquire()
+        self._gates.append(gate)
+        # Whoever had the lock may have given it back before it could see the gate.
+        self._open_a_gate()
+        gate.acquire()
+
+    def _open_a_gate(self) -> None:
+        """Let the next one in, unless the lock is taken: then its owner will."""
+        while self._gates and self._lock.acquire(blocking=False):
+            # With the lock held nobody else opens gates.
+            if self._gates:
+                self._gates.popleft().release()
+                return
+            self._lock.release()
 
     @property
     def forked(self) -> bool:

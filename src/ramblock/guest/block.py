@@ -52,7 +52,15 @@ class RamBlock(OfOneProcess):
         owns_private: bool,
     ) -> None:
         self.name = name
+        #: In bytes.
         self.size = shared.size
+        #: Descriptor of the shared backing; None for anonymous memory.
+        self.fd = shared.fd
+        #: Host virtual address of the shared backing.
+        self.address = shared.address
+        #: The smallest piece of the shared backing that can be freed, in bytes.
+        self.page_size = shared.page_size
+        #: The private backing; None for ordinary RAM.
         self.private = private
         #: The memory, where it serves both states and so is both sides; else None.
         self.in_place = private if is_in_place(private) else None
@@ -151,21 +159,6 @@ class RamBlock(OfOneProcess):
     def shared(self) -> SharedBacking:
         """The shared backing itself."""
         return self._shared
-
-    @property
-    def fd(self) -> int | None:
-        """Descriptor of the shared backing; None for anonymous memory."""
-        return self._shared.fd
-
-    @property
-    def address(self) -> int:
-        """Host virtual address of the shared backing."""
-        return self._shared.address
-
-    @property
-    def page_size(self) -> int:
-        """Page size of the shared backing, in bytes; what of it can be freed at once."""
-        return self._shared.page_size
 
     @property
     def closed(self) -> bool:
