@@ -15,7 +15,7 @@ from harness.measure import Row, Summary, timed
 from harness.ours import OURS, IdleTarget, confidential_block
 from ramblock import GuestMemory, PageState
 from ramblock.dma import SoftIommu
-from ramblock.hostmem import StandInPrivate
+from ramblock.memory import StandInPrivate
 from ramblock.units import GIB, KIB, MIB, format_size
 
 __all__ = ["FREEING_CASE", "TARGETS_CASE", "run"]

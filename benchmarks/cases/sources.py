@@ -10,7 +10,7 @@ from harness.context import Context
 from harness.measure import Row, Summary, timed
 from harness.ours import OURS, RecordingListener, confidential_block
 from ramblock import PageState, RamBlock, VirtioMem
-from ramblock.hostmem import Source
+from ramblock.memory import Source
 from ramblock.units import GIB, MIB, TIB
 
 __all__ = ["CASE", "run"]

@@ -16,7 +16,7 @@ from harness.requests import RequestList
 from ramblock import PageState, RamBlock, RamSection
 from ramblock.bitmap import SavedBits
 from ramblock.dma import DmaCapabilities, HostRange
-from ramblock.hostmem import Listener
+from ramblock.memory import Listener
 from ramblock.units import GIB, PAGE_SIZE
 
 __all__ = [
