@@ -14,7 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from threading import Lock, get_ident
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from ramblock import process
 from ramblock.discard.coordination import DiscardCoordinator, DiscardHold
@@ -23,7 +23,7 @@ from ramblock.errors import BusyError, PoisonedError, describe_range
 from ramblock.events import Observer, StateChanged
 from ramblock.interrupts import uninterrupted
 
-__all__ = ["Guard", "InDoubt"]
+__all__ = ["Guard", "Home", "InDoubt", "MovedError"]
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +39,16 @@ class InDoubt(NamedTuple):
     """In bytes."""
     target: object
     """The DMA target; for a listener that is no mapper, the listener."""
+
+
+class MovedError(Exception):
+    """A block came under another guard while a thread waited for this one's lock."""
+
+
+class Home(Protocol):
+    """Stands for a block: it is under a guard, which can change."""
+
+    guard: Guard
 
 
 class Guard:
@@ -68,15 +78,18 @@ class Guard:
         work: Callable[..., T],
         *arguments: object,
         even_poisoned: bool = False,
+        home: Home | None = None,
     ) -> T:
         """
         Call ``work(*arguments)`` with the lock held. Interrupts wait until that has ended.
 
         :param operation: For messages.
         :param even_poisoned: For what only takes away.
+        :param home: Has to be under this guard still when the lock is held.
         :raises BusyError: This thread holds the lock: a listener, source or target called back in.
         :raises UsageError: This process is a fork of the one that made the memory.
-        :raises PoisonedError: Unless *even_poisoned*. In each of these cases nothing was called.
+        :raises PoisonedError: Unless *even_poisoned*.
+        :raises MovedError: *home* is under another guard by now. In each case nothing was called.
         """
         if self._process != process.current:
             process.refuse_fork(operation)
@@ -84,7 +97,9 @@ class Guard:
             raise BusyError(
                 f"{operation} was called from inside {self._operation}, which holds the memory's lock"
             )
-        result: T = uninterrupted(self._run_locked, operation, work, arguments, even_poisoned)
+        result: T = uninterrupted(
+            self._run_locked, operation, work, arguments, even_poisoned, home
+        )
         return result
 
     def _run_locked(
@@ -93,12 +108,15 @@ class Guard:
         work: Callable[..., T],
         arguments: tuple[object, ...],
         even_poisoned: object,
+        home: Home | None,
     ) -> T:
         if self._gates or not self._lock.acquire(blocking=False):
             self._wait()
         try:
             self._owner = get_ident()
             self._operation = operation
+            if home is not None and home.guard is not self:
+                raise MovedError
             if self._reason is not None and not even_poisoned:
                 raise self.poisoned_error(operation)
             return work(*arguments)

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from ramblock.discard.coordination import DiscardHold
-from ramblock.discard.guard import Guard
+from ramblock.discard.guard import Guard, MovedError
 from ramblock.discard.listeners import Listener
 from ramblock.discard.notification import Notification, reserve
 from ramblock.discard.registry import Registration, Registry
@@ -52,10 +52,6 @@ class _NothingToFree:
         pass
 
 
-class _MovedError(Exception):
-    """The block came under another lock while this thread waited for the old one."""
-
-
 def _nothing() -> None:
     """For a source that does not want to hear when it is added or removed."""
 
@@ -86,31 +82,26 @@ class RamDiscardManager(OfOneProcess):
         work: Callable[..., T],
         *arguments: object,
         even_poisoned: bool = False,
-        even_closed: bool = False,
     ) -> T:
         """
         Call ``work(*arguments)`` under the lock that the block is under.
 
         :raises BusyError: A listener called back in.
         :raises PoisonedError: Unless *even_poisoned*.
-        :raises UsageError: The block is closed; unless *even_closed*. In each case nothing was called.
+        :raises UsageError: In a fork. In each case nothing was called.
         """
-
-        def here() -> T:
-            if self.guard is not guard:
-                raise _MovedError
-            if guard.poisoned and not even_poisoned:
-                raise guard.poisoned_error(operation)
-            if self.closed and not even_closed:
-                raise UsageError(f"block {self.block.name!r} is closed", value=self.block.name)
-            return work(*arguments)
-
         while True:
-            guard = self.guard
             try:
-                return guard.run(operation, here, even_poisoned=True)
-            except _MovedError:
+                return self.guard.run(
+                    operation, work, *arguments, even_poisoned=even_poisoned, home=self
+                )
+            except MovedError:
                 pass
+
+    def check_open(self) -> None:
+        """Raise :class:`UsageError` if the block is closed."""
+        if self.closed:
+            raise UsageError(f"block {self.block.name!r} is closed", value=self.block.name)
 
     # -- asking -----------------------------------------------------------------------------------
 
@@ -178,6 +169,7 @@ class RamDiscardManager(OfOneProcess):
         self.run("add_source", self._add_source, source)
 
     def _add_source(self, source: Source) -> None:
+        self.check_open()
         if self._has(source):
             raise BusyError(f"{source!r} is a source of block {self.block.name!r} already")
         check_granularity(source.granularity, f"source {source!r}")
@@ -213,6 +205,7 @@ class RamDiscardManager(OfOneProcess):
         self.run("remove_source", self._remove_source, source)
 
     def _remove_source(self, source: Source) -> None:
+        self.check_open()
         self._check_source(source)
         if getattr(source, "permanent", False):
             raise UsageError(
@@ -281,6 +274,7 @@ class RamDiscardManager(OfOneProcess):
         self.run("notify_discard", self._notify, source, offset, size, False)  # noqa: FBT003
 
     def _notify(self, source: Source, offset: int, size: int, populate: bool) -> None:  # noqa: FBT001
+        self.check_open()
         self._check_source(source)
         what = f"block {self.block.name!r}"
         check_range(offset, size, limit=self.block.size, align=source.granularity, what=what)
@@ -305,6 +299,7 @@ class RamDiscardManager(OfOneProcess):
         self.run("register_listener", self._register, listener, section)
 
     def _register(self, listener: Listener, section: RamSection) -> None:
+        self.check_open()
         registration = self.check_in(listener, section)
         replay = self.replay(registration)
         reserve((replay,))
@@ -325,6 +320,7 @@ class RamDiscardManager(OfOneProcess):
         self.run("unregister_listener", self._unregister, listener, even_poisoned=True)
 
     def _unregister(self, listener: Listener) -> None:
+        self.check_open()
         registration = self.registry.find(listener)
         if registration is None:
             raise UsageError(

@@ -208,11 +208,11 @@ class SectionMapper:
         """
         start = (section.offset - self.section.offset) // PAGE_SIZE
         end = start + section.size // PAGE_SIZE
-        if self.mapped.count(start, end):
-            for gap_start, gap_end in list(self.mapped.runs(start, end, value=False)):
-                self._map(gap_start, gap_end)
-        else:
+        if not self.mapped.count(start, end):
             self._map(start, end)
+            return
+        for gap_start, gap_end in list(self.mapped.runs(start, end, value=False)):
+            self._map(gap_start, gap_end)
 
     def notify_discard(self, section: RamSection) -> None:
         """

@@ -161,7 +161,8 @@ class SoftIommu(OfOneProcess):
                 other = self._table.mappings[first]
                 text = f"{describe_range(other.iova, other.size)} is mapped"
                 raise _refusal("map", iova, size, errno.EEXIST, text)
-            self._check_room("map", iova, size, 1)
+            if self._capabilities.max_mappings is not None:
+                self._check_room("map", iova, size, 1)
             self._table.replace(first, first, [Mapping(iova, size, memory, writable)])
 
     def unmap(self, iova: int, size: int) -> int:

@@ -102,7 +102,7 @@ class ConversionPiece:
     def settle_in_doubt(self) -> None:
         """Call the pages shared, which some listeners hold and others were told to let go of."""
         self.change.notification.doubt("could not be unmapped everywhere")
-        self.change.settle()
+        self.change.flip()
 
     def free(self) -> int:
         """Free the side that is no longer used; return the bytes that are not freed."""

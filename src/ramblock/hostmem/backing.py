@@ -258,7 +258,7 @@ class StandInPrivate(OfOneProcess):
 
     def discard(self, offset: int, size: int) -> None:
         """Punch a hole; whole pages, as with guest_memfd."""
-        self._check(offset, size, PAGE_SIZE)
+        check_range(offset, size, limit=self.size, align=PAGE_SIZE, what="private backing")
         punch_hole(self.fd, offset, size)
 
     def read(self, offset: int, size: int) -> bytes:
