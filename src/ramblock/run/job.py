@@ -16,13 +16,13 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
+from ramblock.discard.attributes import PageState
 from ramblock.dma.mapper import Mapper
 from ramblock.dma.target import DmaTarget, HostRange
 from ramblock.errors import RamblockError
 from ramblock.events import StateChanged
-from ramblock.discard.attributes import PageState
-from ramblock.hostmem.backend import HostMemoryBackend
 from ramblock.guest.block import RamBlock
+from ramblock.hostmem.backend import HostMemoryBackend
 from ramblock.run.counted import CountedMemory
 from ramblock.run.device import Device
 from ramblock.run.faults import FaultPlan
@@ -36,7 +36,6 @@ from ramblock.run.report import GuestFacts, RunReport
 from ramblock.run.scenario import Scenario, load_workload, workload_names
 from ramblock.run.scripted import Guest, ScriptedGuest, is_converted
 from ramblock.run.tally import Outcome, Tally
-from ramblock.run.verifier import Region, Verifier
 from ramblock.run.watched import (
     FreeAccount,
     Watch,
@@ -45,6 +44,7 @@ from ramblock.run.watched import (
     WatchedTarget,
     WatchedVm,
 )
+from ramblock.testing.verifier import Region, Verifier
 from ramblock.trace.writer import TRACE_VERSION, TraceWriter
 from ramblock.units import PAGE_SIZE
 

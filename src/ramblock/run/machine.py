@@ -11,8 +11,8 @@ from ramblock.guest_program import GuestProgram, choose_call
 from ramblock.kvm import Kvm, MemoryAttributes, VmType
 from ramblock.run.layout import BlockPlace, first_free
 from ramblock.run.report import GuestFacts
-from ramblock.run.watched import Watch, WatchedStandIn
-from ramblock.run.watched_kvm import WatchedGuestMemfd, WatchedKvm
+from ramblock.run.watched import Watch, WatchedStandIn, WatchedVm
+from ramblock.run.watched_kvm import WatchedGuestMemfd
 
 __all__ = ["Machine", "enforces_attributes", "open_kvm"]
 
@@ -70,7 +70,7 @@ class Machine:
                 kvm.create_vm(VmType.SW_PROTECTED if self.enforced else VmType.DEFAULT)
             )
             #: What the guest memory is made with.
-            self.vm = WatchedKvm(self._vm, watch)
+            self.vm = WatchedVm(watch, self._vm)
             self._watch = watch
             self._call = choose_call(kvm)
             self._resources = resources.pop_all()

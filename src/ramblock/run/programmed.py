@@ -25,17 +25,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+from ramblock.discard.attributes import PageState
 from ramblock.errors import GuestProgramError, PoisonedError
 from ramblock.guest_program import Command, GuestProgram, IdleEvent, Operation, Status
 from ramblock.kvm import GuestConversions, HypercallExit
-from ramblock.discard.attributes import PageState
 from ramblock.run.counted import CountedMemory
 from ramblock.run.device import Buffer, Device
 from ramblock.run.guest_script import Action, Request
 from ramblock.run.ram import GuestRam
 from ramblock.run.scripted import check_device_data, is_converted
 from ramblock.run.tally import Outcome
-from ramblock.run.verifier import Verifier, ViolationKind
+from ramblock.testing.verifier import Verifier
+from ramblock.testing.violations import ViolationKind
 from ramblock.uapi.kvm_para import MapGpaRangeBits
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE
 
