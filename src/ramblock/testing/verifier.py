@@ -25,6 +25,7 @@ from time import perf_counter_ns
 from typing import NamedTuple
 
 from ramblock.dma.target import HostRange
+from ramblock.testing.changes import Changes
 from ramblock.testing.marks import MarkedPages, Marks, Stretches
 from ramblock.testing.reach import MAPPED, PERHAPS, Listing, Reach
 from ramblock.testing.violations import Violation, ViolationKind, ViolationLog
@@ -75,8 +76,7 @@ class Verifier:
         self.private_memory = MarkedPages(self._memory, _PRIVATE)
         #: Pages of shared backings that were freed and not mapped since, by host address.
         self.freed_pages = MarkedPages(self._freed, _FREED)
-        self._since: dict[int, int] = {}
-        self._sequence = 0
+        self._changes = Changes()
         self._spent: Counter[int] = Counter()
         self._lock = Lock()
 
@@ -174,12 +174,10 @@ class Verifier:
         """Note that an attribute becomes private, and check: no target maps it. It may still fail."""
         end = gpa + size
         with self._lock, self._timed():
-            self._sequence += 1
+            self._changes.add(self._attribute.elsewhere(_PRIVATE, gpa, end))
             for target, reach in self._targets.items():
                 mapped = reach.mapped.where(MAPPED, gpa, end)
                 self._flag(ViolationKind.STALE, target, mapped, "private attribute", gpa, size)
-            for low, high in self._attribute.where(_SHARED, gpa, end):
-                self._since.update(dict.fromkeys(range(low, high, PAGE_SIZE), self._sequence))
             self._attribute.put(_PRIVATE, gpa, end)
 
     def has_made_shared(self, gpa: int, size: int) -> None:
@@ -230,7 +228,7 @@ class Verifier:
     def before_access(self) -> int:
         """Take a time stamp before a device's access, for :meth:`device_reached`."""
         with self._lock:
-            return self._sequence
+            return self._changes.stamp()
 
     def device_reached(self, target: str, gpa: int, size: int, since: int) -> None:
         """
@@ -240,13 +238,11 @@ class Verifier:
         what *since* is for.
         """
         with self._lock, self._timed():
-            private = (
-                (page, page + PAGE_SIZE)
-                for low, high in self._attribute.where(_PRIVATE, gpa, gpa + size)
-                for page in range(low, high, PAGE_SIZE)
-                if self._since.get(page, 0) <= since
+            private = self._attribute.where(_PRIVATE, gpa, gpa + size)
+            wrong = self._changes.without_those_since(private, since)
+            self._flag(
+                ViolationKind.DEVICE_REACHED_PRIVATE, target, iter(wrong), "access", gpa, size
             )
-            self._flag(ViolationKind.DEVICE_REACHED_PRIVATE, target, private, "access", gpa, size)
 
     def violation(
         self, kind: ViolationKind, target: str, gpa: int, size: int, call: str = "seen"
