@@ -10,6 +10,7 @@ from typing import Literal
 from ramblock.dma.soft import SoftIommu
 from ramblock.dma.target import DmaCapabilities, DmaTarget, HostRange
 from ramblock.errors import DmaError
+from ramblock.units import PAGE_SIZE
 
 __all__ = ["FaultyTarget", "RecordingTarget"]
 
@@ -104,7 +105,7 @@ class FaultyTarget:
         return self.inner.unmap(iova, size)
 
     def _unmap_all_but_last_page(self, iova: int, size: int) -> int:
-        kept = self.capabilities.page_size
+        kept = max(self.capabilities.page_size, PAGE_SIZE)
         if size <= kept:
             return 0
         try:
