@@ -55,23 +55,20 @@ class _Plan(NamedTuple):
     policy: MappingPolicy
 
 
-# Conversions above all; the rest is there to be in their way.
-_conversions = st.builds(
-    lambda verb, where: Operation(verb, *where),
-    st.sampled_from([Verb.SHARE, Verb.MAKE_PRIVATE]),
-    page_ranges(_SIZE),
-)
-_steps = st.builds(
-    _Step,
-    _conversions | _conversions | operations(_SIZE, plug=_PLUG),
-    st.sampled_from([None, None, None, None, 1, 2, 3]),
-)
-_plans = st.builds(
-    _Plan,
-    sequences(_steps, 24),
-    st.booleans(),
-    st.sampled_from([MappingPolicy.AUTO, MappingPolicy.PAGE]),
-)
+def _plans() -> st.SearchStrategy[_Plan]:
+    # Conversions above all; the rest is there to be in their way.
+    conversions = st.builds(
+        lambda verb, where: Operation(verb, *where),
+        st.sampled_from([Verb.SHARE, Verb.MAKE_PRIVATE]),
+        page_ranges(_SIZE),
+    )
+    steps = st.builds(
+        _Step,
+        conversions | conversions | operations(_SIZE, plug=_PLUG),
+        st.sampled_from([None, None, None, None, 1, 2, 3]),
+    )
+    policies = st.sampled_from([MappingPolicy.AUTO, MappingPolicy.PAGE])
+    return st.builds(_Plan, sequences(steps, 24), st.booleans(), policies)
 
 
 def check_guest(opened: Opened, examples: int | None) -> None:
@@ -93,7 +90,7 @@ def check_guest(opened: Opened, examples: int | None) -> None:
             finally:
                 guest.close()
 
-    explore(_plans, check, examples)
+    explore(_plans(), check, examples)
 
 
 class _Guest:
@@ -104,6 +101,7 @@ class _Guest:
         self._view = view
         self._base = base
         self._plan = plan
+        self._written = 0
         self._checker = GuestChecker()
         self._faulty = FaultyTarget(self._checker.target(target))
         shared = self._checker.shared(MemfdBacking("conformance", _SIZE))
@@ -228,9 +226,14 @@ class _Guest:
         if not self._view.sees:
             return
         for page in range(self._base, self._base + _SIZE, PAGE_SIZE):
-            if self._view.writes(page) is not (page in wanted):
+            self._written += 1
+            data = self._written.to_bytes(8, "little")
+            if self._view.writes(page, data) is not (page in wanted):
                 state = "is populated" if page in wanted else "is not populated"
                 self.story.fail(f"page {page:#x} {state}, and a device says otherwise")
+            seen = self._block.read(page - self._base, len(data))
+            if self._view.device is not None and page in wanted and seen != data:
+                self.story.fail(f"what a device wrote at {page:#x} is not in the block there")
 
     def close(self) -> None:
         """Let go of everything, also after a failure."""

@@ -48,13 +48,13 @@ class View:
         """Whether anything can be seen."""
         return self.device is not None or self._reaches is not None
 
-    def writes(self, iova: int) -> bool:
-        """Whether a device can write at *iova*; where it can, it may do so."""
+    def writes(self, iova: int, data: bytes = b"\xaa" * _PATTERN) -> bool:
+        """Whether a device can write at *iova*; where it can, it may do so, and writes *data*."""
         if self._reaches is not None:
             return self._reaches(iova)
         assert self.device is not None
         try:
-            self.device.write(iova, b"\xaa" * _PATTERN)
+            self.device.write(iova, data)
         except IommuFault:
             return False
         return True
