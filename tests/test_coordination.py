@@ -168,4 +168,4 @@ def test_a_virtio_mem_that_was_refused_claims_nothing() -> None:
         with pytest.raises(RefusalError):
             VirtioMem(block, PAGE)
         assert block.guard.discards.holds == ()
-        assert block.holds == []
+        assert block.discard_manager.holds == []
