@@ -59,7 +59,11 @@ def check_file(
 
 
 def check_files(paths: Sequence[str], options: CheckOptions, jobs: int) -> Iterator[AuditResult]:
-    """Audit recordings that have nothing to do with each other, in processes of their own; in the order of *paths*."""
+    """
+    Audit recordings that have nothing to do with each other, in processes of their own.
+
+    In the order of *paths*.
+    """
     if jobs == 1 or len(paths) == 1:
         for path in paths:
             yield check_file(path, options)

@@ -69,7 +69,11 @@ class Recording:
         self.error: TraceError | None = None
 
     def batches(self) -> Iterator[list[Event]]:
-        """Yield events in lists, in the order of the file. What ends the reading early is in :attr:`error`."""
+        """
+        Yield events in lists, in the order of the file.
+
+        What ends the reading early is in :attr:`error`.
+        """
         try:
             yield from self._batches()
         except TraceError as error:

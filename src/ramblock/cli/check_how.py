@@ -78,9 +78,10 @@ perf script -F comm,pid,tid,cpu,time,event,trace --ns | gzip >perf.txt.gz
 # iommu:map shows what the IOMMU driver was told. What VFIO type1 was asked for: `ramblock check --how bpftrace`.
 """
 
-#: struct vfio_iommu_type1_dma_map: u32 argsz, u32 flags, u64 vaddr, u64 iova, u64 size; dma_unmap: u32 argsz, u32 flags, u64 iova,
-#: u64 size, which the call replaces by what it unmapped (include/uapi/linux/vfio.h). The structures are on the caller's stack, so
-#: they are still there when the probed function returns.
+#: struct vfio_iommu_type1_dma_map: u32 argsz, u32 flags, u64 vaddr, u64 iova, u64 size; dma_unmap:
+#: u32 argsz, u32 flags, u64 iova, u64 size, which the call replaces by what it unmapped
+#: (include/uapi/linux/vfio.h). The structures are on the caller's stack, so they are still there
+#: when the probed function returns.
 BPFTRACE = r"""#!/usr/bin/env bpftrace
 // What VFIO type1 maps and unmaps, and what came of it; one line each, for `ramblock check`.
 kprobe:vfio_dma_do_map {

@@ -21,7 +21,8 @@ class Outputs:
     """
     What is to be written, and who watches the audit for it.
 
-    :raises UsageError: A file cannot be written, or a package that it needs is not installed; before anything is audited.
+    :raises UsageError: A file cannot be written, or a package that it needs is not installed;
+        before anything is audited.
     """
 
     def __init__(self, report: Path | None, perfetto: Path | None, title: str) -> None:

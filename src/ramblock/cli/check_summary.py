@@ -58,7 +58,8 @@ def group(findings: Iterable[Finding]) -> list[FindingGroup]:
 
 
 def _neighbourhood(finding: Finding) -> tuple[str, str, str, str, int]:
-    # A window belongs to what closed it; a broken rule has no end, and belongs to nothing but its own event.
+    # A window belongs to what closed it; a broken rule has no end, and belongs to nothing but its
+    # own event.
     ended = str(finding.closed or ("" if finding.open else finding.opened))
     return finding.kind, finding.target or "", ended, finding.note, finding.start
 

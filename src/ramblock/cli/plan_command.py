@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ramblock plan``: options, the plan of a guest or of a recording; sweeps have a module of their own."""
+"""
+``ramblock plan``: options, the plan of a guest or of a recording.
+
+Sweeps have a module of their own.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a probe shows while it runs: a picture on a terminal, plain lines elsewhere; always on stderr."""
+"""
+What a probe shows while it runs: a picture on a terminal, plain lines elsewhere.
+
+Always on stderr.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +101,8 @@ class LiveView(NoView):
     def update(self) -> None:
         """Draw it again."""
         if self._live is not None:
-            # Room for the terminal's own ^C: if that began a line, one line of the picture would stay for good.
+            # Room for the terminal's own ^C: if that began a line, one line of the picture would
+            # stay for good.
             width = self._live.console.width - 3
             self._live.update(self._draw(width), refresh=True)
 

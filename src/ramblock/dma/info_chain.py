@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Capability chains behind the answers of VFIO (include/uapi/linux/vfio.h, struct vfio_info_cap_header).
+Capability chains behind the answers of VFIO (include/uapi/linux/vfio.h, struct
+vfio_info_cap_header).
 
-An answer says how long it would like to be (``argsz``) and where its first capability is; each capability says where the next one
-is. Nothing of it is taken on trust: whatever the bytes are, the outcome is a list of capabilities or an error.
+An answer says how long it would like to be (``argsz``) and where its first capability is; each
+capability says where the next one is. Nothing of it is taken on trust: whatever the bytes are, the
+outcome is a list of capabilities or an error.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from ramblock.uapi.vfio import CapabilityHeader
 
 __all__ = ["Capability", "ask_with_chain", "read_array", "read_structure", "walk_chain"]
 
-# The longest chains known are a few hundred bytes; the IOVA ranges of a large host have been seen to take two KiB.
+# The longest chains known are a few hundred bytes; the IOVA ranges of a large host have been seen
+# to take two KiB.
 _MAX_ANSWER = 1 << 20
 
 _Structure = TypeVar("_Structure", bound=ctypes.Structure)

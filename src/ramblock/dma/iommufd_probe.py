@@ -2,7 +2,8 @@
 """
 Finds out, by doing it, whether this kernel's iommufd cuts mappings.
 
-No device is needed: three pages of ours go into a scratch address space, the middle one is cut out, and all of it is thrown away.
+No device is needed: three pages of ours go into a scratch address space, the middle one is cut out,
+and all of it is thrown away.
 """
 
 from __future__ import annotations

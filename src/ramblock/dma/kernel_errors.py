@@ -2,8 +2,9 @@
 """
 What an errno of VFIO and iommufd means, and what helps: one table.
 
-An errno alone says little ("Cannot allocate memory" is RLIMIT_MEMLOCK nearly always), so each entry has the meaning for its calls
-and, where there is something to do, a hint with values read back from this host.
+An errno alone says little ("Cannot allocate memory" is RLIMIT_MEMLOCK nearly always), so each entry
+has the meaning for its calls and, where there is something to do, a hint with values read back from
+this host.
 """
 
 from __future__ import annotations
@@ -122,9 +123,11 @@ _ATTACH = ("VFIO_DEVICE_ATTACH_IOMMUFD_PT", "VFIO_GROUP_SET_CONTAINER", "VFIO_SE
 _CONTAINER, _IOMMUFD = ("open /dev/vfio/vfio",), ("open /dev/iommu",)
 _GROUP, _CDEV = ("open VFIO group",), ("open VFIO device",)
 
-# Sources: drivers/vfio/vfio_iommu_type1.c, vfio_dma_do_map() and vfio_dma_do_unmap(); drivers/iommu/iommufd/io_pagetable.c,
-# iopt_check_iova(), iopt_area_split(), iopt_unmap_iova_range(); pages.c, incr_user_locked_vm(); device.c, iommufd_bind_iommu();
-# drivers/iommu/iommu.c, iommu_group_claim_dma_owner(); drivers/vfio/group.c, container.c, device_cdev.c.
+# Sources: drivers/vfio/vfio_iommu_type1.c, vfio_dma_do_map() and vfio_dma_do_unmap();
+# drivers/iommu/iommufd/io_pagetable.c, iopt_check_iova(), iopt_area_split(),
+# iopt_unmap_iova_range(); pages.c, incr_user_locked_vm(); device.c, iommufd_bind_iommu();
+# drivers/iommu/iommu.c, iommu_group_claim_dma_owner(); drivers/vfio/group.c, container.c,
+# device_cdev.c.
 TABLE = (
     Advice(_MAP, errno.ENOMEM, "the memory cannot be pinned", _memlock),
     Advice(_ATTACH, errno.ENOMEM, "what is mapped already cannot be pinned", _memlock),

@@ -41,7 +41,11 @@ class LockedMemory(NamedTuple):
     locked: int
     """VmLck: what type1 has charged to this process (mm->locked_vm)."""
     pinned: int
-    """VmPin: what iommufd has pinned for it (mm->pinned_vm); it charges the user, who may have other processes."""
+    """
+    VmPin: what iommufd has pinned for it (mm->pinned_vm).
+
+    It charges the user, who may have other processes.
+    """
     exempt: bool
     """CAP_IPC_LOCK: neither type1 nor iommufd looks at the limit."""
 

@@ -18,7 +18,8 @@ def examine(root: Path = _ROOT) -> list[Line]:
     """
     Look at everything, and change nothing.
 
-    The one mapping that is made (whether iommufd cuts) is of our own memory, in an address space without a device, and is thrown away.
+    The one mapping that is made (whether iommufd cuts) is of our own memory, in an address space
+    without a device, and is thrown away.
 
     :param root: Where /dev, /proc and /sys are.
     """

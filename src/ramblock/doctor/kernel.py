@@ -13,7 +13,8 @@ from ramblock.doctor.line import Line, Status
 
 __all__ = ["look"]
 
-#: KVM_SET_MEMORY_ATTRIBUTES and guest_memfd came with Linux 6.8; VFIO's device files for iommufd with 6.6.
+#: KVM_SET_MEMORY_ATTRIBUTES and guest_memfd came with Linux 6.8; VFIO's device files for iommufd
+#: with 6.6.
 _OLDEST = (6, 8)
 _OPTIONS = (
     "KVM",

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KVM: whether there is one, and whether it knows private pages. Asked of /dev/kvm itself; no VM is made."""
+"""
+KVM: whether there is one, and whether it knows private pages.
+
+Asked of /dev/kvm itself; no VM is made.
+"""
 
 from __future__ import annotations
 

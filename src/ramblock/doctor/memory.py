@@ -68,7 +68,8 @@ def _locked(root: Path) -> Line:
 
 def cgroup_limit(root: Path) -> int | None:
     """
-    Tell how much memory this process's control group may use, in bytes: the smallest limit on the way up (version 2), or its own (version 1).
+    Tell how much memory this process's control group may use, in bytes: the smallest limit on the
+    way up (version 2), or its own (version 1).
 
     :return: None: there is no limit, or it cannot be read.
     """

@@ -2,8 +2,8 @@
 """
 The host's side of the guest program: its memory, its vCPU, and what it asks for.
 
-Its memory is a slot that no :class:`~ramblock.GuestMemory` knows: no device reaches the program, and a conversion of its pages
-is a conversion of a hole.
+Its memory is a slot that no :class:`~ramblock.GuestMemory` knows: no device reaches the program,
+and a conversion of its pages is a conversion of a hole.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class GuestProgram:
 
     :param vm: Where it runs. Its memory slot stays there until :meth:`close`.
     :param cpuid: What its CPUID answers.
-    :param base: Guest physical address of its memory, a multiple of the page size, where nothing else may be.
+    :param base: Guest physical address of its memory, a multiple of the page size, where nothing
+        else may be.
     :param reach: What it is to touch, as (gpa, size) in bytes; elsewhere it faults.
     :param call: How it asks for conversions. For a hypercall, the exits of the VM are enabled.
     :raises UsageError: Something is out of reach; nothing is held.
@@ -86,7 +87,8 @@ class GuestProgram:
         with ExitStack() as resources:
             block = resources.enter_context(RamBlock.create("guest-program", size))
             block.write(0, image.content)
-            # A memory of its own: closing the block takes the slot away first, or keeps the pages if that is refused.
+            # A memory of its own: closing the block takes the slot away first, or keeps the pages
+            # if that is refused.
             GuestMemory(vm).map(block, base)
             if call is not ConversionCall.DOORBELL:
                 vm.enable_map_gpa_range_exits()
@@ -100,7 +102,7 @@ class GuestProgram:
             self._block = block
             resources.pop_all()
 
-    # -- commands -------------------------------------------------------------------------------------------------
+    # -- commands ----------------------------------------------------------------------------------
 
     @property
     def room(self) -> int:
@@ -130,14 +132,15 @@ class GuestProgram:
             raise UsageError("the guest program is closed", value=self)
         return self._mailbox
 
-    # -- running --------------------------------------------------------------------------------------------------
+    # -- running -----------------------------------------------------------------------------------
 
     def run(self) -> GuestEvent:
         """
         Let the guest run until it asks for something.
 
-        :return: A :class:`~ramblock.kvm.HypercallExit`, also where it was a doorbell: it wants a conversion, and is told by
-            :meth:`answer`. A :class:`~ramblock.kvm.MemoryFaultExit`: a page was not of the kind of its access.
+        :return: A :class:`~ramblock.kvm.HypercallExit`, also where it was a doorbell: it wants a
+            conversion, and is told by :meth:`answer`. A :class:`~ramblock.kvm.MemoryFaultExit`: a
+            page was not of the kind of its access.
         :raises GuestProgramError: It cannot go on; the text names RIP.
         :raises OSError: KVM cannot run it.
         :raises KeyboardInterrupt: It can be run again.
@@ -195,7 +198,8 @@ class GuestProgram:
             )
         if isinstance(exit, ShutdownExit):
             if rip == _RESET_RIP:
-                # shutdown_interception(), arch/x86/kvm/svm/svm.c: what was in the registers is gone.
+                # shutdown_interception(), arch/x86/kvm/svm/svm.c: what was in the registers is
+                # gone.
                 return GuestProgramError(
                     "the guest program ended in a triple fault; its RIP is not known, KVM has reset the vCPU"
                 )
@@ -204,7 +208,7 @@ class GuestProgram:
             )
         return GuestProgramError(f"the guest program stopped with {exit!r}, RIP {rip:#x}", rip=rip)
 
-    # -- life -----------------------------------------------------------------------------------------------------
+    # -- life --------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Take it out of its VM. Twice is the same as once."""

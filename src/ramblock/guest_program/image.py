@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The guest program's memory: descriptor tables, stack, code, mailbox and page tables, in one piece of ordinary RAM.
+The guest program's memory: descriptor tables, stack, code, mailbox and page tables, in one piece of
+ordinary RAM.
 
 ::
 
@@ -10,9 +11,9 @@ The guest program's memory: descriptor tables, stack, code, mailbox and page tab
            mailbox              header and ring
            PML4, PDPTs, PDs     one to one, in pages of 2 MiB, for the GiBs that the guest has to reach
 
-Pages of 2 MiB and not of 1 GiB: where KVM builds guests from software page tables the larger ones may be missing (kvm-pvm
-refuses them), and a page directory of 4 KiB for each GiB costs nothing. Formats: AMD64 Architecture Programmer's Manual,
-volume 2, 4.8 and 5.3.
+Pages of 2 MiB and not of 1 GiB: where KVM builds guests from software page tables the larger ones
+may be missing (kvm-pvm refuses them), and a page directory of 4 KiB for each GiB costs nothing.
+Formats: AMD64 Architecture Programmer's Manual, volume 2, 4.8 and 5.3.
 """
 
 from __future__ import annotations
@@ -68,10 +69,12 @@ def build_image(program: Program, base: int, reach: Iterable[tuple[int, int]]) -
     Lay the program out.
 
     :param base: Guest physical address of the memory, a multiple of the page size.
-    :param reach: What the guest touches, as (gpa, size) in bytes; the GiBs around it are mapped, and the image itself.
+    :param reach: What the guest touches, as (gpa, size) in bytes; the GiBs around it are mapped,
+        and the image itself.
     :raises UsageError: Something lies past 2**47, which is as far as the page tables go.
     """
-    # The image is far smaller than a GiB, page tables for all there is included: it lies in one or two.
+    # The image is far smaller than a GiB, page tables for all there is included: it lies in one or
+    # two.
     gibs = {base // GIB, base // GIB + 1}
     for gpa, size in (*reach, (base, GIB)):
         if gpa < 0 or gpa + size > _REACH_LIMIT:

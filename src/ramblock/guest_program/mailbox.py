@@ -8,8 +8,9 @@ What host and guest program share: a ring of commands, each with room for its re
                TAIL  commands that the host has written
     ring       RING_COMMANDS slots of 128 bytes, used in turn; commands HEAD to TAIL are waiting
 
-Both numbers only grow; each side writes one of them. All fields are 64 bits wide. The guest is not trusted: what the host
-reads here is a number that may be anything, and decides about nothing but what is reported.
+Both numbers only grow; each side writes one of them. All fields are 64 bits wide. The guest is not
+trusted: what the host reads here is a number that may be anything, and decides about nothing but
+what is reported.
 """
 
 from __future__ import annotations
@@ -87,7 +88,11 @@ class Status(IntEnum):
 
 
 class Command(NamedTuple):
-    """One command. It is written as it is, with each number cut to 64 bits: tests send nonsense too."""
+    """
+    One command.
+
+    It is written as it is, with each number cut to 64 bits: tests send nonsense too.
+    """
 
     operation: int
     gpa: int
@@ -105,7 +110,11 @@ class Result(NamedTuple):
     status: int
     """A :class:`Status`, if the guest program is sane."""
     found: int
-    """CONVERT: the answer it got, negative where KVM itself refused. CHECK: the word that differs."""
+    """
+    CONVERT: the answer it got, negative where KVM itself refused.
+
+    CHECK: the word that differs.
+    """
     address: int
     """CHECK: where that word is."""
 
@@ -114,7 +123,8 @@ class Mailbox:
     """
     The host's side.
 
-    :param memory: The guest's memory from the header on, writable, in 64-bit words; MAILBOX_SIZE bytes.
+    :param memory: The guest's memory from the header on, writable, in 64-bit words; MAILBOX_SIZE
+        bytes.
     """
 
     def __init__(self, memory: memoryview[int]) -> None:

@@ -15,7 +15,11 @@ _MAX_ENTRIES = 256
 
 
 class CpuidTable(ctypes.Structure):
-    """``struct kvm_cpuid2`` with room for all that there can be; ``entries[:header.nent]`` count."""
+    """
+    ``struct kvm_cpuid2`` with room for all that there can be.
+
+    ``entries[:header.nent]`` count.
+    """
 
     _fields_ = (("header", KvmCpuid2), ("entries", KvmCpuidEntry2 * _MAX_ENTRIES))
     header: KvmCpuid2

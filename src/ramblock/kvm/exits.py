@@ -42,7 +42,11 @@ class IoExit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MmioExit:
-    """An access where no memory slot is. A read is answered by :meth:`Vcpu.complete_io` with ``size`` bytes."""
+    """
+    An access where no memory slot is.
+
+    A read is answered by :meth:`Vcpu.complete_io` with ``size`` bytes.
+    """
 
     gpa: int
     size: int
@@ -54,7 +58,11 @@ class MmioExit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HypercallExit:
-    """A hypercall for user space. Answered by :meth:`Vcpu.set_hypercall_result`; refused if nobody does."""
+    """
+    A hypercall for user space.
+
+    Answered by :meth:`Vcpu.set_hypercall_result`; refused if nobody does.
+    """
 
     nr: int
     args: tuple[int, int, int, int, int, int]

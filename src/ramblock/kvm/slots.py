@@ -27,7 +27,9 @@ _MAX_SLOT_BYTES = ((1 << 31) - 1) * PAGE_SIZE
 
 class SlotTable:
     """
-    Memory slots by section. Adding what is there and removing what is not changes nothing, so that either can be an undo.
+    Memory slots by section.
+
+    Adding what is there and removing what is not changes nothing, so that either can be an undo.
 
     :param vm: The descriptor of the VM.
     :param limit: How many slots it has.

@@ -90,7 +90,11 @@ class Kvm:
 
     @property
     def guest_memfd_flags(self) -> GuestMemfdFlags:
-        """The flags that guest_memfd takes for some type of VM; a VM of another type may refuse them."""
+        """
+        The flags that guest_memfd takes for some type of VM.
+
+        A VM of another type may refuse them.
+        """
         return GuestMemfdFlags(self.capability(Capability.KVM_CAP_GUEST_MEMFD_FLAGS))
 
     @property
@@ -113,7 +117,8 @@ class Kvm:
             try:
                 fd = self._descriptor.call(KVM_CREATE_VM, f"VM of type {type.name}", type)
             except InterruptedError:
-                # A signal came while the kernel waited for its notifiers (mmu_notifier_register()); nothing was made.
+                # A signal came while the kernel waited for its notifiers (mmu_notifier_register());
+                # nothing was made.
                 continue
             return KvmVm(Descriptor(fd, "VM"), type, run_size=run_size)
 

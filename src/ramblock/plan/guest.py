@@ -17,7 +17,8 @@ __all__ = ["LEAST_MEMORY", "Guest", "OsProfile", "Pluggable", "Profile", "Techno
 LEAST_MEMORY = 256 * MIB
 #: Guest physical addresses have at most 52 bits.
 _MOST_MEMORY = 1 << 52
-# QEMU's q35 machine places all memory below 4 GiB where it fits there, else 2 GiB (hw/i386/pc_q35.c).
+# QEMU's q35 machine places all memory below 4 GiB where it fits there, else 2 GiB
+# (hw/i386/pc_q35.c).
 _FITS_LOW = 0xB0000000
 _LOW_MEMORY = 2 * GIB
 _SMALLEST_BLOCK = 4 * KIB
@@ -37,8 +38,10 @@ class Technology(StrEnum):
         """
         Most bytes of a guest's request that one conversion has.
 
-        TDX: KVM hands a MapGPA over in pieces of 2 MiB (TDX_MAP_GPA_MAX_LEN, arch/x86/kvm/vmx/tdx.c). SNP: a guest of Linux asks for
-        64 entries of at most 2 MiB at once (VMGEXIT_PSC_MAX_ENTRY, arch/x86/include/asm/sev.h), and KVM joins those that are neighbours.
+        TDX: KVM hands a MapGPA over in pieces of 2 MiB (TDX_MAP_GPA_MAX_LEN,
+        arch/x86/kvm/vmx/tdx.c). SNP: a guest of Linux asks for 64 entries of at most 2 MiB at once
+        (VMGEXIT_PSC_MAX_ENTRY, arch/x86/include/asm/sev.h), and KVM joins those that are
+        neighbours.
         """
         return 2 * MIB if self is Technology.TDX else 128 * MIB
 
@@ -53,7 +56,11 @@ class Profile(StrEnum):
 
 
 class OsProfile(StrEnum):
-    """What the guest's system does with its memory. The first two exclude each other, and so do the others."""
+    """
+    What the guest's system does with its memory.
+
+    The first two exclude each other, and so do the others.
+    """
 
     SWIOTLB = "linux-swiotlb"
     SWIOTLB_DYNAMIC = "linux-swiotlb-dynamic"

@@ -14,7 +14,11 @@ __all__ = ["Limits", "limits_of_host"]
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What a guest may run into. The defaults are those of Linux 7.3 and QEMU 10.1; None: no limit."""
+    """
+    What a guest may run into.
+
+    The defaults are those of Linux 7.3 and QEMU 10.1; None: no limit.
+    """
 
     dma_entry_limit: int = 65_535
     """Mappings of a type1 container (drivers/vfio/vfio_iommu_type1.c: U16_MAX)."""
@@ -27,7 +31,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     cgroup: int | None = None
     """Memory of the control group, in bytes."""
     memslots: int = 32_764
-    """KVM's memory slots as QEMU sees them; its own check takes them into account (kata-containers #11721)."""
+    """
+    KVM's memory slots as QEMU sees them.
+
+    Its own check takes them into account (kata-containers #11721).
+    """
 
 
 def limits_of_host(root: Path = Path("/")) -> Limits:

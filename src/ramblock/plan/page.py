@@ -23,7 +23,8 @@ def write_guest_plan(path: Path, plan: GuestPlan) -> None:
     """
     Write the page of a guest that was simulated.
 
-    :raises UsageError: Plotly is not installed, the guest was not simulated, or the file cannot be written.
+    :raises UsageError: Plotly is not installed, the guest was not simulated, or the file cannot be
+        written.
     """
     if plan.simulated is None:
         raise UsageError("a plan without a simulation has no picture", expected="simulate it")

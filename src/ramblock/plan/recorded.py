@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a recording tells of a guest: where its memory is, what it converted, and what its VMM's mappings came to.
+What a recording tells of a guest: where its memory is, what it converted, and what its VMM's
+mappings came to.
 
-If the trace has the guest's side (page attributes or page states) the conversions are taken from that. Else the mappings of its busiest
-target are: what it maps is taken to become shared, and what it unmaps private. Nothing is replayed here; see
-:mod:`~ramblock.plan.trace_plan`.
+If the trace has the guest's side (page attributes or page states) the conversions are taken from
+that. Else the mappings of its busiest target are: what it maps is taken to become shared, and what
+it unmaps private. Nothing is replayed here; see :mod:`~ramblock.plan.trace_plan`.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ class Recorded:
     def _target(self, name: str) -> _Target:
         return self._targets.setdefault(name, _Target(name))
 
-    # -- what it comes to -----------------------------------------------------------------------------------------
+    # -- what it comes to --------------------------------------------------------------------------
 
     @property
     def observed(self) -> list[Observed]:
@@ -225,8 +226,8 @@ class Recorded:
         """
         Whether *request* takes a place away rather than to convert it.
 
-        A VMM that ends clears the attributes of its memory. Where the trace does not tell the end of a request, that looks like a guest that shares
-        all of a place at once.
+        A VMM that ends clears the attributes of its memory. Where the trace does not tell the end
+        of a request, that looks like a guest that shares all of a place at once.
         """
         if self._ends or self.from_mappings or request.to is PageState.PRIVATE:
             return False
@@ -236,8 +237,9 @@ class Recorded:
         """
         Find out where the guest has memory.
 
-        From the trace's own layout where it has one, and from what is made private before anything is shared: a VMM does so with its memory when it
-        makes it. All other ranges lie in one place around them. If the mappings stand for the guest there is one place around all of them.
+        From the trace's own layout where it has one, and from what is made private before anything
+        is shared: a VMM does so with its memory when it makes it. All other ranges lie in one place
+        around them. If the mappings stand for the guest there is one place around all of them.
         """
         if self.from_mappings:
             end = max((end for _, end in self.steps.ranges()), default=0)

@@ -47,7 +47,11 @@ class Headroom(msgspec.Struct, frozen=True, kw_only=True):
     cause: str
     """What uses it up, in words; empty where it fits."""
     fails_at: int | None = None
-    """Bytes of shared memory that cannot be mapped any more; None: it fits, or mappings are not counted in pages."""
+    """
+    Bytes of shared memory that cannot be mapped any more.
+
+    None: it fits, or mappings are not counted in pages.
+    """
     counts_mappings: bool = False
     """Whether the limit is one of mappings, else of bytes."""
 

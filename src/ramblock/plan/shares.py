@@ -2,8 +2,8 @@
 """
 What a guest shares, piece by piece, with the reason for each number.
 
-Where the number follows from a kernel's source it says which. Where it does not (what a GPU's driver stages, say) it is *assumed*, the
-range is wide, and the plan says so.
+Where the number follows from a kernel's source it says which. Where it does not (what a GPU's
+driver stages, say) it is *assumed*, the range is wide, and the plan says so.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def _per_cpu(guest: Guest) -> Iterator[Share]:
 def _rings(guest: Guest, profile: Profile, number: int) -> Iterator[Share]:
     name = f"{profile} {number + 1}"
     if profile is Profile.NVME:
-        # A queue pair for each processor, if the device has as many: 1024 entries of 64 and of 16 bytes; the admin queue has 32.
+        # A queue pair for each processor, if the device has as many: 1024 entries of 64 and of 16
+        # bytes; the admin queue has 32.
         queues = Span.between(1, guest.vcpus)
         yield Share(
             f"{name}: queues",
@@ -157,7 +158,11 @@ def later_shares(guest: Guest) -> list[Share]:
 
 
 def buffers(guest: Guest) -> Share:
-    """Describe what is shared in the conversions after boot; none of it where there are no such conversions."""
+    """
+    Describe what is shared in the conversions after boot.
+
+    None of it where there are no such conversions.
+    """
     room = buffer_room(guest)
     return Share(
         "DMA buffers that come and go",
@@ -173,13 +178,21 @@ def buffers(guest: Guest) -> Share:
 
 
 def buffer_room(guest: Guest) -> int:
-    """Tell how many bytes are in such buffers at most; :mod:`~ramblock.plan.workload` keeps to it."""
+    """
+    Tell how many bytes are in such buffers at most.
+
+    :mod:`~ramblock.plan.workload` keeps to it.
+    """
     room = guest.memory // 8 // (2 * PAGE_SIZE) * (2 * PAGE_SIZE)
     return min(_MOST_BUFFERS, room, guest.conversions * _LARGEST_BUFFER)
 
 
 def firmware() -> Share:
-    """Describe the buffers that firmware shares for one request each, and takes back; none stays."""
+    """
+    Describe the buffers that firmware shares for one request each, and takes back.
+
+    None stays.
+    """
     requests = Span(0, 2_500, 5_000)
     return Share(
         "firmware's buffers",
@@ -199,7 +212,11 @@ _RATES = {
 
 
 def conversion_rate(guest: Guest) -> Span:
-    """Tell how many conversions per second to expect after boot; assumed, unless the guest says so."""
+    """
+    Tell how many conversions per second to expect after boot.
+
+    Assumed, unless the guest says so.
+    """
     if guest.rate is not None:
         return guest.rate
     rate = _NONE

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a guest needs, found out by doing it: the conversions go through the real guest memory and the real mapper.
+What a guest needs, found out by doing it: the conversions go through the real guest memory and the
+real mapper.
 
-One guest memory has three mappers, since no more differ in what they call: one mapping per page on a target that wants whole mappings back
-in any number (type1, vhost-vdpa), one per page on a target that wants each back by itself (iommufd, vfio-user), and one per run on a target that
-cuts (iommufd-cutting). The memory is real too, but nobody writes to it, so it costs nothing.
+One guest memory has three mappers, since no more differ in what they call: one mapping per page on
+a target that wants whole mappings back in any number (type1, vhost-vdpa), one per page on a target
+that wants each back by itself (iommufd, vfio-user), and one per run on a target that cuts
+(iommufd-cutting). The memory is real too, but nobody writes to it, so it costs nothing.
 """
 
 from __future__ import annotations
@@ -67,7 +69,11 @@ class Simulated(msgspec.Struct, kw_only=True):
     """Bytes that are shared at the end."""
     peak_shared: int
     series: list[tuple[float, int, int, int]]
-    """Time or number of the conversion, bytes shared, mappings by page, mappings by run; peaks are kept when it is thinned."""
+    """
+    Time or number of the conversion, bytes shared, mappings by page, mappings by run.
+
+    Peaks are kept when it is thinned.
+    """
 
 
 def kind_of(target: TargetKind, policy: MappingPolicy) -> str:
@@ -79,7 +85,8 @@ def kind_of(target: TargetKind, policy: MappingPolicy) -> str:
 
 class _Target:
     """
-    An IOMMU that knows which pages are mapped and nothing else: that is all a count needs, and it is fast.
+    An IOMMU that knows which pages are mapped and nothing else: that is all a count needs, and it
+    is fast.
 
     It also counts the tables that a hardware one would have.
     """
@@ -135,8 +142,9 @@ class _ByPage:
     """
     What a mapper with one mapping per page would have done, from what the one with runs did.
 
-    A mapping is a page, so there are as many mappings as pages mapped, and as many calls as pages were mapped. To unmap, it makes the calls of the
-    other one, or one for each page where the target is exact.
+    A mapping is a page, so there are as many mappings as pages mapped, and as many calls as pages
+    were mapped. To unmap, it makes the calls of the other one, or one for each page where the
+    target is exact.
     """
 
     def __init__(self, by_run: _Watched, *, exact: bool) -> None:
@@ -165,8 +173,8 @@ class Simulation:
     A guest memory with the three mappers; a context manager, since it holds memory descriptors.
 
     :param places: Where the guest has memory; they must not overlap.
-    :param count_pages: Count what mappers with one mapping per page would do from what the one with runs does: the same numbers without
-        a call for each page, for guests that map terabytes.
+    :param count_pages: Count what mappers with one mapping per page would do from what the one with
+        runs does: the same numbers without a call for each page, for guests that map terabytes.
     """
 
     def __init__(self, places: Iterable[Place], *, count_pages: bool = False) -> None:

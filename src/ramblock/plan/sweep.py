@@ -19,7 +19,8 @@ from ramblock.units import MIB, parse_size
 
 __all__ = ["AXES", "COLUMNS", "Sweep", "parse_axis"]
 
-#: What can vary. ``policy`` and ``target`` choose rows, ``dma-entry-limit`` changes the host, the others the guest.
+#: What can vary. ``policy`` and ``target`` choose rows, ``dma-entry-limit`` changes the host, the
+#: others the guest.
 AXES = (
     "memory", "vcpus", "numa", "device", "os", "tee", "virtio-mem", "backing", "conversions",
     "policy", "target", "dma-entry-limit",

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a sweep: on the cores of this machine, or on a Dask cluster. Either can be interrupted and keeps what it has."""
+"""
+Running a sweep: on the cores of this machine, or on a Dask cluster.
+
+Either can be interrupted and keeps what it has.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ def check_table(path: Path) -> None:
     """
     Check that a table can be written there, before the work is done.
 
-    :raises UsageError: Neither CSV nor Parquet, the extra ``parquet`` is not installed, or there is no such folder.
+    :raises UsageError: Neither CSV nor Parquet, the extra ``parquet`` is not installed, or there is
+        no such folder.
     """
     if path.suffix not in (".csv", ".parquet"):
         raise UsageError(f"--table {path}", value=str(path), expected="a name in .csv or .parquet")

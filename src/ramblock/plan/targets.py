@@ -55,7 +55,8 @@ TARGETS = (
         limit_name="vfio_iommu_type1.dma_entry_limit",
         checked_by_qemu=True,
     ),
-    # The kernel takes one unmap over several mappings too, but may stop half-way and does not say where; so our target asks for each.
+    # The kernel takes one unmap over several mappings too, but may stop half-way and does not say
+    # where; so our target asks for each.
     TargetKind(name="iommufd", exact=True),
     TargetKind(name="iommufd-cutting", cuts=True),
     TargetKind(

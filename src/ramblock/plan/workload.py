@@ -2,9 +2,10 @@
 """
 The conversions of a planned guest, in order: what it shares at boot, then buffers that come and go.
 
-Boot has what the formula counts, request by request, in the slices in which it reaches the VMM. After boot, under a seed: half of the conversions
-share a buffer of 4 KiB to 2 MiB (powers of two), the others make private the rest of one, or a quarter of the time only a part of it, which
-is what fragments. No more than 192 MiB, or an eighth of the guest, is in such buffers at once.
+Boot has what the formula counts, request by request, in the slices in which it reaches the VMM.
+After boot, under a seed: half of the conversions share a buffer of 4 KiB to 2 MiB (powers of two),
+the others make private the rest of one, or a quarter of the time only a part of it, which is what
+fragments. No more than 192 MiB, or an eighth of the guest, is in such buffers at once.
 """
 
 from __future__ import annotations
@@ -160,7 +161,11 @@ def _steady_part(guest: Guest) -> tuple[int, int]:
 
 
 class _Slots:
-    """Room for buffers in the upper half of the guest's memory; those of one size are multiples of it."""
+    """
+    Room for buffers in the upper half of the guest's memory.
+
+    Those of one size are multiples of it.
+    """
 
     def __init__(self, guest: Guest) -> None:
         self._next, self._end = _steady_part(guest)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The config space of the probe's device: a type 0 header with one memory BAR, no interrupts and no capabilities.
+The config space of the probe's device: a type 0 header with one memory BAR, no interrupts and no
+capabilities.
 
 Layout: PCI Local Bus Specification 3.0, chapter 6; numbers as in include/uapi/linux/pci_regs.h.
 """

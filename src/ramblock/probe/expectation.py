@@ -2,8 +2,9 @@
 """
 What a VMM says of itself, held against what it lets its device reach.
 
-QEMU tells over QMP how much of each virtio-mem device is plugged (query-memory-devices; qapi/machine.json). With a
-coordinated VMM the windows inside the device's region have as many bytes, once a change has settled.
+QEMU tells over QMP how much of each virtio-mem device is plugged (query-memory-devices;
+qapi/machine.json). With a coordinated VMM the windows inside the device's region have as many
+bytes, once a change has settled.
 """
 
 from __future__ import annotations
@@ -87,7 +88,11 @@ class VirtioMemExpectation:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop, and wait for the thread; QEMU may owe it an answer for ever (its one monitor is taken)."""
+        """
+        Stop, and wait for the thread.
+
+        QEMU may owe it an answer for ever (its one monitor is taken).
+        """
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()

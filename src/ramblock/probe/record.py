@@ -16,7 +16,8 @@ from ramblock.units import PAGE_SIZE
 
 __all__ = ["Record", "StaleWindow", "Violation"]
 
-# Enough to look at; a client that goes astray for ever must not fill memory. All are counted, and all are in the trace.
+# Enough to look at; a client that goes astray for ever must not fill memory. All are counted, and
+# all are in the trace.
 _KEPT = 1000
 
 
@@ -94,7 +95,11 @@ class Record:
             trace.emit(event, **fields)
 
     def start(self, path: str, unmap: str) -> None:
-        """Note the start. A probe knows no blocks and no page states: only what its client lets a device reach."""
+        """
+        Note the start.
+
+        A probe knows no blocks and no page states: only what its client lets a device reach.
+        """
         self.emit(
             "start",
             version=TRACE_VERSION,

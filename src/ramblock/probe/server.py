@@ -87,7 +87,7 @@ class Probe:
         self._thread = threading.Thread(target=self._run, name="probe", daemon=True)
         self.record.start(str(self.path), unmap.value)
 
-    # -- for other threads ----------------------------------------------------------------------------------------
+    # -- for other threads -------------------------------------------------------------------------
 
     @property
     def windows(self) -> list[Window]:
@@ -122,7 +122,8 @@ class Probe:
         """
         Read as the device: what is behind the windows of the client that is there now.
 
-        :raises IommuFault: A byte of it is not mapped, or is and cannot be had; or there is no client.
+        :raises IommuFault: A byte of it is not mapped, or is and cannot be had; or there is no
+            client.
         :raises RuntimeError: The probe does not serve.
         """
         future: Future[bytes] = Future()
@@ -144,7 +145,11 @@ class Probe:
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Stop serving, let go of the client, and remove the socket. Nothing happens the second time."""
+        """
+        Stop serving, let go of the client, and remove the socket.
+
+        Nothing happens the second time.
+        """
         self._stopping = True
         if self._bell >= 0:
             os.eventfd_write(self._bell, 1)
@@ -164,7 +169,7 @@ class Probe:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    # -- serving --------------------------------------------------------------------------------------------------
+    # -- serving -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
@@ -257,7 +262,11 @@ def _fault(address: int, size: int, why: str) -> IommuFault:
 
 
 def _listen(path: Path) -> socket.socket:
-    """Listen at *path*, which is there only when one can connect; a socket that nobody listens at any more is removed first."""
+    """
+    Listen at *path*, which is there only when one can connect.
+
+    A socket that nobody listens at any more is removed first.
+    """
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise UsageError(
             f"{path}: too long for a socket",
@@ -278,7 +287,8 @@ def _listen(path: Path) -> socket.socket:
 
 
 def _bind(listener: socket.socket, path: Path) -> None:
-    # The file appears with bind(2), and whoever connects before listen(2) is refused. So it gets its name last, if there is room for another.
+    # The file appears with bind(2), and whoever connects before listen(2) is refused. So it gets
+    # its name last, if there is room for another.
     first = path.with_name(f".{os.getpid():x}.{id(listener) & 0xFFFF:x}")
     if len(os.fsencode(first)) > _LONGEST_PATH:
         listener.bind(str(path))

@@ -86,7 +86,7 @@ class Session:
         """Whether something is to be done although nothing may have arrived."""
         return bool(self._waiting)
 
-    # -- requests -------------------------------------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------------
 
     def serve(self) -> bool:
         """
@@ -154,7 +154,7 @@ class Session:
                 return self._unmap(message)
         return self._device.carry_out(message)
 
-    # -- windows --------------------------------------------------------------------------------------------------
+    # -- windows -----------------------------------------------------------------------------------
 
     def _map(self, message: DmaMap, request: Request) -> Message | int:
         try:
@@ -216,7 +216,7 @@ class Session:
         )
         return error.errno
 
-    # -- the device's DMA -----------------------------------------------------------------------------------------
+    # -- the device's DMA --------------------------------------------------------------------------
 
     def read(self, address: int, size: int) -> bytes:
         """
@@ -304,7 +304,7 @@ class Session:
                     f"{_MOST_WAITING} requests and no answer to {message.command.name}", bad=True
                 )
 
-    # -- the end --------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
 
     def close(self, reason: str, *, bad: bool) -> None:
         """Let go of everything the client gave."""

@@ -163,7 +163,8 @@ class WindowTable:
         Remove the windows of a range.
 
         :return: Those that were removed.
-        :raises RuleBroken: A rule forbids it. Windows that lie in the range as a whole stay, and are marked as stale.
+        :raises RuleBroken: A rule forbids it. Windows that lie in the range as a whole stay, and
+            are marked as stale.
         """
         _check(address, size)
         first, last = self._touching(address, size)
@@ -217,7 +218,8 @@ class WindowTable:
         """
         Find where an access goes.
 
-        :return: As (window, offset in the window, size), in order; empty: a byte of it may not be reached.
+        :return: As (window, offset in the window, size), in order; empty: a byte of it may not be
+            reached.
         """
         parts = []
         position, end = address, address + size

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-One self-contained page: style, data, Plotly and our script in one file, and a policy that forbids it the network.
+One self-contained page: style, data, Plotly and our script in one file, and a policy that forbids
+it the network.
 
-A trace is not trusted: whatever it names (targets, files, rules) reaches the page as JSON, and our scripts put it there as text.
+A trace is not trusted: whatever it names (targets, files, rules) reaches the page as JSON, and our
+scripts put it there as text.
 """
 
 from __future__ import annotations

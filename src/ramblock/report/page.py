@@ -15,7 +15,8 @@ from ramblock.units import format_size
 
 __all__ = ["write_report"]
 
-#: Empty addresses between two parts of memory that are drawn as they are; wider ones are cut out of the picture.
+#: Empty addresses between two parts of memory that are drawn as they are; wider ones are cut out of
+#: the picture.
 _MOST_EMPTY = 16 << 20
 
 

@@ -2,8 +2,9 @@
 """
 A trace for the Perfetto UI, in the Trace Event Format (JSON), which it opens as it is.
 
-Conversions are slices, findings instants (and windows slices of their own track), bytes shared and bytes mapped by each target are
-counters. It is written while the audit runs, so its memory does not grow with the trace.
+Conversions are slices, findings instants (and windows slices of their own track), bytes shared and
+bytes mapped by each target are counters. It is written while the audit runs, so its memory does not
+grow with the trace.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ class PerfettoWriter:
         common = {"tid": track, "name": name, "cat": "finding", "args": args}
         self._write(ph="i", s="t", ts=finding.since / 1000, **common)
         if finding.duration:
-            # Windows of one target overlap, which slices of one track may not: asynchronous ones may.
+            # Windows of one target overlap, which slices of one track may not: asynchronous ones
+            # may.
             number = f"{finding.start:#x}/{finding.since}"
             self._write(ph="b", id=number, ts=finding.since / 1000, **common)
             end = finding.since + finding.duration

@@ -2,7 +2,8 @@
 """
 What a page of the guest looks like at one moment: its state, and who maps it.
 
-The audit tells page states and mappings; a picture needs both at once, for each run of pages. This joins them.
+The audit tells page states and mappings; a picture needs both at once, for each run of pages. This
+joins them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ __all__ = ["Cell", "GuestPicture", "Shade"]
 
 
 class Shade(IntEnum):
-    """How a run of pages is drawn. Where several share a point of the picture, the highest is seen."""
+    """
+    How a run of pages is drawn.
+
+    Where several share a point of the picture, the highest is seen.
+    """
 
     NOTHING = 0
     PRIVATE = 1
@@ -56,7 +61,9 @@ Changed = Callable[[int, int, Cell, Cell], None]
 
 class GuestPicture:
     """
-    The guest's memory as an audit shows it; one half of an :class:`~ramblock.trace.observer.AuditObserver`.
+    The guest's memory as an audit shows it.
+
+    One half of an :class:`~ramblock.trace.observer.AuditObserver`.
 
     :param changed: Called for each run whose state or targets change, before the change is kept.
     """

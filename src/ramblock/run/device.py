@@ -2,8 +2,9 @@
 """
 A device that does DMA on a thread of its own, beside the conversions.
 
-It writes to the buffers that the guest gave it, reads back, and compares. And it misbehaves: it reads what it was not
-given (a buffer it gave back, any address), and reads and writes memory that the guest never shared, which must fault.
+It writes to the buffers that the guest gave it, reads back, and compares. And it misbehaves: it
+reads what it was not given (a buffer it gave back, any address), and reads and writes memory that
+the guest never shared, which must fault.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ __all__ = ["Buffer", "Device", "DeviceCounts", "SoftDevice"]
 ACCESS_STEP = 4096
 #: What one access transfers.
 ACCESS_BYTES = 64
-# A device is not the load here: it must run beside the conversions without starving them of the interpreter, on a machine that is
-# emulated as well. So it rests this many times as long as it was busy.
+# A device is not the load here: it must run beside the conversions without starving them of the
+# interpreter, on a machine that is emulated as well. So it rests this many times as long as it was
+# busy.
 _REST = 4
 
 
@@ -65,7 +67,8 @@ class DeviceCounts:
 
 class Device(threading.Thread):
     """
-    What all devices have in common: their buffers, and a thread that does one round after the other.
+    What all devices have in common: their buffers, and a thread that does one round after the
+    other.
 
     :param number: Its index.
     :param target: Name of what maps for it.
@@ -82,7 +85,8 @@ class Device(threading.Thread):
         self._pause = pause
         self._buffers: list[Buffer] = []
         self.given_back: list[tuple[int, int]] = []
-        # A plain lock, not a Condition: the guest's thread can be interrupted by Ctrl-C, and a Condition would stay taken then.
+        # A plain lock, not a Condition: the guest's thread can be interrupted by Ctrl-C, and a
+        # Condition would stay taken then.
         self._lists = threading.Lock()
         self._stopping = threading.Event()
         self._serial = count(1)
@@ -151,7 +155,8 @@ class SoftDevice(Device):
 
     :param iommu: What it sits behind.
     :param ram: Guest ranges it may probe, as (gpa, size).
-    :param forbidden: A range that the guest never shares, as (gpa, size); None where that is not known.
+    :param forbidden: A range that the guest never shares, as (gpa, size); None where that is not
+        known.
     """
 
     def __init__(
@@ -194,7 +199,11 @@ class SoftDevice(Device):
         self.counts.bytes += 2 * len(data)
 
     def _probe(self) -> None:
-        """Read what it was not given: whether that faults depends on what it is just now; the verifier knows."""
+        """
+        Read what it was not given: whether that faults depends on what it is just now.
+
+        The verifier knows.
+        """
         with self._lists:
             where = (
                 self.random.choice(self.given_back)

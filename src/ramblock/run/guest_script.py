@@ -2,9 +2,10 @@
 """
 What the guest does: a stream of conversion requests, made from a workload and a seed.
 
-The stream depends on the seed and on the answers, never on time or on the devices, so that a run can be repeated. A buffer
-is shared before a device gets it and taken back before it is made private, as a driver does; the hostile requests go to a
-part of memory of their own, and to addresses where nothing is.
+The stream depends on the seed and on the answers, never on time or on the devices, so that a run
+can be repeated. A buffer is shared before a device gets it and taken back before it is made
+private, as a driver does; the hostile requests go to a part of memory of their own, and to
+addresses where nothing is.
 """
 
 from __future__ import annotations
@@ -119,7 +120,11 @@ class GuestScript:
         )
 
     def _plan_slots(self) -> dict[int, list[int]]:
-        """Free places of each buffer size; each size has its own part of the zone, small ones the first."""
+        """
+        Free places of each buffer size.
+
+        Each size has its own part of the zone, small ones the first.
+        """
         buffers = self._workload.buffers
         sizes = []
         size = int(buffers.min_size)
@@ -135,7 +140,7 @@ class GuestScript:
             slots[size] = [start + number * size for number in range(count - 1, -1, -1)]
         return slots
 
-    # -- boot -----------------------------------------------------------------------------------------------------
+    # -- boot --------------------------------------------------------------------------------------
 
     def boot(self) -> Iterator[Request]:
         """Yield what the guest shares at boot."""
@@ -150,7 +155,7 @@ class GuestScript:
                 yield Request(ring.gpa, ring.size, _SHARED, Action.RING, ring)
                 start += ring.size
 
-    # -- afterwards -----------------------------------------------------------------------------------------------
+    # -- afterwards --------------------------------------------------------------------------------
 
     def steady(self) -> Iterator[Request]:
         """Yield requests without end."""
@@ -202,7 +207,11 @@ class GuestScript:
             self._free_slots[buffer.size].append(buffer.gpa)
 
     def _accept(self) -> Request:
-        """Lazily accepted memory: 2 MiB made private that is private; when all is accepted, single pages again."""
+        """
+        Lazily accepted memory: 2 MiB made private that is private.
+
+        When all is accepted, single pages again.
+        """
         gpa, size = self._zones.accept
         start = gpa + self._accepted
         if self._accepted + _SLICE <= size:

@@ -2,12 +2,14 @@
 """
 Real devices behind a real IOMMU, for a run: QEMU's edu and iommu-testdev, opened through VFIO.
 
-What both can do is to write somewhere and to tell whether it got there. iommu-testdev is told by its result register, at once. edu says
-nothing and takes a tenth of a second for each transfer; what it wrote it is made to read again, and a fault gives zeros.
+What both can do is to write somewhere and to tell whether it got there. iommu-testdev is told by
+its result register, at once. edu says nothing and takes a tenth of a second for each transfer; what
+it wrote it is made to read again, and a fault gives zeros.
 
-Neither can read for its own sake without disturbing what is there, so a real device probes nothing that may be somebody's buffer: it
-tries memory that was never shared, a buffer that has just been made private (the caller sees to it that nobody converts
-meanwhile), and at the end of the run a sample of everything.
+Neither can read for its own sake without disturbing what is there, so a real device probes nothing
+that may be somebody's buffer: it tries memory that was never shared, a buffer that has just been
+made private (the caller sees to it that nobody converts meanwhile), and at the end of the run a
+sample of everything.
 """
 
 from __future__ import annotations
@@ -55,7 +57,11 @@ class DmaEngine(Protocol):
     """How many pages of each kind it can try at the end."""
 
     def write(self, iova: int, data: bytes) -> bytes | None:
-        """Write to *iova*, *data* or what the device always writes; return it, or None if the IOMMU refused."""
+        """
+        Write to *iova*, *data* or what the device always writes.
+
+        Return it, or None if the IOMMU refused.
+        """
 
 
 class TestdevEngine:
@@ -92,8 +98,8 @@ class EduEngine:
         """
         Refuse an edu that does not reach all of the guest.
 
-        The page lies behind all of it: what reaches the page reaches the guest. An address that is cut off faults, since
-        nothing else is mapped yet.
+        The page lies behind all of it: what reaches the page reaches the guest. An address that is
+        cut off faults, since nothing else is mapped yet.
         """
         proof = os.urandom(_PROOF_BYTES)
         self._bounce.write(proof)
@@ -164,7 +170,11 @@ class HardwarePort:
         return None if limit is None else limit - self.own_entries
 
     def entries_in_kernel(self) -> int | None:
-        """Tell how many mappings a mapper has made, as the kernel counts them; None where it does not."""
+        """
+        Tell how many mappings a mapper has made, as the kernel counts them.
+
+        None where it does not.
+        """
         if isinstance(self.target, IommufdIoas):
             return None
         limit, available = self.target.capabilities.max_mappings, self.target.available
@@ -185,7 +195,8 @@ class HardwareDevice(Device):
 
     :param target: What maps for it, watched.
     :param engine: Its driver.
-    :param forbidden: A range that the guest never shares, as (gpa, size); None where that is not known.
+    :param forbidden: A range that the guest never shares, as (gpa, size); None where that is not
+        known.
     """
 
     def __init__(
@@ -226,7 +237,11 @@ class HardwareDevice(Device):
         self.counts.bytes += len(written)
 
     def taken_away(self, buffer: Buffer) -> None:
-        """Try a buffer that has just been made private: it must fault. A slow device tries only now and then."""
+        """
+        Try a buffer that has just been made private: it must fault.
+
+        A slow device tries only now and then.
+        """
         if monotonic() < self._next_try:
             return
         self.counts.probes += 1
@@ -235,7 +250,8 @@ class HardwareDevice(Device):
 
     def audit(self, shared: Ranges, private: Ranges) -> None:
         """
-        Try a sample of all pages, once its thread has stopped: shared ones must be reached, private ones must not.
+        Try a sample of all pages, once its thread has stopped: shared ones must be reached, private
+        ones must not.
 
         :param shared: As (gpa, size), writable.
         :param private: As (gpa, size).

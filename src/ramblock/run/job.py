@@ -2,8 +2,9 @@
 """
 The main job: a confidential guest that converts pages while devices do DMA, watched by a verifier.
 
-Memory, its freeing, and the accesses through IOVAs are real in any case. Who makes the requests (a script, or a guest on a vCPU of
-KVM) and what the devices are (threads behind software IOMMUs, or real ones behind VFIO) is the scenario's choice.
+Memory, its freeing, and the accesses through IOVAs are real in any case. Who makes the requests (a
+script, or a guest on a vCPU of KVM) and what the devices are (threads behind software IOMMUs, or
+real ones behind VFIO) is the scenario's choice.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ __all__ = ["Progress", "Run"]
 
 _PROGRESS_EVERY = 64
 _REQUESTS = 26_000
-# With a vCPU or real devices, which may be emulated ones on an emulated machine, a hundred times slower: a minute or two there.
+# With a vCPU or real devices, which may be emulated ones on an emulated machine, a hundred times
+# slower: a minute or two there.
 _REQUESTS_ON_REAL_PARTS = 500
 
 
@@ -72,10 +74,11 @@ class Run:
 
     :param scenario: What to run.
     :param trace_path: Where to write the trace; None: nowhere.
-    :raises UsageError: Unknown workload, faults that cannot be read, or this host lacks what was asked for; the text says what.
+    :raises UsageError: Unknown workload, faults that cannot be read, or this host lacks what was
+        asked for; the text says what.
     :raises TraceError: The workload is a trace that cannot be read.
-    :raises OSError: The host lacks memory, a file cannot be opened, or the kernel refused. Nothing is held, and devices are
-        bound to what they were bound to.
+    :raises OSError: The host lacks memory, a file cannot be opened, or the kernel refused. Nothing
+        is held, and devices are bound to what they were bound to.
     """
 
     def __init__(self, scenario: Scenario, trace_path: Path | None = None) -> None:
@@ -86,7 +89,7 @@ class Run:
             self._build(trace_path, resources)
             self._resources = resources.pop_all()
 
-    # -- building -------------------------------------------------------------------------------------------------
+    # -- building ----------------------------------------------------------------------------------
 
     def _find_recording(self) -> RecordedGuest | None:
         name = self._scenario.run.workload
@@ -242,7 +245,7 @@ class Run:
         resources.callback(program.close)
         return ProgrammedGuest(program, *parts, enforced=machine.enforced)
 
-    # -- running --------------------------------------------------------------------------------------------------
+    # -- running -----------------------------------------------------------------------------------
 
     def execute(self, progress: Progress) -> RunReport:
         """
@@ -325,7 +328,7 @@ class Run:
             after=event.after,
         )
 
-    # -- the end --------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
 
     def _finish(self, elapsed: int, *, interrupted: bool) -> RunReport:
         memory, verifier = self._memory, self._watch.verifier

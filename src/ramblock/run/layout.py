@@ -8,7 +8,8 @@ Where a guest's memory is.
     4 GiB - 4M   the BIOS: ordinary RAM, read-only for devices
     4 GiB        high0, high1: the rest, in two halves              (NUMA nodes 0 and 1)
 
-As on QEMU's q35 machine (hw/i386/pc_q35.c); the high part lies on two nodes, so that a conversion can span two blocks.
+As on QEMU's q35 machine (hw/i386/pc_q35.c); the high part lies on two nodes, so that a conversion
+can span two blocks.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ def open_kvm(kind: str) -> tuple[Kvm | None, str]:
     """
     Open /dev/kvm for a guest of *kind*, ``kvm`` or ``auto``.
 
-    :return: KVM, or None where the guest is to be a script; and why it came so, where that was left to us.
+    :return: KVM, or None where the guest is to be a script; and why it came so, where that was left
+        to us.
     :raises UsageError: ``kvm``, and there is none; the text says what may help.
     """
     try:
@@ -53,7 +54,9 @@ def enforces_attributes(kvm: Kvm) -> bool:
 
 class Machine:
     """
-    A VM without memory; the run places blocks in it, and starts the guest program when they are there.
+    A VM without memory.
+
+    The run places blocks in it, and starts the guest program when they are there.
 
     :param kvm: Taken over.
     :param why: Why there is one, for the report.

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The devices of a run and what maps for each of them; here those in software, ``hardware.py`` has the real ones."""
+"""
+The devices of a run and what maps for each of them.
+
+Here those in software, ``hardware.py`` has the real ones.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,11 @@ Ranges = Sequence[tuple[int, int]]
 
 
 class Ports(Protocol):
-    """All devices, each with a target of its own. Targets and devices are made in the order of the names."""
+    """
+    All devices, each with a target of its own.
+
+    Targets and devices are made in the order of the names.
+    """
 
     names: list[str]
 
@@ -38,17 +46,26 @@ class Ports(Protocol):
         Make the devices, after :meth:`watch`.
 
         :param ram: What they may probe, as (gpa, size).
-        :param forbidden: A range that the guest never shares, as (gpa, size); None where that is not known.
+        :param forbidden: A range that the guest never shares, as (gpa, size); None where that is
+            not known.
         """
 
     def tables(self) -> dict[str, list[tuple[int, int]]]:
         """List what is mapped, as (iova, size), by target; without those that do not tell."""
 
     def kernel_entries(self) -> dict[str, int]:
-        """Tell how many mappings there are as the kernel counts them, by target; without those where it does not."""
+        """
+        Tell how many mappings there are as the kernel counts them, by target.
+
+        Without those where it does not.
+        """
 
     def audit(self, shared: Ranges, private: Ranges) -> None:
-        """Let the devices, once they have stopped, try a sample of pages; what must not be is noted as a violation."""
+        """
+        Let the devices, once they have stopped, try a sample of pages.
+
+        What must not be is noted as a violation.
+        """
 
     def freed_while_mapped(self) -> int:
         """Bytes that devices reach and the guest does not any more, where that is known."""

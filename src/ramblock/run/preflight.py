@@ -19,9 +19,11 @@ _KNOWN = "edu (1234:11e8) and iommu-testdev (1b36:0005)"
 
 def choose_devices(named: Sequence[str], *, root: Path = _ROOT) -> list[PciAddress]:
     """
-    Choose the devices of a run: those that are named, else the edu and the iommu-testdev, if there is one of a kind.
+    Choose the devices of a run: those that are named, else the edu and the iommu-testdev, if there
+    is one of a kind.
 
-    :raises UsageError: A name is no PCI address, or one device is named twice; or there are several of a kind, and none is named.
+    :raises UsageError: A name is no PCI address, or one device is named twice; or there are several
+        of a kind, and none is named.
     """
     if named:
         addresses = [PciAddress.parse(text) for text in named]
@@ -45,7 +47,8 @@ def refuse_unless_ready(kind: str, devices: Sequence[PciAddress], *, root: Path 
     """
     Refuse a run with ``--iommu`` *kind* on a host that cannot do it.
 
-    :raises UsageError: The text lists what is missing, and what to do, one line each. Nothing was touched.
+    :raises UsageError: The text lists what is missing, and what to do, one line each. Nothing was
+        touched.
     """
     no_iommu = _iommu(root)
     problems = [*no_iommu, *_interface(kind, root), *_devices(devices, root)]
@@ -111,7 +114,8 @@ def _groups(devices: Sequence[PciAddress], root: Path) -> list[str]:
             continue
         first = first_in.setdefault(group, address)
         if first != address:
-            # A group is in one container or address space at a time, and each device of a run has one of its own.
+            # A group is in one container or address space at a time, and each device of a run has
+            # one of its own.
             problems.append(
                 f"{first} and {address} are both in IOMMU group {group}: name one of them (--device)"
             )

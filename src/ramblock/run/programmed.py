@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A guest on a vCPU of KVM: the guest program makes the script's requests and touches the pages itself.
+A guest on a vCPU of KVM: the guest program makes the script's requests and touches the pages
+itself.
 
-Theory of operation. For each request the guest is given commands; it runs until its request comes out, as one exit, and the
-request is answered. What the guest is to do afterwards with the pages is put behind it, and is done when the guest runs on with
-the next request: one exit for each. The results are read at the next exit, in the order of the commands, each with a note of what
-a mismatch would mean, and of what may be done once the guest is through with it: a device gets a buffer only after the guest
-has touched it.
+Theory of operation. For each request the guest is given commands; it runs until its request comes
+out, as one exit, and the request is answered. What the guest is to do afterwards with the pages is
+put behind it, and is done when the guest runs on with the next request: one exit for each. The
+results are read at the next exit, in the order of the commands, each with a note of what a mismatch
+would mean, and of what may be done once the guest is through with it: a device gets a buffer only
+after the guest has touched it.
 
-The guest writes one word at the end of a page (devices write at the start), in pages spread over the range, the first and the last
-among them. Where the kernel enforces page attributes it does so in both states, and:
+The guest writes one word at the end of a page (devices write at the start), in pages spread over
+the range, the first and the last among them. Where the kernel enforces page attributes it does so
+in both states, and:
 
 - what it wrote to a private page is there until the page is shared, and the host does not see it;
 - what it wrote to a shared page is there until the page is private, and the host sees it;
 - what a device wrote is there when the guest takes the buffer back.
 
-Where they are only tracked, the guest reaches the shared side in any state, so it touches shared pages only.
+Where they are only tracked, the guest reaches the shared side in any state, so it touches shared
+pages only.
 """
 
 from __future__ import annotations
@@ -44,7 +48,8 @@ __all__ = ["ProgrammedGuest"]
 _ENCRYPTED = int(MapGpaRangeBits.KVM_MAP_GPA_RANGE_ENCRYPTED)
 _WORD = 8
 _AT_END = PAGE_SIZE - _WORD
-# Of a range with twice as many pages or more, so many are touched: emulated, each first touch takes a third of a millisecond.
+# Of a range with twice as many pages or more, so many are touched: emulated, each first touch takes
+# a third of a millisecond.
 _TOUCHES = 64
 # Words of neighbouring pages differ, and so do those of one page after each request.
 _INCREMENT = 1 << 48 | 1
@@ -117,7 +122,8 @@ class ProgrammedGuest:
         self._serial = 0
         # Shared, and the guest has not touched it yet.
         self._not_given: Buffer | None = None
-        # What the guest wrote to the private pages of a buffer's place, which no other request touches.
+        # What the guest wrote to the private pages of a buffer's place, which no other request
+        # touches.
         self._private_words: dict[tuple[int, int], int] = {}
         self._shared_words: dict[tuple[int, int], int] = {}
 
@@ -150,7 +156,7 @@ class ProgrammedGuest:
         if not self._memory.poisoned:
             self._drain()
 
-    # -- the vCPU -------------------------------------------------------------------------------------------------
+    # -- the vCPU ----------------------------------------------------------------------------------
 
     def _run_to_request(self, request: Request) -> Outcome:
         """Run until the guest has asked, and answer; it runs on with the next request."""
@@ -164,7 +170,8 @@ class ProgrammedGuest:
                     self._program.answer(self._conversions.answer(event))
                 return self._memory.outcome
             if isinstance(event, IdleEvent):
-                # KVM has refused it by itself (misaligned, or past the last page), which no exit tells. So must we.
+                # KVM has refused it by itself (misaligned, or past the last page), which no exit
+                # tells. So must we.
                 return self._memory.ask(request)
             self._conversions.memory_fault(event)
 
@@ -197,7 +204,7 @@ class ProgrammedGuest:
             if expected.then is not None:
                 expected.then()
 
-    # -- what the guest does with its pages ----------------------------------------------------------------------
+    # -- what the guest does with its pages --------------------------------------------------------
 
     def _prepare(self, request: Request) -> None:
         """Look, before pages change, whether all is there that has to be."""
@@ -215,7 +222,11 @@ class ProgrammedGuest:
                 self._put(command, _Expected(ViolationKind.LOST_DATA))
 
     def _take(self, buffer: Buffer) -> None:
-        """Take a buffer back from its device; what the device wrote must be there, for guest and host."""
+        """
+        Take a buffer back from its device.
+
+        What the device wrote must be there, for guest and host.
+        """
         device = self._devices[buffer.device]
         if self._not_given is buffer:
             self._drain()
@@ -253,7 +264,11 @@ class ProgrammedGuest:
         )
 
     def _look(self, request: Request, word: int, *, private: bool) -> None:
-        """Look as the host at what the guest has just written; then the device may have a shared buffer."""
+        """
+        Look as the host at what the guest has just written.
+
+        Then the device may have a shared buffer.
+        """
         for address, value in self._words(request.gpa, request.size, word):
             seen = self._ram.read(address, _WORD) == value.to_bytes(_WORD, "little")
             if seen is private:

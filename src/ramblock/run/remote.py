@@ -2,8 +2,8 @@
 """
 Devices in processes of their own, behind vfio-user sockets, for a run.
 
-The device of ``ramblock probe`` is driven: it does DMA as the devices in software do. To any other server memory is mapped,
-and nothing more is asked of it.
+The device of ``ramblock probe`` is driven: it does DMA as the devices in software do. To any other
+server memory is mapped, and nothing more is asked of it.
 """
 
 from __future__ import annotations

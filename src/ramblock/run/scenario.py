@@ -2,8 +2,8 @@
 """
 What to run, as data: a scenario file, the named workloads, and their defaults.
 
-A scenario is TOML, decoded and checked by msgspec; the command line overrides single values. Every error names the file,
-the key and what was expected.
+A scenario is TOML, decoded and checked by msgspec; the command line overrides single values. Every
+error names the file, the key and what was expected.
 """
 
 from __future__ import annotations
@@ -75,7 +75,11 @@ class Devices(_Strict, frozen=True):
     )
     """What maps for the devices; ``count`` has a meaning for ``soft`` only."""
     pci: list[str] = []
-    """Addresses of the real devices of this host; none: the edu and the iommu-testdev that are there."""
+    """
+    Addresses of the real devices of this host.
+
+    None: the edu and the iommu-testdev that are there.
+    """
     sockets: list[str] = []
     """With ``vfio-user``: where the servers listen, one device each."""
 
@@ -185,8 +189,8 @@ def load_scenario(path: Path) -> Scenario:
     """
     Read a scenario file.
 
-    :raises UsageError: It is no TOML, or a key is unknown or has a wrong value; the text names file, key and what was
-        expected.
+    :raises UsageError: It is no TOML, or a key is unknown or has a wrong value; the text names
+        file, key and what was expected.
     :raises OSError: It cannot be read.
     """
     try:
@@ -203,7 +207,8 @@ def check_scenario(scenario: Scenario, where: str) -> None:
     Check what the types cannot say.
 
     :param where: The file or the command line, for the message.
-    :raises UsageError: Too little memory; the text says how much. Or devices that do not go with the IOMMU.
+    :raises UsageError: Too little memory; the text says how much. Or devices that do not go with
+        the IOMMU.
     """
     devices = scenario.devices
     if devices.pci and not devices.on_hardware:

@@ -2,12 +2,14 @@
 """
 What a trace can tell, whichever program wrote it.
 
-The readers turn lines and records into these; the audit knows nothing else. Ranges are ``[start, end)`` in bytes: a format with
-inclusive ends, page frame numbers or sizes is converted by its reader. A call that failed is no event that changes something; its
-reader says so with ``done=False`` where that is worth showing.
+The readers turn lines and records into these; the audit knows nothing else. Ranges are ``[start,
+end)`` in bytes: a format with inclusive ends, page frame numbers or sizes is converted by its
+reader. A call that failed is no event that changes something; its reader says so with
+``done=False`` where that is worth showing.
 
-Times are nanoseconds of the clock of the trace (with the offset that the user gave), or None where the trace has none. The structs
-are immutable by convention, not by ``frozen``: that would double the cost of the one thing the readers do most.
+Times are nanoseconds of the clock of the trace (with the offset that the user gave), or None where
+the trace has none. The structs are immutable by convention, not by ``frozen``: that would double
+the cost of the one thing the readers do most.
 """
 
 from __future__ import annotations
@@ -91,7 +93,11 @@ class Layout(_Event):
     targets: tuple[str, ...] = ()
     """Targets that map all of the RAM."""
     unmap: str | None = None
-    """What an unmap has to name: ``exact`` one whole mapping, ``whole`` mappings, ``cut`` any range; None: not known."""
+    """
+    What an unmap has to name: ``exact`` one whole mapping, ``whole`` mappings, ``cut`` any range.
+
+    None: not known.
+    """
     removed: bool = False
     """The places are gone."""
     ends: bool = False

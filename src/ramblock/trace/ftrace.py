@@ -11,7 +11,8 @@ from ramblock.trace.reader import LineReader
 
 __all__ = ["FtraceReader"]
 
-# [cpu], perhaps flags (d..1. or so), time, perhaps the subsystem (perf), event, arguments. What stands before it names the task.
+# [cpu], perhaps flags (d..1. or so), time, perhaps the subsystem (perf), event, arguments. What
+# stands before it names the task.
 _LINE = re.compile(
     rb"\s\[(?:\d+)\]\s+(?:[^\s\d]\S*\s+|\d+[^\s\d.]\S*\s+)?(\d{1,12})\.(\d{6}|\d{9}):\s+(?:\w+:)?(\w+):\s*(.*)",
     re.DOTALL,
@@ -27,7 +28,11 @@ _NAMES = {name.encode() for name in IGNORED}
 
 
 class FtraceReader(LineReader):
-    """A parser of the kernel's events as text. Lines of other events are counted, since many are recorded beside these."""
+    """
+    A parser of the kernel's events as text.
+
+    Lines of other events are counted, since many are recorded beside these.
+    """
 
     def __init__(self, source: Source) -> None:
         super().__init__(source)

@@ -102,7 +102,8 @@ class GuestEvents:
 
     def plug_request(self, event: PlugRequest) -> None:
         """Note that virtio-mem is asked for memory, or gets some back."""
-        # QEMU maps before it answers that memory is plugged, which takes long where there is much to map.
+        # QEMU maps before it answers that memory is plugged, which takes long where there is much
+        # to map.
         self._ledger.conversions.step(
             event.start, event.end, self._ledger.now, event.source
         ).held = True
@@ -145,7 +146,8 @@ class GuestEvents:
             if not places:
                 self._ledger.evidence.unplaced_discards += 1
         for start, end in places:
-            # QEMU's virtio-mem gives memory back first and unmaps then; what is pinned stays the device's until it is unmapped.
+            # QEMU's virtio-mem gives memory back first and unmaps then; what is pinned stays the
+            # device's until it is unmapped.
             conversion = self._ledger.conversions.find(start, end)
             unplugging = conversion if conversion is not None and conversion.held else None
             for target in self._ledger.targets.values():

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What the kernel's tracepoints mean (include/trace/events/iommu.h, include/trace/events/kvm.h, arch/x86/kvm/trace.h).
+What the kernel's tracepoints mean (include/trace/events/iommu.h, include/trace/events/kvm.h,
+arch/x86/kvm/trace.h).
 
-``iommu:map`` names neither domain nor device, so what one process maps is taken for one target; type1 maps everything once for each
-domain of its container, which shows as the same event again. ``kvm_vm_set_mem_attributes`` is written at entry, so for calls that fail too.
+``iommu:map`` names neither domain nor device, so what one process maps is taken for one target;
+type1 maps everything once for each domain of its container, which shows as the same event again.
+``kvm_vm_set_mem_attributes`` is written at entry, so for calls that fail too.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 """
 What the audit knows at one moment, and the windows it opens and judges.
 
-A window that is closed while its conversion is going on is normal (missing) or *transitional* (stale: QEMU sets the attribute first
-and unmaps then; freed: QEMU's virtio-mem gives memory back first and unmaps then); one that outlives its conversion, or has none, is a
-failure.
+A window that is closed while its conversion is going on is normal (missing) or *transitional*
+(stale: QEMU sets the attribute first and unmaps then; freed: QEMU's virtio-mem gives memory back
+first and unmaps then); one that outlives its conversion, or has none, is a failure.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ class Ledger:
         self.timed = False
 
     def target(self, name: str, *, complete: bool = False) -> TargetState:
-        """Return a target, a new one if it was not seen before; *complete*: the trace has it from its beginning."""
+        """
+        Return a target, a new one if it was not seen before.
+
+        *complete*: the trace has it from its beginning.
+        """
         target = self.targets.get(name)
         if target is None:
             target = self.targets[name] = TargetState(name, self.unmap_rule, complete=complete)
@@ -123,7 +127,11 @@ class Ledger:
         end: int,
         conversion: ActiveConversion,
     ) -> None:
-        """Open a window: shared, and not mapped by a target that should; what is unplugged is not expected."""
+        """
+        Open a window: shared, and not mapped by a target that should.
+
+        What is unplugged is not expected.
+        """
         if not target.expected:
             return
         window = self.window(FindingKind.MISSING, event, conversion, None)

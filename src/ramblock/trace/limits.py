@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trace cannot show. A clean audit of a trace without unmaps is worth nothing, and has to say so."""
+"""
+What a trace cannot show.
+
+A clean audit of a trace without unmaps is worth nothing, and has to say so.
+"""
 
 from __future__ import annotations
 

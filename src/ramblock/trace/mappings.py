@@ -50,7 +50,8 @@ class TargetState:
     """
     One target: its mappings, and what is wrong with them.
 
-    :param complete: Whether the trace has it from the beginning, so that what it does not show was not there.
+    :param complete: Whether the trace has it from the beginning, so that what it does not show was
+        not there.
     """
 
     def __init__(self, name: str, rule: UnmapRule | None, *, complete: bool) -> None:
@@ -59,7 +60,8 @@ class TargetState:
         self.complete = complete
         #: Whether the trace says when it goes; others are gone when they map nothing any more.
         self.declared = False
-        #: Whether it maps this guest's pages: others are not expected to (the kernel maps for its own drivers too).
+        #: Whether it maps this guest's pages: others are not expected to (the kernel maps for its
+        #: own drivers too).
         self.expected = complete
         self.mappings: RangeMap[Mapping] = RangeMap()
         #: Private and mapped.
@@ -72,12 +74,14 @@ class TargetState:
         self.freed = WindowMap()
         #: Shared and not mapped.
         self.missing = WindowMap()
-        #: Where a map failed. A VMM that goes on all the same unmaps there later, and that is no mistake of its own.
+        #: Where a map failed. A VMM that goes on all the same unmaps there later, and that is no
+        #: mistake of its own.
         self.failed: RangeMap[Origin] = RangeMap()
         self.maps = 0
         self.unmaps = 0
         self.faults = 0
-        #: Unmaps whose result the trace does not tell, those of them that named more or less than one mapping, and what they covered.
+        #: Unmaps whose result the trace does not tell, those of them that named more or less than
+        #: one mapping, and what they covered.
         self.untold = 0
         self.untold_inexact = 0
         self.untold_mappings = 0
@@ -110,7 +114,11 @@ class TargetState:
     def remove(
         self, start: int, end: int, pieces: list[tuple[int, int, Mapping]]
     ) -> list[tuple[int, int]]:
-        """Unmap the pieces, which are all that is mapped in the range; return the ranges that no domain maps any more."""
+        """
+        Unmap the pieces, which are all that is mapped in the range.
+
+        Return the ranges that no domain maps any more.
+        """
         mappings = self.mappings
         if all(mapping.copies == 1 for _, _, mapping in pieces):
             mappings.set(start, end, None)

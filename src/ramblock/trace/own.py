@@ -59,8 +59,8 @@ class OwnReader:
     """
     A parser of our own JSON lines; bytes in, events out.
 
-    Events that it does not know are counted, as the format asks of readers. A line that is no JSON, or lacks what its event has, is an
-    error: our own programs do not write such.
+    Events that it does not know are counted, as the format asks of readers. A line that is no JSON,
+    or lacks what its event has, is an error: our own programs do not write such.
     """
 
     def __init__(self, source: Source) -> None:
@@ -91,7 +91,8 @@ class OwnReader:
         """
         Take bytes; return the events of the lines that are complete.
 
-        A line that cannot be read ends the reading: the events before it are returned, and the next call raises.
+        A line that cannot be read ends the reading: the events before it are returned, and the next
+        call raises.
 
         :raises TraceError: A line before these bytes could not be read.
         """
@@ -207,14 +208,16 @@ class OwnReader:
             )
             for block in line.blocks
         )
-        # A run tells each conversion's end, and makes them one after the other; a probe knows of no conversions.
+        # A run tells each conversion's end, and makes them one after the other; a probe knows of no
+        # conversions.
         return Layout(
             time=line.t,
             source=self.source,
             line=number,
             blocks=blocks,
             targets=tuple(line.targets),
-            # A probe refuses what is not exact by itself: its `violation` and `stale` events say so.
+            # A probe refuses what is not exact by itself: its `violation` and `stale` events say
+            # so.
             unmap=None,
             ends=bool(blocks),
         )

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own format's lines as they stand (docs/trace-format.rst), one struct for each event; msgspec checks them while it decodes."""
+"""
+Our own format's lines as they stand (docs/trace-format.rst), one struct for each event.
+
+Msgspec checks them while it decodes.
+"""
 
 from __future__ import annotations
 

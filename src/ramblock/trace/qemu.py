@@ -13,12 +13,14 @@ from ramblock.trace.reader import LineReader
 
 __all__ = ["QemuReader"]
 
-# `-msg timestamp=on` gives the first kind of time; older versions wrote the second whether asked or not.
+# `-msg timestamp=on` gives the first kind of time; older versions wrote the second whether asked or
+# not.
 _LINE = re.compile(
     rb"(?:(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{6})Z |\d+@(\d{1,12})\.(\d{6}):)?([a-z][a-z0-9_]*)(?: (.*?))?\r?",
     re.DOTALL,
 )
-#: What QEMU reports when a call fails (hw/vfio/listener.c, container.c): object, address and size in hex, and -errno.
+#: What QEMU reports when a call fails (hw/vfio/listener.c, container.c): object, address and size
+#: in hex, and -errno.
 _FAILURE = re.compile(
     rb"vfio\w*_dma_(un)?map\([^,()]*, (0x[0-9a-fA-F]+), (0x[0-9a-fA-F]+)[^()]*\) = (-\d+)"
 )
@@ -27,7 +29,9 @@ _ISO = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{6})Z ")
 
 class QemuReader(LineReader):
     """
-    A parser of QEMU's text trace; lines that are no trace events are counted, since the log may have others.
+    A parser of QEMU's text trace.
+
+    Lines that are no trace events are counted, since the log may have others.
 
     :param virtio_mem_block_size: Bytes; the ``block-size`` of the guest's virtio-mem device.
     """

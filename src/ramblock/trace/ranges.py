@@ -2,9 +2,10 @@
 """
 A value for each address, kept as runs.
 
-Theory of operation. Two lists hold where each run begins, ascending, and its value, None for nothing; neighbours with the *same object* are
-one run. The lists are cut into blocks of at most 2,048 runs, so that a change shifts a short tail and not that of a guest with
-65,535 mappings, and a range costs what there is in it and not what its size is: a trace may name all of 2**64.
+Theory of operation. Two lists hold where each run begins, ascending, and its value, None for
+nothing; neighbours with the *same object* are one run. The lists are cut into blocks of at most
+2,048 runs, so that a change shifts a short tail and not that of a guest with 65,535 mappings, and a
+range costs what there is in it and not what its size is: a trace may name all of 2**64.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ class RangeMap(Generic[V]):
         return any(value is not None for _, values in self._blocks for value in values)
 
     def set(self, start: int, end: int, value: V | None) -> None:
-        """Give every address of the range, which must not be empty, this value; None takes what it had."""
+        """
+        Give every address of the range, which must not be empty, this value.
+
+        None takes what it had.
+        """
         firsts = self._firsts
         index = bisect_right(firsts, start) - 1
         starts, values = self._blocks[index]

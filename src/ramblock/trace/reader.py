@@ -49,7 +49,8 @@ class TraceReader(Protocol):
         """
         Take bytes in any chunking; return the events that are complete.
 
-        What cannot be read ends the reading: the events before it are returned, and the next call raises.
+        What cannot be read ends the reading: the events before it are returned, and the next call
+        raises.
 
         :raises TraceError: The reading has ended.
         """
@@ -66,7 +67,8 @@ class LineSplitter:
     """
     Cuts bytes into lines without their ends.
 
-    A line of more than :data:`MAX_LINE` bytes is not kept while it comes in: its first bytes stand for it.
+    A line of more than :data:`MAX_LINE` bytes is not kept while it comes in: its first bytes stand
+    for it.
     """
 
     def __init__(self) -> None:

@@ -31,7 +31,11 @@ class Lengths(msgspec.Struct):
     total: int = 0
     longest: int = 0
     buckets: dict[int, int] = {}
-    """How many were shorter than this power of ten, and not shorter than the one below; 1 for zero."""
+    """
+    How many were shorter than this power of ten, and not shorter than the one below.
+
+    1 for zero.
+    """
 
     def add(self, length: int) -> None:
         """Add one."""
@@ -74,7 +78,8 @@ class AuditResult(msgspec.Struct, kw_only=True):
     """
     What was found in one trace, or several that were merged.
 
-    Times are nanoseconds of the trace's clock. ``began`` and ``ended`` are None where it has no times.
+    Times are nanoseconds of the trace's clock. ``began`` and ``ended`` are None where it has no
+    times.
     """
 
     sources: list[str]

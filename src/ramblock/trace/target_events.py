@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The audit's way with targets: they come, map, fault, and go. Unmaps have a module of their own."""
+"""
+The audit's way with targets: they come, map, fault, and go.
+
+Unmaps have a module of their own.
+"""
 
 from __future__ import annotations
 

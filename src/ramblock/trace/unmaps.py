@@ -112,7 +112,11 @@ class Unmaps:
     def _short_unmap(
         self, event: Unmap, target: TargetState, met: Unmapping
     ) -> list[tuple[int, int, Mapping]]:
-        """Say that fewer bytes went than there were; return what did, which is the first: the kernel unmaps upwards."""
+        """
+        Say that fewer bytes went than there were.
+
+        Return what did, which is the first: the kernel unmaps upwards.
+        """
         assert event.unmapped is not None
         left = event.unmapped
         gone = []

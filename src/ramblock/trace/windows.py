@@ -2,9 +2,10 @@
 """
 Conversions that are going on, and the windows that are open meanwhile.
 
-A window is a range of pages of one target that is in a state in which it should not stay: private and mapped, shared and not mapped.
-Every conversion passes through one of them, whatever the order of its steps; what matters is whether the window is closed when the
-conversion is over. So a window points to its conversion, and is judged when it closes.
+A window is a range of pages of one target that is in a state in which it should not stay: private
+and mapped, shared and not mapped. Every conversion passes through one of them, whatever the order
+of its steps; what matters is whether the window is closed when the conversion is over. So a window
+points to its conversion, and is judged when it closes.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ class Conversions:
     """
     The conversions that are going on.
 
-    One is over at its end, if the trace has ends; at its vCPU's next entry, if entries are traced; else when nothing of it was seen
-    for ``grace`` nanoseconds. There may be hundreds of the last kind at any time, so none of the calls below looks at all of them,
-    but for :meth:`end_of`, whose sources have few.
+    One is over at its end, if the trace has ends; at its vCPU's next entry, if entries are traced;
+    else when nothing of it was seen for ``grace`` nanoseconds. There may be hundreds of the last
+    kind at any time, so none of the calls below looks at all of them, but for :meth:`end_of`, whose
+    sources have few.
     """
 
     def __init__(self, grace: int) -> None:
@@ -58,13 +60,18 @@ class Conversions:
         #: Which conversion a page is in; the newest, where two vCPUs convert the same page.
         self._where: RangeMap[ActiveConversion] = RangeMap()
         self._of_vcpu: dict[str, list[ActiveConversion]] = {}
-        #: Each with the time at which it was last looked at; ascending. Those that time does not end are not in it.
+        #: Each with the time at which it was last looked at; ascending. Those that time does not
+        #: end are not in it.
         self._quiet: deque[tuple[int, ActiveConversion]] = deque()
 
     def step(
         self, start: int, end: int, time: int, source: Source, vcpu: str | None = None
     ) -> ActiveConversion:
-        """Note a step on a range; return the conversion that it belongs to, a new one if there is none."""
+        """
+        Note a step on a range.
+
+        Return the conversion that it belongs to, a new one if there is none.
+        """
         found = self.find(start, end, vcpu)
         if found is None:
             found = ActiveConversion(start, end, source, time, vcpu)

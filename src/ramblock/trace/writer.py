@@ -2,8 +2,9 @@
 """
 Writes what happens, one JSON object per line.
 
-Every line has ``t`` (monotonic nanoseconds) and ``event``. The first is ``start`` and describes the guest. Addresses and
-sizes are numbers of bytes; ranges are given as start and size. A full disk ends the trace, not the job.
+Every line has ``t`` (monotonic nanoseconds) and ``event``. The first is ``start`` and describes the
+guest. Addresses and sizes are numbers of bytes; ranges are given as start and size. A full disk
+ends the trace, not the job.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 """
 KVM on x86 (include/uapi/linux/kvm.h, arch/x86/include/uapi/asm/kvm.h).
 
-A structure without ``C_NAME`` has no name in C either: it is the type of one member, checked member by member below it.
+A structure without ``C_NAME`` has no name in C either: it is the type of one member, checked member
+by member below it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ class Capability(IntEnum):
 
 
 class VmTypeNumber(IntEnum):
-    """Argument of KVM_CREATE_VM, and bit numbers in KVM_CAP_VM_TYPES; the types that need no special hardware."""
+    """
+    Argument of KVM_CREATE_VM, and bit numbers in KVM_CAP_VM_TYPES.
+
+    The types that need no special hardware.
+    """
 
     KVM_X86_DEFAULT_VM = 0
     KVM_X86_SW_PROTECTED_VM = 1

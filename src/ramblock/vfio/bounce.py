@@ -16,7 +16,8 @@ class BouncePage:
     """
     One page, mapped for devices at an address outside the guest; also a context manager.
 
-    It takes an entry of the target that no mapper knows of: with a budget to the last entry, leave one.
+    It takes an entry of the target that no mapper knows of: with a budget to the last entry, leave
+    one.
 
     :param target: Where to map it.
     :param iova: At which address, in bytes; whole pages, and nothing may be mapped there.

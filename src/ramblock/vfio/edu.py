@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-QEMU's educational device (docs/specs/edu.rst, hw/misc/edu.c): DMA in both directions, one transfer per tenth of a second.
+QEMU's educational device (docs/specs/edu.rst, hw/misc/edu.c): DMA in both directions, one transfer
+per tenth of a second.
 
-It copies up to 4 KiB between memory and a buffer of its own, which nobody sees but it. Whether the IOMMU let a transfer through it
-does not say: what it reads through a fault is zeros, what it writes is lost.
+It copies up to 4 KiB between memory and a buffer of its own, which nobody sees but it. Whether the
+IOMMU let a transfer through it does not say: what it reads through a fault is zeros, what it writes
+is lost.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class EduDevice:
     """
     Drives one.
 
-    Its DMA mask is 28 bits unless QEMU was told otherwise (``dma_mask``); addresses above are cut off to it without a word.
+    Its DMA mask is 28 bits unless QEMU was told otherwise (``dma_mask``); addresses above are cut
+    off to it without a word.
 
     :param device: Opened through VFIO; stays the caller's. Bus mastering is switched on.
     :raises UsageError: It is another device.
@@ -72,7 +75,11 @@ class EduDevice:
         self._transfer(source=_BUFFER, destination=iova, size=size, command=_RUN | _TO_MEMORY)
 
     def read_from_ram(self, iova: int, size: int, bounce: BouncePage) -> bytes:
-        """Read memory as the device: into its buffer, and from there through *bounce*. Zeros where it faulted."""
+        """
+        Read memory as the device: into its buffer, and from there through *bounce*.
+
+        Zeros where it faulted.
+        """
         self.load(iova, size)
         # The device's store may fault as well, and would leave what was there.
         bounce.write(bytes(size))

@@ -2,8 +2,8 @@
 """
 QEMU's iommu-testdev (hw/misc/iommu-testdev.c, QEMU 10.2): a DMA write at once, with its outcome.
 
-It writes a pattern to an IOVA when a register is read, within that access. So it can be used in a tight loop, and the loop shows gaps
-of a few microseconds in a mapping that other threads change.
+It writes a pattern to an IOVA when a register is read, within that access. So it can be used in a
+tight loop, and the loop shows gaps of a few microseconds in a mapping that other threads change.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ class DmaResult(IntEnum):
 
     @property
     def written(self) -> bool:
-        """Whether the IOMMU let the write through. The read-back bypasses the IOMMU and says nothing about it."""
+        """
+        Whether the IOMMU let the write through.
+
+        The read-back bypasses the IOMMU and says nothing about it.
+        """
         return self in (DmaResult.OK, DmaResult.READ_BACK_FAILED, DmaResult.MISMATCH)
 
 
@@ -98,7 +102,8 @@ class IommuTestdev:
 
         :param length: Bytes.
         :return: What came of it; ``result.written`` says whether the IOMMU let it through.
-        :raises UsageError: Empty, or more than 1 MiB, for which QEMU would allocate as much at each access.
+        :raises UsageError: Empty, or more than 1 MiB, for which QEMU would allocate as much at each
+            access.
         """
         self._aim(iova, length)
         words = self._registers.words
@@ -111,7 +116,9 @@ class IommuTestdev:
         self, stop: Event, iova: int, length: int = 4, tally: TransferTally | None = None
     ) -> TransferTally:
         """
-        Write over and over until *stop* is set; for a thread of its own, which alone uses the device meanwhile.
+        Write over and over until *stop* is set.
+
+        For a thread of its own, which alone uses the device meanwhile.
 
         :return: *tally*, or a new one.
         :raises DmaError: It neither writes nor is refused: it is switched off, or gone.

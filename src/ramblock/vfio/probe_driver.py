@@ -30,7 +30,9 @@ _CONFIG = PciRegion.VFIO_PCI_CONFIG_REGION_INDEX
 
 class ProbeDriver:
     """
-    DMA by the probe's device, from any thread; each call is a transfer that is over when it returns.
+    DMA by the probe's device, from any thread.
+
+    Each call is a transfer that is over when it returns.
 
     :param target: The client; stays the caller's.
     :raises UsageError: The server presents another device.

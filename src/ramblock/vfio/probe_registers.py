@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The device that ``ramblock probe`` presents, as its driver sees it: a small engine that does DMA at once.
+The device that ``ramblock probe`` presents, as its driver sees it: a small engine that does DMA at
+once.
 
-All registers are little-endian, in BAR 0. The engine runs within the write of the command: when the write is answered, the
-transfer is over, and the result register says what came of it.
+All registers are little-endian, in BAR 0. The engine runs within the write of the command: when the
+write is answered, the transfer is over, and the result register says what came of it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ class Register(IntEnum):
     LENGTH = 0x10
     COMMAND = 0x14
     RESULT = 0x18
-    """0: done. Else an errno: EFAULT: not mapped, EINVAL: length or command cannot be, EIO: the memory did not answer."""
+    """
+    0: done.
+
+    Else an errno: EFAULT: not mapped, EINVAL: length or command cannot be, EIO: the memory did not
+    answer.
+    """
 
 
 class Command(IntEnum):

@@ -116,7 +116,9 @@ class Region:
 
 class MappedRegion:
     """
-    A region in the process's address space. An access is one load or store of its width, as registers need it.
+    A region in the process's address space.
+
+    An access is one load or store of its width, as registers need it.
 
     It keeps the device open until it is closed. Made by ``VfioDevice.map_region``.
 
@@ -137,7 +139,8 @@ class MappedRegion:
             ) from error
         view = memoryview(self._mapping)
         self._views = (view.cast("I"), view.cast("Q"), view)
-        #: As 32-bit registers: element *i* is at byte ``4 * i``. In loops that a method call would slow down.
+        #: As 32-bit registers: element *i* is at byte ``4 * i``. In loops that a method call would
+        #: slow down.
         self.words = self._views[0]
 
     def read32(self, offset: int) -> int:

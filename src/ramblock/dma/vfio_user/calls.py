@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-One request of the client on its way: handed from the thread that makes it to the thread that talks to the server.
+One request of the client on its way: handed from the thread that makes it to the thread that talks
+to the server.
 
-The thread that made it may be gone when the answer comes (Ctrl-C). The call is carried to its end all the same, so that the
-table of windows says what the server says.
+The thread that made it may be gone when the answer comes (Ctrl-C). The call is carried to its end
+all the same, so that the table of windows says what the server says.
 """
 
 from __future__ import annotations

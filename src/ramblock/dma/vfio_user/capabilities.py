@@ -25,7 +25,9 @@ _NUMBERS = ("max_msg_fds", "max_data_xfer_size", "max_dma_maps", "pgsizes")
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """
-    The capabilities of one side. A name that is not here (``migration``, ``twin_socket``) is not used, and ignored.
+    The capabilities of one side.
+
+    A name that is not here (``migration``, ``twin_socket``) is not used, and ignored.
 
     The values of a new object are those that hold for a peer that says nothing.
     """
@@ -52,7 +54,8 @@ class Capabilities:
         """
         Read the JSON of a VERSION message; no bytes at all is what a peer sends that says nothing.
 
-        :raises MalformedError: It is too long, not JSON with a NUL behind it, or a capability has the wrong type.
+        :raises MalformedError: It is too long, not JSON with a NUL behind it, or a capability has
+            the wrong type.
         """
         if not data:
             return cls()
@@ -98,7 +101,8 @@ def _members(document: Any) -> dict[str, Any]:
 
 
 def _number(name: str, value: Any) -> int:
-    # True is an int too. A float is none: JSON has one kind of number, but peers write these as whole ones.
+    # True is an int too. A float is none: JSON has one kind of number, but peers write these as
+    # whole ones.
     if type(value) is not int or not 0 <= value < _FIELD_LIMIT:
         raise MalformedError(f"capability {name} is not a whole number of 64 bits")
     return value

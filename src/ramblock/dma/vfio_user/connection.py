@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-One vfio-user connection without its socket: bytes and descriptors in, events out; messages in, bytes out.
+One vfio-user connection without its socket: bytes and descriptors in, events out.
 
-Theory of operation. Both sides send commands on the one stream, and each answers the other's, so a connection remembers two
-things: the requests that it sent and that are not answered (by their id, which is ours to choose), and the requests that it
-received and has not answered (by object: the peer's ids are the peer's business, and may repeat). The first message is the
-client's VERSION, the second the server's answer; nothing else may be sent before. What the two announce there are the
+Messages in, bytes out.
+
+Theory of operation. Both sides send commands on the one stream, and each answers the other's, so a
+connection remembers two things: the requests that it sent and that are not answered (by their id,
+which is ours to choose), and the requests that it received and has not answered (by object: the
+peer's ids are the peer's business, and may repeat). The first message is the client's VERSION, the
+second the server's answer; nothing else may be sent before. What the two announce there are the
 limits of all that follows.
 
-Whoever feeds it drains it: after each :meth:`Connection.receive`, :meth:`Connection.next_event` until ``NEED_DATA``. Then it
-never holds more than one message, whose size is limited, and the descriptors of one message.
+Whoever feeds it drains it: after each :meth:`Connection.receive`, :meth:`Connection.next_event`
+until ``NEED_DATA``. Then it never holds more than one message, whose size is limited, and the
+descriptors of one message.
 
-A rule that the peer broke is a ``RemoteProtocolError``, raised once, by ``next_event``. The connection is dead then: it has
-closed the descriptors that it held, and every call is a ``LocalProtocolError``. Events that were handed out before are
-whole, and keep their descriptors.
+A rule that the peer broke is a ``RemoteProtocolError``, raised once, by ``next_event``. The
+connection is dead then: it has closed the descriptors that it held, and every call is a
+``LocalProtocolError``. Events that were handed out before are whole, and keep their descriptors.
 """
 
 from __future__ import annotations
@@ -105,7 +109,7 @@ class Connection:
         self._sent: dict[int, Message] = {}
         self._unanswered: set[Request] = set()
 
-    # -- state ----------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     @property
     def negotiated(self) -> bool:
@@ -131,25 +135,34 @@ class Connection:
 
     @property
     def wanted(self) -> int:
-        """How many bytes are missing from the header of the next message, or from the message; at least 1 when drained."""
+        """
+        How many bytes are missing from the header of the next message, or from the message.
+
+        At least 1 when drained.
+        """
         header = self._inbox.header()
         return (HEADER_SIZE if header is None else header.size) - len(self._inbox)
 
     def close(self) -> None:
-        """End it, and close the descriptors that no event has claimed. Nothing happens the second time."""
+        """
+        End it, and close the descriptors that no event has claimed.
+
+        Nothing happens the second time.
+        """
         self._stage = _Stage.CLOSED
         self._inbox.close()
         self._sent.clear()
         self._unanswered.clear()
 
-    # -- receiving ------------------------------------------------------------------------------------------------
+    # -- receiving ---------------------------------------------------------------------------------
 
     def receive(self, data: bytes, fds: Iterable[int] = ()) -> None:
         """
         Take in what arrived.
 
         :param data: A chunk of the stream, of any size.
-        :param fds: The descriptors that came with it; they are the connection's from now on, whatever happens.
+        :param fds: The descriptors that came with it; they are the connection's from now on,
+            whatever happens.
         :raises LocalProtocolError: The connection is over. *fds* are closed.
         """
         if self.closed:
@@ -172,9 +185,10 @@ class Connection:
         """
         Tell what has arrived.
 
-        :return: A :class:`Request` or :class:`Reply`, which own their descriptors; ``NEED_DATA``; or ``CLOSED``, again and
-            again, after the peer has closed its side between two messages.
-        :raises RemoteProtocolError: The peer broke the protocol. The connection is dead; what it held is closed.
+        :return: A :class:`Request` or :class:`Reply`, which own their descriptors; ``NEED_DATA``;
+            or ``CLOSED``, again and again, after the peer has closed its side between two messages.
+        :raises RemoteProtocolError: The peer broke the protocol. The connection is dead; what it
+            held is closed.
         :raises LocalProtocolError: It is over already.
         """
         self._check_open("next_event")
@@ -262,7 +276,7 @@ class Connection:
         del self._sent[header.message_id]
         return Reply(header.message_id, message, fds, request)
 
-    # -- sending --------------------------------------------------------------------------------------------------
+    # -- sending -----------------------------------------------------------------------------------
 
     def request(
         self, message: Message, fds: Iterable[int] = (), *, no_reply: bool = False
@@ -272,7 +286,8 @@ class Connection:
 
         :param fds: Descriptors that go along; they stay the caller's.
         :param no_reply: Ask for no answer; there will be no :class:`Reply` then.
-        :raises LocalProtocolError: It may not be sent, now or at all, or more than the peer takes; nothing has changed.
+        :raises LocalProtocolError: It may not be sent, now or at all, or more than the peer takes;
+            nothing has changed.
         """
         numbers = tuple(fds)
         command = message.command
@@ -322,8 +337,9 @@ class Connection:
         Answer *request*. What is returned has to be sent.
 
         :param fds: Descriptors that go along; they stay the caller's.
-        :raises LocalProtocolError: *request* wants no answer or has one already, *message* does not answer it, or is more
-            than the peer takes. Nothing has changed; *request* can still be answered.
+        :raises LocalProtocolError: *request* wants no answer or has one already, *message* does not
+            answer it, or is more than the peer takes. Nothing has changed; *request* can still be
+            answered.
         """
         numbers = tuple(fds)
         self._check_unanswered(request)
@@ -354,10 +370,13 @@ class Connection:
 
     def error(self, request: Request, errno: int) -> Outgoing:
         """
-        Answer *request* with an error. After that of a VERSION the connection is over, and what is returned the last message.
+        Answer *request* with an error.
+
+        After that of a VERSION the connection is over, and what is returned the last message.
 
         :param errno: Positive.
-        :raises LocalProtocolError: *request* wants no answer or has one already. Nothing has changed.
+        :raises LocalProtocolError: *request* wants no answer or has one already. Nothing has
+            changed.
         """
         self._check_unanswered(request)
         command = request.message.command
@@ -378,7 +397,7 @@ class Connection:
                 message_id=request.message_id,
             )
 
-    # -- the end --------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
 
     def _check_open(self, what: str) -> None:
         if self.closed:

@@ -19,7 +19,8 @@ class Descriptors:
     """
     Descriptors that this object owns, in the order in which they came.
 
-    What nobody took is closed by :meth:`close`, at the latest when nobody holds this object any more.
+    What nobody took is closed by :meth:`close`, at the latest when nobody holds this object any
+    more.
 
     :param numbers: They belong to this object from now on.
     :param close: Closes one.

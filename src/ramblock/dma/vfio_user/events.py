@@ -53,7 +53,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reply:
-    """The peer's answer to a request of ours. It owns its descriptors; closing it closes those that nobody took."""
+    """
+    The peer's answer to a request of ours.
+
+    It owns its descriptors; closing it closes those that nobody took.
+    """
 
     message_id: int
     message: Message | ErrorReply

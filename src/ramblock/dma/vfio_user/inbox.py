@@ -2,10 +2,11 @@
 """
 What has arrived and is no whole message yet: bytes, and descriptors with their place among them.
 
-A descriptor belongs to the message in whose bytes it arrived. Descriptors come with a chunk of the stream, and a chunk may
-hold the end of one message and the start of the next, so they count as come with its first byte. Whoever reads from a
-socket stays exact by never reading beyond the end of a message (``wanted``): the kernel hands descriptors out with the
-first byte of what they were sent with (net/unix/af_unix.c, unix_stream_read_generic()).
+A descriptor belongs to the message in whose bytes it arrived. Descriptors come with a chunk of the
+stream, and a chunk may hold the end of one message and the start of the next, so they count as come
+with its first byte. Whoever reads from a socket stays exact by never reading beyond the end of a
+message (``wanted``): the kernel hands descriptors out with the first byte of what they were sent
+with (net/unix/af_unix.c, unix_stream_read_generic()).
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ class MalformedError(ValueError):
     """
     A message that breaks a rule; the text says which. It does not leave this package.
 
-    The connection knows who is to blame, and makes a ``LocalProtocolError`` or a ``RemoteProtocolError`` of it.
+    The connection knows who is to blame, and makes a ``LocalProtocolError`` or a
+    ``RemoteProtocolError`` of it.
     """
 
 

@@ -2,9 +2,9 @@
 """
 A connection on its socket: UNIX stream sockets, with descriptors as SCM_RIGHTS.
 
-It reads exactly up to the end of a header and then of a message, so that descriptors arrive with bytes of the one message
-that they belong to (:mod:`ramblock.dma.vfio_user.inbox`). It sends the descriptors of a message with its first byte, and
-never bytes of two messages in one call.
+It reads exactly up to the end of a header and then of a message, so that descriptors arrive with
+bytes of the one message that they belong to (:mod:`ramblock.dma.vfio_user.inbox`). It sends the
+descriptors of a message with its first byte, and never bytes of two messages in one call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from ramblock.dma.vfio_user.numbers import KERNEL_MAX_FDS
 
 __all__ = ["Link", "connect"]
 
-# Enough for all descriptors that the kernel passes at once: what did not fit would be closed without a word from whom.
+# Enough for all descriptors that the kernel passes at once: what did not fit would be closed
+# without a word from whom.
 _ANCILLARY_BYTES = socket.CMSG_SPACE(KERNEL_MAX_FDS * array("i").itemsize)
 # What is read at once; a larger message takes several calls.
 _CHUNK = 1 << 18
@@ -33,7 +34,8 @@ class Link:
     """
     One side of a connection with its socket. Not for several threads at once.
 
-    The calls named *now* never wait. An exception that is no ``TimeoutError`` leaves the link closed.
+    The calls named *now* never wait. An exception that is no ``TimeoutError`` leaves the link
+    closed.
 
     :param sock: A connected UNIX stream socket; the link's from now on.
     :param role: Which side this is.
@@ -46,7 +48,8 @@ class Link:
         sock.settimeout(0)
         self.connection = Connection(role, os.close, capabilities)
         self._sock = sock
-        # The message at the front may be sent in part: what is left of it then, without descriptors.
+        # The message at the front may be sent in part: what is left of it then, without
+        # descriptors.
         self._outbox: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         #: How many bytes wait to be sent.
         self.unsent = 0
@@ -61,16 +64,24 @@ class Link:
         return self._sock.fileno() < 0
 
     def close(self) -> None:
-        """Close the socket, and every descriptor that no event has claimed. Nothing happens the second time."""
+        """
+        Close the socket, and every descriptor that no event has claimed.
+
+        Nothing happens the second time.
+        """
         self._outbox.clear()
         self.unsent = 0
         self.connection.close()
         self._sock.close()
 
-    # -- now ------------------------------------------------------------------------------------------------------
+    # -- now ---------------------------------------------------------------------------------------
 
     def queue(self, outgoing: Outgoing) -> None:
-        """Put a message behind those that wait to be sent. Its descriptors have to stay open until then."""
+        """
+        Put a message behind those that wait to be sent.
+
+        Its descriptors have to stay open until then.
+        """
         self._outbox.append((memoryview(outgoing.data), outgoing.fds))
         self.unsent += len(outgoing.data)
 
@@ -114,7 +125,11 @@ class Link:
         return event
 
     def _read(self) -> bool:
-        """Hand the connection what the socket has, up to the end of what it wants; False: nothing."""
+        """
+        Hand the connection what the socket has, up to the end of what it wants.
+
+        False: nothing.
+        """
         size = min(self.connection.wanted, _CHUNK)
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
@@ -135,7 +150,7 @@ class Link:
             self.connection.receive_eof()
         return True
 
-    # -- with patience --------------------------------------------------------------------------------------------
+    # -- with patience -----------------------------------------------------------------------------
 
     def send(self, outgoing: Outgoing, timeout: float | None = None) -> None:
         """

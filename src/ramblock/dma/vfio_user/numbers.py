@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Numbers of the vfio-user protocol ("vfio-user Protocol Specification", QEMU's docs/interop/vfio-user.rst).
+Numbers of the vfio-user protocol ("vfio-user Protocol Specification", QEMU's
+docs/interop/vfio-user.rst).
 
-What a message shares with VFIO's ioctls (region and device flags, region indices) is in :mod:`ramblock.uapi.vfio`.
+What a message shares with VFIO's ioctls (region and device flags, region indices) is in
+:mod:`ramblock.uapi.vfio`.
 """
 
 from __future__ import annotations
@@ -86,7 +88,11 @@ class DmaFlags(IntFlag):
 
 
 class DmaUnmapFlags(IntFlag):
-    """``flags`` of DMA_UNMAP: none in the specification; VFIO's, as QEMU and libvfio-user send and know them."""
+    """
+    ``flags`` of DMA_UNMAP: none in the specification.
+
+    VFIO's, as QEMU and libvfio-user send and know them.
+    """
 
     GET_DIRTY_BITMAP = 1 << 0
     ALL = 1 << 1

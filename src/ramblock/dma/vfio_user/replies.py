@@ -50,8 +50,8 @@ __all__ = [
     "check_answer",
 ]
 
-# The count in the answer to DMA_WRITE has four bytes in the specification, eight in QEMU 11.1 and in libvfio-user
-# (include/vfio-user.h, struct vfio_user_dma_region_access).
+# The count in the answer to DMA_WRITE has four bytes in the specification, eight in QEMU 11.1 and
+# in libvfio-user (include/vfio-user.h, struct vfio_user_dma_region_access).
 _SHORT_DMA_ACCESS = struct.Struct("=QI")
 
 
@@ -142,7 +142,11 @@ class RegionInfoReply(Message):
     repeats: ClassVar = ("index",)
     max_fds: ClassVar = None
     argsz: int
-    """Bytes of the whole payload. More than were sent: the capabilities did not fit the request's argsz."""
+    """
+    Bytes of the whole payload.
+
+    More than were sent: the capabilities did not fit the request's argsz.
+    """
     flags: int
     """:class:`~ramblock.uapi.vfio.RegionFlags`, as it came."""
     index: int
@@ -152,7 +156,11 @@ class RegionInfoReply(Message):
     offset: int
     """Where the region begins in its descriptor."""
     capabilities: bytes = b""
-    """VFIO's chain of capabilities, undecoded; *cap_offset* counts from the start of the payload."""
+    """
+    VFIO's chain of capabilities, undecoded.
+
+    *cap_offset* counts from the start of the payload.
+    """
 
     def pack(self) -> bytes:
         """Write it."""

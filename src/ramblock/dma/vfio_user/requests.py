@@ -2,8 +2,8 @@
 """
 The payload of every request as a value.
 
-A value is what one message says and nothing else; whether it makes sense (a window that wraps around, a region that does not
-exist) is for whoever serves it, and is answered with an error.
+A value is what one message says and nothing else; whether it makes sense (a window that wraps
+around, a region that does not exist) is for whoever serves it, and is answered with an error.
 """
 
 from __future__ import annotations
@@ -210,7 +210,11 @@ class GetIrqInfo(Message):
 
 @dataclass(frozen=True, slots=True)
 class SetIrqs(Message):
-    """Says what becomes of interrupts; with DATA_EVENTFD their eventfds come along, or none to take them away."""
+    """
+    Says what becomes of interrupts.
+
+    With DATA_EVENTFD their eventfds come along, or none to take them away.
+    """
 
     command: ClassVar = Command.DEVICE_SET_IRQS
     max_fds: ClassVar = None
@@ -385,7 +389,11 @@ class Reset(EmptyMessage):
 
 @dataclass(frozen=True, slots=True)
 class UnknownRequest(Message):
-    """A command that is not served here: migration, features, or none at all. ENOTSUP is the answer."""
+    """
+    A command that is not served here: migration, features, or none at all.
+
+    ENOTSUP is the answer.
+    """
 
     max_fds: ClassVar = None
     command: int  # type: ignore[assignment,misc]  # here it is not the class that says which

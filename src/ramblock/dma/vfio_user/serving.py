@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a client lets the server reach by message: its own table of windows, and the memory behind them.
+What a client lets the server reach by message: its own table of windows, and the memory behind
+them.
 
-Only the thread that talks to the server touches it, so that an access is over before the next message is looked at: no lock,
-and least of all the memory's.
+Only the thread that talks to the server touches it, so that an access is over before the next
+message is looked at: no lock, and least of all the memory's.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class ServedMemory:
         self._table = MappingTable()
         self._limit = max_mappings
         self._log_violation = Sparingly(_log)
-        #: Accesses of the server that were refused, the latest; older ones are forgotten, but counted.
+        #: Accesses of the server that were refused, the latest; older ones are forgotten, but
+        #: counted.
         self.violations: deque[FaultRecord] = deque(maxlen=_VIOLATIONS_KEPT)
         #: How many there were.
         self.violation_count = 0
@@ -55,8 +57,8 @@ class ServedMemory:
         """
         Let the server reach *mapping*.
 
-        :raises DmaError: EEXIST: a window is there; the text says which. ENOSPC: the server takes no more. Nothing has
-            changed.
+        :raises DmaError: EEXIST: a window is there; the text says which. ENOSPC: the server takes
+            no more. Nothing has changed.
         """
         first, last = self._table.overlapping(mapping.iova, mapping.end)
         if first < last:
@@ -79,7 +81,7 @@ class ServedMemory:
             first, _ = self._table.overlapping(mapping.iova, mapping.end)
             self._table.replace(first, first + 1, [])
 
-    # -- what the server asks -------------------------------------------------------------------------------------
+    # -- what the server asks ----------------------------------------------------------------------
 
     def serve(self, message: Message) -> Message | int:
         """Do what the server asks for; the answer, or the errno of a refusal."""
@@ -98,7 +100,8 @@ class ServedMemory:
         try:
             return b"".join([_read_host(part) for part in parts])
         except (OSError, EOFError):
-            # The memory is not all there: a file that was made shorter. No other number would tell the server more.
+            # The memory is not all there: a file that was made shorter. No other number would tell
+            # the server more.
             return errno.EFAULT
 
     def _write(self, iova: int, data: bytes) -> int:
