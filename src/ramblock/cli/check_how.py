@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How to record what ``ramblock check`` needs, ready to be pasted."""
+"""Commands that record a trace for ``ramblock check``, ready to be pasted."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ perf script -F comm,pid,tid,cpu,time,event,trace --ns | gzip >perf.txt.gz
 """
 
 #: struct vfio_iommu_type1_dma_map: u32 argsz, u32 flags, u64 vaddr, u64 iova, u64 size; dma_unmap:
-#: u32 argsz, u32 flags, u64 iova, u64 size, which the call replaces by what it unmapped
+#: u32 argsz, u32 flags, u64 iova, u64 size, which the call replaces by the unmapped size
 #: (include/uapi/linux/vfio.h). The structures are on the caller's stack, so they are still there
 #: when the probed function returns.
 BPFTRACE = r"""#!/usr/bin/env bpftrace
@@ -119,5 +119,5 @@ bpftrace -B line vfio.bt | gzip >type1.txt.gz     # before the guest starts, unt
 ramblock check --merge type1.txt.gz kernel.txt.gz
 """
 
-#: By what ``--how`` names.
+#: By the name in ``--how``.
 HOW = {"qemu": _QEMU, "ftrace": _FTRACE, "bpftrace": _BPFTRACE}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an audit found, for people: worst first, neighbours together."""
+"""The findings of an audit, for people: worst first, neighbours together."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def group(findings: Iterable[Finding]) -> list[FindingGroup]:
 
 
 def _neighbourhood(finding: Finding) -> tuple[str, str, str, str, int]:
-    # A window belongs to what closed it; a broken rule has no end, and belongs to nothing but its
-    # own event.
+    # A window belongs to the event that closed it; a broken rule has no end, and belongs to nothing
+    # but its own event.
     ended = str(finding.closed or ("" if finding.open else finding.opened))
     return finding.kind, finding.target or "", ended, finding.note, finding.start
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ramblock``: the commands, their exit codes, and what people see when something goes wrong."""
+"""``ramblock``: the commands, their exit codes, and the messages of errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ exit codes: 0 done and clean, 1 the job found a violation or failed, 2 usage, 3 
 
 
 class _Version(argparse.Action):
-    """Ask the installation for the version only when somebody wants to know: that import is slow."""
+    """Ask the installation for the version only on demand: that import is slow."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib import metadata

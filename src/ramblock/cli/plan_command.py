@@ -26,7 +26,7 @@ from ramblock.plan.workload import End
 
 __all__ = ["start"]
 
-# What says something of a guest, and so nothing of a recording.
+# Options that describe a guest, and so say nothing of a recording.
 _OF_A_GUEST = (
     "memory", "vcpus", "numa", "device", "os", "tee", "backing", "conversions", "rate", "simulate", "seed", "sweep",
     "table", "jobs", "scheduler", "virtio_mem", "memlock", "cgroup", "memslots",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan for people: what is shared, what each policy and target needs, what is in the way, what to set."""
+"""A plan for people: shared memory, the needs of each policy and target, limits, settings."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _print_limits(rows: Sequence[Row]) -> None:
 
 
 def _print_fragmentation(plan: GuestPlan) -> None:
-    """Show what conversions make of runs at worst: see :func:`~ramblock.plan.formula.need`."""
+    """Print the most runs that conversions can leave: see :func:`~ramblock.plan.formula.need`."""
     runs = next((each for each in plan.rows if each.policy == "run" and each.need), None)
     if runs is None or runs.need is None:
         return

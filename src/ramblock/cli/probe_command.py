@@ -58,9 +58,9 @@ def start(arguments: argparse.Namespace) -> int:
 
 def _serve(probe: Probe, arguments: argparse.Namespace) -> VirtioMemExpectation | None:
     """
-    Show what happens until somebody wants it to end; then stop everything.
+    Show events until somebody ends it; then stop everything.
 
-    Return what was compared.
+    Return the comparison.
     """
     expectation = None
     try:

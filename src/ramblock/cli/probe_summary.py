@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a probe found, at its end."""
+"""The findings of a probe, at its end."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ examples:
 """
 
 
-#: What stands before the path of a server's socket.
+#: The prefix of the path of a server's socket.
 VFIO_USER = "vfio-user:"
 _IOMMUS = ("soft", "type1", "iommufd", "iommufd-native", "iommufd-cutting")
 
@@ -55,7 +55,7 @@ def positive(text: str) -> int:
 
 
 def iommu(text: str) -> str:
-    """Read what maps for devices."""
+    """Parse the option for the devices' DMA target."""
     if text in _IOMMUS or (text.startswith(VFIO_USER) and text != VFIO_USER):
         return text
     known = ", ".join([*_IOMMUS, f"{VFIO_USER}PATH"])

@@ -51,7 +51,7 @@ def _print_head(console: Console, report: RunReport) -> None:
 
 
 def _parts(report: RunReport) -> list[str]:
-    """Say what was real, and what only tracked."""
+    """Say which parts were real, and which only tracked."""
     guest = report.guest
     lines = []
     if guest.kind == "script":
@@ -246,7 +246,7 @@ def _print_rows(
 
 
 def _print_table(console: Console, title: str, table: Table, style: str = "") -> None:
-    """Print a heading on a line of its own: a table's title would be wrapped to the table's width."""
+    """Print a heading on its own line: a table's title would be wrapped to the table's width."""
     console.print()
     console.print(Text(title, style=f"bold {style}"))
     console.print(table)

@@ -28,7 +28,7 @@ class Advice(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     """Which target it is about."""
     setting: str
-    """What to write, and where."""
+    """The text to write, and its place."""
     number: int | None = None
     """The value that is set; None: there is none."""
     effect: str
@@ -37,9 +37,9 @@ class Advice(msgspec.Struct, frozen=True, kw_only=True):
 
 def advise(guest: Guest, rows: Sequence[Row]) -> list[Advice]:
     """
-    Say what helps those rows that do not fit; empty where all fit.
+    Give advice for the rows that do not fit; empty where all fit.
 
-    Ranked: first what removes the limit, then what raises it, then what makes the guest smaller.
+    Ranked: remove the limit, then raise it, then make the guest smaller.
     """
     lacking = [each for each in rows if each.need is not None and not _starts(each)]
     if not lacking:
@@ -165,7 +165,7 @@ def _pinning(lacking: Sequence[Row]) -> Iterator[Advice]:
 
 
 def _smaller_pool(guest: Guest, lacking: Sequence[Row]) -> Iterator[Advice]:
-    """Say what pool of the guest would fit the smallest limit, if one does that a guest can live with."""
+    """Size a pool that fits the smallest limit, if it is one that a guest can live with."""
     limits = [
         room.limit
         for each in lacking

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest that is planned for: its memory, its devices, and what runs in it."""
+"""The guest that is planned for: its memory, its devices, its system and load."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Technology(StrEnum):
 
 
 class Profile(StrEnum):
-    """What an assigned device is."""
+    """The kind of an assigned device."""
 
     NIC = "nic"
     NVME = "nvme"
@@ -57,7 +57,7 @@ class Profile(StrEnum):
 
 class OsProfile(StrEnum):
     """
-    What the guest's system does with its memory.
+    Ways of the guest's system with its memory.
 
     The first two exclude each other, and so do the others.
     """
@@ -91,17 +91,17 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     technology: Technology = Technology.TDX
     virtio_mem: Pluggable | None = None
     backing_page: int = PAGE_SIZE
-    """Page size of the shared memory on the host: a huge page is held as long as any of it is shared."""
+    """Page size of the host's shared memory: a huge page is held while any of it is shared."""
     conversions: int = 10_000
     """After boot, how many conversions are looked at: they fragment."""
     rate: Span | None = None
-    """Conversions per second after boot; None: what the devices suggest."""
+    """Conversions per second after boot; None: the devices' suggestion."""
 
     def check(self) -> None:
         """
         Check the values against each other.
 
-        :raises UsageError: One makes no sense; the text says which and what was expected.
+        :raises UsageError: One makes no sense; the text names it and the expected values.
         """
         if not LEAST_MEMORY <= self.memory <= _MOST_MEMORY or self.memory % PAGE_SIZE:
             raise UsageError(
@@ -162,11 +162,11 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def most_memory(self) -> int:
-        """Bytes that can be there at all, what virtio-mem may plug among them."""
+        """Bytes that can be there at all, virtio-mem's among them."""
         return self.memory + (self.virtio_mem.size if self.virtio_mem else 0)
 
     def sections(self) -> list[int]:
-        """Sizes of the parts of the guest's addresses that have memory: below 4 GiB, above it by node, virtio-mem's."""
+        """Sizes of the parts with memory: below 4 GiB, above it by node, virtio-mem's."""
         low = self.memory if self.memory < _FITS_LOW else _LOW_MEMORY
         high = self.memory - low
         nodes = min(self.numa_nodes, max(high // PAGE_SIZE, 1))
@@ -178,5 +178,5 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _question(profile: OsProfile) -> str:
-    """Name what a profile answers."""
+    """Name the options of a profile."""
     return "swiotlb" if "swiotlb" in profile else "accept"

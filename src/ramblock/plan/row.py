@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One line of a plan: a policy, a target, what is needed, and which limits are in the way."""
+"""One line of a plan: a policy, a target, its needs, and the limits in the way."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Verdict(StrEnum):
 
     FITS = "fits"
     UNSURE = "may not fit"
-    """It fits at the low end of what is known and not at the high end."""
+    """It fits at the low end of the range and not at the high end."""
     REFUSED = "refused"
     """It does not fit even at the low end."""
     IMPOSSIBLE = "impossible"
-    """The target cannot do what the policy asks."""
+    """The target cannot follow the policy."""
 
 
 _ORDER = list(Verdict)
@@ -45,7 +45,7 @@ class Headroom(msgspec.Struct, frozen=True, kw_only=True):
     """At the high end; negative: how much is missing."""
     verdict: Verdict
     cause: str
-    """What uses it up, in words; empty where it fits."""
+    """The cause, in words; empty where it fits."""
     fails_at: int | None = None
     """
     Bytes of shared memory that cannot be mapped any more.
@@ -57,7 +57,7 @@ class Headroom(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """What comes of one policy on one target."""
+    """The outcome of one policy on one target."""
 
     policy: str
     target: str
@@ -126,7 +126,7 @@ def _headroom(
         cause = "what is mapped is pinned, and pinned memory counts as locked"
         found.append(_compare("RLIMIT_MEMLOCK", limits.memlock, wanted.pinned, cause))
     if limits.cgroup is not None:
-        # Memory that was accepted has a page of the host's; what was not may never be touched.
+        # Memory that was accepted has a page of the host's; the rest may never be touched.
         least = guest.memory if guest.eager_accept else total_size(boot_shares(guest)).low
         least = min(least, guest.memory)
         held = Span(least, guest.memory, guest.most_memory)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a guest shares, piece by piece, with the reason for each number.
+The memory that a guest shares, piece by piece, with the reason for each number.
 
-Where the number follows from a kernel's source it says which. Where it does not (what a GPU's
-driver stages, say) it is *assumed*, the range is wide, and the plan says so.
+Where the number follows from a kernel's source it says which. Where it does not (the staging
+buffers of a GPU's driver, say) it is *assumed*, the range is wide, and the plan says so.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Share(msgspec.Struct, frozen=True):
 
 
 def boot_shares(guest: Guest) -> list[Share]:
-    """List what is shared when the guest is up, and stays so."""
+    """List the memory that is shared when the guest is up, and stays so."""
     return [
         Share(
             "SWIOTLB pool",
@@ -70,7 +70,7 @@ def boot_shares(guest: Guest) -> list[Share]:
 
 
 def _atomic_pools(guest: Guest) -> Share:
-    """DMA buffers for atomic contexts: a pool for each memory zone (kernel/dma/pool.c, dma_atomic_pool_init())."""
+    """DMA pools for atomic contexts, one per memory zone (dma_atomic_pool_init(), kernel/dma/pool.c)."""
     wanted = max(guest.memory // (GIB // (128 * KIB)), 128 * KIB)
     one = min(1 << (wanted - 1).bit_length(), _LARGEST_CHUNK)
     pools = Span.between(2, 3)  # the zones DMA and DMA32; NORMAL, where there is memory above 4 GiB
@@ -129,7 +129,7 @@ def _rings(guest: Guest, profile: Profile, number: int) -> Iterator[Share]:
 
 
 def later_shares(guest: Guest) -> list[Share]:
-    """List what may be shared besides while the guest runs."""
+    """List the memory that may be shared besides while the guest runs."""
     shares = [
         Share(
             f"{profile} {number + 1}: staging buffers",
@@ -159,7 +159,7 @@ def later_shares(guest: Guest) -> list[Share]:
 
 def buffers(guest: Guest) -> Share:
     """
-    Describe what is shared in the conversions after boot.
+    Describe the memory shared by the conversions after boot.
 
     None of it where there are no such conversions.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many guests: every combination of what varies, and one row of a table for each policy and target."""
+"""Many guests: each combination of values, and one row of a table for each policy and target."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ramblock.units import MIB, parse_size
 
 __all__ = ["AXES", "COLUMNS", "Sweep", "parse_axis"]
 
-#: What can vary. ``policy`` and ``target`` choose rows, ``dma-entry-limit`` changes the host, the
-#: others the guest.
+#: The fields that can vary. ``policy`` and ``target`` choose rows, ``dma-entry-limit`` changes the
+#: host, the others the guest.
 AXES = (
     "memory", "vcpus", "numa", "device", "os", "tee", "virtio-mem", "backing", "conversions",
     "policy", "target", "dma-entry-limit",
@@ -84,7 +84,7 @@ class Sweep(msgspec.Struct, frozen=True, kw_only=True):
     """A sweep; it can be sent to another process."""
 
     guest: Guest
-    """What does not vary."""
+    """The fixed values."""
     limits: Limits
     axes: tuple[tuple[str, tuple[str, ...]], ...]
 
@@ -118,7 +118,7 @@ class Sweep(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def names(self) -> list[str]:
-        """Name what varies from guest to guest."""
+        """Name the fields that vary from guest to guest."""
         return [name for name, _ in self.axes if name not in ("policy", "target")]
 
     def rows(self, first: int, points: Sequence[Point]) -> list[dict[str, Value]]:
@@ -145,7 +145,7 @@ class Sweep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _apply(guest: Guest, limits: Limits, values: Mapping[str, str]) -> tuple[Guest, Limits]:
-    """Change what varies."""
+    """Change the fields that vary."""
     for name, value in values.items():
         try:
             if name == "dma-entry-limit":

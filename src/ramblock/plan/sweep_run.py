@@ -2,7 +2,7 @@
 """
 Running a sweep: on the cores of this machine, or on a Dask cluster.
 
-Either can be interrupted and keeps what it has.
+Either can be interrupted and keeps its rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Progress = Callable[[int], None]
 
 
 class Swept(msgspec.Struct):
-    """What a sweep came to."""
+    """The outcome of a sweep."""
 
     rows: Table
     """In the order of the guests; those that were not reached are missing."""

@@ -17,17 +17,17 @@ from ramblock.units import GIB, KIB, MIB, PAGE_SIZE
 __all__ = ["SLAB", "least_of_areas", "swiotlb_bytes"]
 
 _LEAST, _MOST = 64 * MIB, GIB
-#: What ``swiotlb=`` on the kernel's command line counts in (IO_TLB_SIZE).
+#: The unit of ``swiotlb=`` on the kernel's command line (IO_TLB_SIZE).
 SLAB = 2 * KIB
 _SEGMENT = 128 * SLAB
 
 
 def swiotlb_bytes(memory: int, vcpus: int) -> Span:
     """
-    Size the pool of a guest with *memory* bytes: 6 %, in whole pages, and what a kernel since 6.0
-    makes of it.
+    Size the pool of a guest with *memory* bytes: 6 %, in whole pages, and the size that a kernel
+    since 6.0 uses.
 
-    The latter is what is expected.
+    The latter is the expected one.
     """
     exact = min(max(memory * 6 // 100, _LEAST), _MOST)
     segments = -(-exact // _SEGMENT)

@@ -50,7 +50,7 @@ def write_table(path: Path, rows: Sequence[dict[str, Value]]) -> None:
 
 
 def write_csv(file: TextIO, rows: Sequence[dict[str, Value]]) -> None:
-    """Write the rows, with their names in the first line; what there is no value for is empty."""
+    """Write the rows, with their names in the first line; a missing value is empty."""
     writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

@@ -24,7 +24,7 @@ _MOST_MAPPED = 16 * GIB
 
 
 class TraceRow(msgspec.Struct, frozen=True, kw_only=True):
-    """What one policy on one target would have needed for what is in the trace."""
+    """The needs of one policy on one target for the trace's conversions."""
 
     policy: str
     target: str
@@ -36,17 +36,17 @@ class TraceRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TracePlan(msgspec.Struct, kw_only=True):
-    """What a recording comes to."""
+    """The plan of a recording."""
 
     source: str
     rows: list[TraceRow]
     observed: list[Observed]
-    """What the recorded program did, by target."""
+    """The calls of the recorded program, by target."""
     simulated: Simulated
     seconds: float
     """From the first event to the last conversion; 0: the trace has no times."""
     notes: list[str]
-    """What the trace cannot tell, in sentences."""
+    """Gaps of the trace, in sentences."""
 
     @property
     def hopeless(self) -> bool:

@@ -26,9 +26,9 @@ _HELD = object()
 
 class PerfettoWriter:
     """
-    Watches an audit (:class:`~ramblock.trace.observer.AuditObserver`) and writes what it sees.
+    Watches an audit (:class:`~ramblock.trace.observer.AuditObserver`) and writes its events.
 
-    :param stream: Stays open; :meth:`close` completes what is in it.
+    :param stream: Stays open; :meth:`close` completes the file.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -97,7 +97,7 @@ class PerfettoWriter:
             self._instant(event.time, _FAULTS, f"{what} refused", f"{event.start:#x}", event.target)
 
     def found(self, finding: Finding) -> None:
-        """Write a finding: an instant where it began, and a slice for as long as its window was open."""
+        """Write a finding: an instant at its begin, and a slice for its window."""
         if finding.since is None:
             return
         track = self._track(finding.target or "the trace")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a page of the guest looks like at one moment: its state, and who maps it.
+The shade of a guest page at one moment: its state, and who maps it.
 
 The audit tells page states and mappings; a picture needs both at once, for each run of pages. This
 joins them.
@@ -55,7 +55,7 @@ class Cell(NamedTuple):
 
 _NOTHING = Cell(0, None, frozenset())
 
-#: Called with the range, what it was, and what it is from now on.
+#: Called with the range, its old shade, and its new one.
 Changed = Callable[[int, int, Cell, Cell], None]
 
 
@@ -91,7 +91,7 @@ class GuestPicture:
                 self._set(low, high, cell, Cell(time, cell.private, cell.targets - {target}))
 
     def cells(self) -> list[tuple[int, int, Cell]]:
-        """Return what there is now, ascending."""
+        """Return the current ranges, ascending."""
         return list(self._cells.items())
 
     def _cells_in(self, start: int, end: int) -> list[tuple[int, int, Cell]]:

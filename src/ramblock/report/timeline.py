@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a report shows of a trace: rectangles of time and memory, and counts over time.
+The pictures of a trace: rectangles of time and memory, and counts over time.
 
-Its memory is bounded, whatever the length of the trace. When there are too many rectangles the
-shortest go, those that show a stale mapping last of all; when there are too many counts every
-second one goes, and of two the one with more stale bytes stays. What was left out is said on the
-page.
+Its memory is bounded for a trace of any length. When there are too many rectangles the shortest go,
+those that show a stale mapping last of all; when there are too many counts every second one goes,
+and of two the one with more stale bytes stays. The page tells of rectangles that were left out.
 """
 
 from __future__ import annotations
@@ -72,8 +71,8 @@ class Rate:
 
 class Timeline:
     """
-    Watches an audit (:class:`~ramblock.trace.observer.AuditObserver`) and keeps what a picture of
-    it needs.
+    Watches an audit (:class:`~ramblock.trace.observer.AuditObserver`) and keeps the data of its
+    picture.
 
     :param most: Rectangles to keep.
     """
