@@ -93,7 +93,8 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
         "--grace",
         default="10ms",
         metavar="TIME",
-        help="a conversion is over when nothing of it was seen for so long, where the trace does not tell its end (default: 10ms)",
+        help="a conversion is over when nothing of it was seen for so long,"
+        " where the trace does not tell its end (default: 10ms)",
     )
     judging.add_argument(
         "--unmap",

@@ -85,7 +85,8 @@ def _print_head(console: Console, result: AuditResult) -> None:
     for target in result.targets:
         console.print(
             Text(
-                f"{target.name}: {target.maps:,} maps, {target.unmaps:,} unmaps, {target.faults:,} faults;"
+                f"{target.name}: {target.maps:,} maps, {target.unmaps:,} unmaps,"
+                f" {target.faults:,} faults;"
                 f" {target.entries:,} mappings of {format_size(target.mapped_bytes)} at the end",
                 style="dim",
             )
@@ -178,7 +179,8 @@ def _print_in_conversion(console: Console, result: AuditResult) -> None:
     ):
         if lengths.count:
             console.print(
-                f"{lengths.count:,} windows {text}: {_duration(lengths.total // lengths.count)} on average,"
+                f"{lengths.count:,} windows {text}: {_duration(lengths.total // lengths.count)} on"
+                " average,"
                 f" {_duration(lengths.longest)} at most"
             )
 
@@ -215,7 +217,8 @@ def print_verdict(results: Sequence[AuditResult], *, strict: bool) -> None:
     bad = [result for result in results if result.failures(strict=strict)]
     unread = [result for result in results if result.error is not None]
     print(
-        f"\n{len(results):,} recordings: {len(bad):,} with findings, {len(unread):,} not read to the end"
+        f"\n{len(results):,} recordings: {len(bad):,} with findings,"
+        f" {len(unread):,} not read to the end"
     )
 
 

@@ -39,7 +39,8 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--for",
         dest="purpose",
         choices=("vfio", "iommufd", "kvm", "lab"),
-        help="what the host is wanted for: exit code 1 if something that it needs is lacking, or cannot be seen",
+        help="what the host is wanted for: exit code 1 if something that it needs is lacking,"
+        " or cannot be seen",
     )
     parser.add_argument("--json", action="store_true", help="print the lines for machines")
 

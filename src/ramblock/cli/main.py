@@ -34,7 +34,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Build the parser; the commands declare their options in modules that import nothing heavy."""
     parser = argparse.ArgumentParser(
         prog="ramblock",
-        description="The memory of confidential VMs: page conversions, and DMA mappings that stay exactly in step.",
+        description="The memory of confidential VMs: page conversions,"
+        " and DMA mappings that stay exactly in step.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

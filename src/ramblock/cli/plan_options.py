@@ -69,7 +69,8 @@ def _add_guest(parser: argparse.ArgumentParser) -> None:
     guest.add_argument(
         "--os",
         metavar="PROFILE[,PROFILE]",
-        help="linux-swiotlb or linux-swiotlb-dynamic, lazy-accept or eager-accept (default: linux-swiotlb)",
+        help="linux-swiotlb or linux-swiotlb-dynamic, lazy-accept or eager-accept (default:"
+        " linux-swiotlb)",
     )
     guest.add_argument("--tee", choices=("tdx", "snp"), help="default: tdx")
     guest.add_argument(
@@ -119,7 +120,8 @@ def _add_working(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="expected",
         choices=("low", "expected", "high"),
-        help="also put the conversions through the real mapper, at this end of the ranges (expected)",
+        help="also put the conversions through the real mapper, at this end of the ranges"
+        " (expected)",
     )
     working.add_argument(
         "--seed", type=int, metavar="N", help="of the simulation's conversions after boot (1)"
@@ -158,7 +160,8 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="write a page with mappings over time and the limits as lines (HTML, needs no network); simulates",
+        help="write a page with mappings over time and the limits as lines (HTML,"
+        " needs no network); simulates",
     )
     output.add_argument("-q", "--quiet", action="store_true", help="show no progress")
 

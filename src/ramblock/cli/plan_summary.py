@@ -84,7 +84,8 @@ def _print_shares(console: Console, plan: GuestPlan) -> None:
     if any("accept" in profile for profile in plan.guest.os):
         print(
             "Accepting memory changes no mapping: a page is private before and after."
-            f"\nAll of the guest's memory is taken {'at boot' if plan.guest.eager_accept else 'as it is used'}."
+            "\nAll of the guest's memory is taken"
+            f" {'at boot' if plan.guest.eager_accept else 'as it is used'}."
         )
 
 

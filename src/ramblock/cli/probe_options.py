@@ -45,7 +45,8 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--unmap",
         choices=("lenient", "exact"),
         default="lenient",
-        help="what an unmap has to name: whole windows (default), or exactly one, as libvfio-user wants it",
+        help="what an unmap has to name: whole windows (default), or exactly one,"
+        " as libvfio-user wants it",
     )
     parser.add_argument(
         "--touch", action="store_true", help="read random pages of the windows all the time"

@@ -83,7 +83,8 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     guest.add_argument(
         "--guest",
         choices=("auto", "kvm", "script"),
-        help="a vCPU of KVM, or only a script; auto (default): KVM where it enforces page attributes",
+        help="a vCPU of KVM, or only a script; auto (default): KVM where it enforces page"
+        " attributes",
     )
     guest.add_argument("--memory", type=size, metavar="SIZE", help="RAM of the guest (default: 4G)")
     guest.add_argument(
@@ -106,14 +107,16 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--iommu",
         type=iommu,
         metavar="KIND",
-        help="what maps for the devices: soft (default), vfio-user:PATH (a server's socket), or, with an IOMMU, VFIO and"
+        help="what maps for the devices: soft (default), vfio-user:PATH (a server's socket), or,"
+        " with an IOMMU, VFIO and"
         " test devices of QEMU, type1, iommufd, iommufd-native, iommufd-cutting",
     )
     devices.add_argument(
         "--device",
         action="append",
         metavar="PCI_ADDRESS",
-        help="a real device, bound to vfio-pci for the run; may be repeated (default: the edu and the iommu-testdev)",
+        help="a real device, bound to vfio-pci for the run; may be repeated (default:"
+        " the edu and the iommu-testdev)",
     )
     devices.add_argument(
         "--policy",
@@ -133,7 +136,8 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     trouble.add_argument(
         "--inject",
         metavar="FAULTS",
-        help="fail calls on purpose: map:N, unmap:N, unmap:short:N, attribute:N, free:N, separated by commas",
+        help="fail calls on purpose: map:N, unmap:N, unmap:short:N, attribute:N, free:N,"
+        " separated by commas",
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print the report for machines")
@@ -144,7 +148,8 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--report",
         type=Path,
         metavar="FILE",
-        help="audit the trace, as `ramblock check` does, and write a page with pictures (HTML, needs no network)",
+        help="audit the trace, as `ramblock check` does, and write a page with pictures (HTML,"
+        " needs no network)",
     )
     output.add_argument("-q", "--quiet", action="store_true", help="show no progress")
 

@@ -37,7 +37,8 @@ def _print_head(console: Console, report: RunReport) -> None:
     memory = sum(place.size for place in report.places if place.confidential)
     mode = "without coordination" if job.uncoordinated else f"one mapping per {report.policy}"
     console.print(
-        f"[bold]{format_size(memory)} guest, {_count(len(report.devices), 'device')}, {mode}[/bold];"
+        f"[bold]{format_size(memory)} guest, {_count(len(report.devices), 'device')},"
+        f" {mode}[/bold];"
         f" workload {job.workload}, seed {job.seed}"
     )
     seconds = report.elapsed_ns / 1e9
@@ -59,7 +60,8 @@ def _parts(report: RunReport) -> list[str]:
         lines.append(f"Page states are tracked, not enforced: there is no KVM in this run{why}.")
     else:
         lines.append(
-            f"The guest is a program on KVM, in a VM of type {guest.vm_type}; it asks by {guest.call}."
+            f"The guest is a program on KVM, in a VM of type {guest.vm_type};"
+            f" it asks by {guest.call}."
         )
         lines.append(
             "The kernel enforces page states; private pages are in guest_memfd."

@@ -102,5 +102,6 @@ def _check(answer: bytes, offset: int, size: int) -> None:
     if offset + size > len(answer):
         raise DmaError(
             errno.EPROTO,
-            f"the kernel's answer has {len(answer):#x} bytes, {size:#x} are expected at {offset:#x}",
+            f"the kernel's answer has {len(answer):#x} bytes, {size:#x} are expected at"
+            f" {offset:#x}",
         )

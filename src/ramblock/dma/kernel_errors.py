@@ -86,7 +86,8 @@ def _memlock(refused: Refused) -> str | None:
 def _entry_limit(refused: Refused) -> str:
     now = module_parameter("vfio_iommu_type1", "dma_entry_limit", root=refused.root)
     return (
-        f"vfio_iommu_type1.dma_entry_limit is {now or 'not readable'} now; a container keeps the value that its first group found: "
+        f"vfio_iommu_type1.dma_entry_limit is {now or 'not readable'} now;"
+        " a container keeps the value that its first group found: "
         "raise it and open a new one, or use iommufd, which has no limit"
     )
 
@@ -95,8 +96,8 @@ def _unsafe_interrupts(refused: Refused) -> str:
     module = "iommufd" if refused.call == "VFIO_DEVICE_BIND_IOMMUFD" else "vfio_iommu_type1"
     now = module_parameter(module, "allow_unsafe_interrupts", root=refused.root)
     return (
-        f"{module}.allow_unsafe_interrupts is {now or 'not readable'}; without interrupt remapping it has to be Y"
-        + _members(refused, "; ")
+        f"{module}.allow_unsafe_interrupts is {now or 'not readable'};"
+        " without interrupt remapping it has to be Y" + _members(refused, "; ")
     )
 
 

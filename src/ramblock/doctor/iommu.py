@@ -73,7 +73,8 @@ def _viability(root: Path) -> Iterator[Line]:
         name="groups of several devices",
         status=Status.NOTE,
         found=text,
-        why="all devices of a group go to one guest, and none of them may keep a driver of the host",
+        why="all devices of a group go to one guest, and none of them may keep a driver of the"
+        " host",
         todo="bind all of a group to vfio-pci, or use a slot behind a root port with ACS",
     )
 
@@ -144,7 +145,8 @@ def _interrupts(root: Path) -> Line:
         name="unsafe interrupts",
         status=Status.NOTE,
         found=", ".join(values) or "not known: neither module is loaded",
-        why="without interrupt remapping attaching a device is EPERM, unless this is Y; then a device can send any interrupt",
+        why="without interrupt remapping attaching a device is EPERM, unless this is Y;"
+        " then a device can send any interrupt",
     )
 
 

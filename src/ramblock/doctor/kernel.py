@@ -45,7 +45,8 @@ def _version(release: str) -> Line:
         name="kernel",
         status=Status.GOOD if version >= _OLDEST else Status.LACKING,
         found=f"Linux {release}",
-        why="page attributes of KVM and guest_memfd came with 6.8, VFIO's device files for iommufd with 6.6",
+        why="page attributes of KVM and guest_memfd came with 6.8,"
+        " VFIO's device files for iommufd with 6.6",
         todo="" if version >= _OLDEST else "a kernel of 6.8 or newer",
     )
 

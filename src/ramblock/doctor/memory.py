@@ -46,7 +46,8 @@ def _available() -> Line:
         name="memory",
         status=Status.UNSEEN if size is None else Status.NOTE,
         found="not known" if size is None else f"{format_size(size)} can be had, swap included",
-        why="a guest with private memory and devices may hold pages twice: shared memory is pinned, private memory is not swapped",
+        why="a guest with private memory and devices may hold pages twice: shared memory is pinned,"
+        " private memory is not swapped",
     )
 
 
@@ -131,5 +132,6 @@ def _shmem(root: Path) -> Line:
         name="huge pages for memfd",
         status=Status.NOTE if chosen else Status.UNSEEN,
         found=chosen or "not known",
-        why="with `always` or `within_size` memfd memory is in huge pages: punching a hole splits them",
+        why="with `always` or `within_size` memfd memory is in huge pages:"
+        " punching a hole splits them",
     )

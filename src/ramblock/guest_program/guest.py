@@ -184,7 +184,8 @@ class GuestProgram:
             address = cr2 if vector == _PAGE_FAULT else None
             where = "" if address is None else f" at {address:#x}"
             return GuestProgramError(
-                f"the guest program got exception {vector}{where}, error code {code:#x}, RIP {rip:#x}",
+                f"the guest program got exception {vector}{where}, error code {code:#x},"
+                f" RIP {rip:#x}",
                 rip=rip,
                 vector=vector,
                 address=address,
@@ -192,7 +193,8 @@ class GuestProgram:
         rip = registers.rip
         if isinstance(exit, MmioExit):
             return GuestProgramError(
-                f"the guest program touched {describe_range(exit.gpa, exit.size)}, where no memory is, RIP {rip:#x}",
+                f"the guest program touched {describe_range(exit.gpa, exit.size)},"
+                f" where no memory is, RIP {rip:#x}",
                 rip=rip,
                 address=exit.gpa,
             )
@@ -201,7 +203,8 @@ class GuestProgram:
                 # shutdown_interception(), arch/x86/kvm/svm/svm.c: what was in the registers is
                 # gone.
                 return GuestProgramError(
-                    "the guest program ended in a triple fault; its RIP is not known, KVM has reset the vCPU"
+                    "the guest program ended in a triple fault; its RIP is not known,"
+                    " KVM has reset the vCPU"
                 )
             return GuestProgramError(
                 f"the guest program ended in a triple fault, RIP {rip:#x}", rip=rip

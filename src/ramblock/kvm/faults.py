@@ -49,7 +49,8 @@ class StuckGuestError(RamblockError):
 
     def __init__(self, fault: MemoryFaultExit, *, vcpu: int, reason: StuckReason) -> None:
         super().__init__(
-            f"vCPU {vcpu}: memory fault at {describe_range(fault.gpa, fault.size)}, flags {fault.flags:#x}, "
+            f"vCPU {vcpu}: memory fault at {describe_range(fault.gpa, fault.size)},"
+            f" flags {fault.flags:#x}, "
             f"{os.strerror(fault.errno)}: {reason.value}"
         )
         self.gpa = fault.gpa

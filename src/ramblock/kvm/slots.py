@@ -79,7 +79,8 @@ class SlotTable:
     def _set(self, number: int, section: RamSection, private: GuestMemfd | None) -> None:
         if section.size > _MAX_SLOT_BYTES:
             raise UsageError(
-                f"{section!r}: a memory slot has at most {_MAX_SLOT_BYTES:#x} bytes, not {section.size:#x}",
+                f"{section!r}: a memory slot has at most {_MAX_SLOT_BYTES:#x} bytes,"
+                f" not {section.size:#x}",
                 value=section.size,
                 expected="the block mapped in several sections",
             )

@@ -60,7 +60,8 @@ class Kvm:
         if version != KVM_API_VERSION:
             raise OSError(
                 errno.EPROTO,
-                f"{self._descriptor.name} speaks version {version} of KVM's API, not {KVM_API_VERSION}",
+                f"{self._descriptor.name} speaks version {version} of KVM's API,"
+                f" not {KVM_API_VERSION}",
             )
 
     def capability(self, capability: Capability) -> int:

@@ -168,7 +168,8 @@ class KvmVm:
         if not isinstance(private, GuestMemfd):
             if private is not None and self.enforces_attributes:
                 raise UsageError(
-                    f"{section!r}: the guest could not touch its private pages: {private!r} is no guest_memfd",
+                    f"{section!r}: the guest could not touch its private pages:"
+                    f" {private!r} is no guest_memfd",
                     value=private,
                     expected="a GuestMemfd of this VM",
                 )
@@ -183,7 +184,8 @@ class KvmVm:
             # KVM_MEMSLOT_GMEM_ONLY: the guest's shared pages would come from it too, where no
             # device looks.
             raise UsageError(
-                f"{section!r}: a guest_memfd that can be mapped serves shared pages as well, and hides the block's own",
+                f"{section!r}: a guest_memfd that can be mapped serves shared pages as well,"
+                " and hides the block's own",
                 value=private,
                 expected="a GuestMemfd without GUEST_MEMFD_FLAG_MMAP",
             )
@@ -209,7 +211,8 @@ class KvmVm:
         if not self.capability(Capability.KVM_CAP_EXIT_HYPERCALL) & bit:
             raise OSError(
                 errno.EOPNOTSUPP,
-                f"{self._descriptor.name}: the kernel has no KVM_CAP_EXIT_HYPERCALL for KVM_HC_MAP_GPA_RANGE",
+                f"{self._descriptor.name}: the kernel has no KVM_CAP_EXIT_HYPERCALL for"
+                " KVM_HC_MAP_GPA_RANGE",
             )
         argument = KvmEnableCap(cap=Capability.KVM_CAP_EXIT_HYPERCALL)
         argument.args[0] = bit

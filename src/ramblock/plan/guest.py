@@ -122,7 +122,8 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
             raise UsageError(
                 f"profiles {', '.join(self.os)} of the guest's system exclude each other",
                 value=self.os,
-                expected="one of linux-swiotlb and linux-swiotlb-dynamic, one of lazy-accept and eager-accept",
+                expected="one of linux-swiotlb and linux-swiotlb-dynamic,"
+                " one of lazy-accept and eager-accept",
             )
         if self.backing_page not in (PAGE_SIZE, 2 * MIB, GIB):
             raise UsageError(

@@ -77,7 +77,8 @@ def row(guest: Guest, policy: MappingPolicy, target: TargetKind, limits: Limits)
             policy=policy.value,
             target=target.name,
             verdict=Verdict.IMPOSSIBLE,
-            why=f"{target.name} cannot cut: a mapping has to be unmapped whole, so it must be no larger than a page",
+            why=f"{target.name} cannot cut: a mapping has to be unmapped whole,"
+            " so it must be no larger than a page",
         )
     wanted = need(guest, policy, target)
     least = total_size(boot_shares(guest)).low
@@ -86,7 +87,8 @@ def row(guest: Guest, policy: MappingPolicy, target: TargetKind, limits: Limits)
             policy=policy.value,
             target=target.name,
             verdict=Verdict.REFUSED,
-            why=f"the guest would share {format_size(least)} at boot, and has {format_size(guest.memory)}",
+            why=f"the guest would share {format_size(least)} at boot,"
+            f" and has {format_size(guest.memory)}",
             need=wanted,
         )
     headroom = _headroom(guest, policy, target, limits, wanted)

@@ -54,7 +54,8 @@ def boot_shares(guest: Guest) -> list[Share]:
             "SWIOTLB pool",
             swiotlb_bytes(guest.memory, guest.vcpus),
             Span.exactly(1),
-            "6 % of RAM, 64 MiB to 1 GiB (arch/x86/mm/mem_encrypt.c); rounded up to a power of two since Linux 6.0 (kernel/dma/swiotlb.c)",
+            "6 % of RAM, 64 MiB to 1 GiB (arch/x86/mm/mem_encrypt.c);"
+            " rounded up to a power of two since Linux 6.0 (kernel/dma/swiotlb.c)",
         ),
         _atomic_pools(guest),
         *_per_cpu(guest),
@@ -89,7 +90,8 @@ def _per_cpu(guest: Guest) -> Iterator[Share]:
             "GHCBs and KVM's clocks",
             pages.each(lambda count: count * PAGE_SIZE),
             pages,
-            "a GHCB for each vCPU, and what KVM writes to it (arch/x86/coco/sev, arch/x86/kernel/kvm.c)",
+            "a GHCB for each vCPU, and what KVM writes to it (arch/x86/coco/sev,"
+            " arch/x86/kernel/kvm.c)",
         )
 
 
@@ -151,7 +153,8 @@ def later_shares(guest: Guest) -> list[Share]:
                 "SWIOTLB growth",
                 growth,
                 growth.each(lambda size: size // _LARGEST_CHUNK),
-                "pools of at most 4 MiB whenever the bounce buffers are used up, without a limit (CONFIG_SWIOTLB_DYNAMIC)",
+                "pools of at most 4 MiB whenever the bounce buffers are used up,"
+                " without a limit (CONFIG_SWIOTLB_DYNAMIC)",
             )
         )
     return shares
@@ -198,7 +201,8 @@ def firmware() -> Share:
         "firmware's buffers",
         Span(0, requests.expected * 4 * PAGE_SIZE, requests.high * 8 * PAGE_SIZE),
         requests,
-        "about 5,000 in a boot through grub, most below 32 KiB (tianocore/edk2 PR 3709); none with a kernel that the VMM loads",
+        "about 5,000 in a boot through grub, most below 32 KiB (tianocore/edk2 PR 3709);"
+        " none with a kernel that the VMM loads",
         assumed=True,
     )
 

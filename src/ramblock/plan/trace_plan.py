@@ -108,7 +108,8 @@ def _make_simulation(path: str, recorded: Recorded, places: Sequence[Place]) -> 
     except OSError as error:
         size = sum(place.size for place in places)
         raise TraceError(
-            f"{path}: a guest with memory of {format_size(size)} cannot be laid out here: {error.strerror}",
+            f"{path}: a guest with memory of {format_size(size)} cannot be laid out here:"
+            f" {error.strerror}",
             path=path,
             line=0,
         ) from error
@@ -179,22 +180,27 @@ def _notes(recorded: Recorded, left_out: _LeftOut) -> list[str]:
     notes = []
     if recorded.from_mappings:
         notes.append(
-            "the trace has no page states: what its busiest target maps is taken for shared, each map call for one run"
+            "the trace has no page states: what its busiest target maps is taken for shared,"
+            " each map call for one run"
         )
     if recorded.unplaced:
         notes.append(
-            f"{recorded.unplaced:,} changes of page states are left out: the trace does not tell where their block is"
+            f"{recorded.unplaced:,} changes of page states are left out:"
+            " the trace does not tell where their block is"
         )
     if not recorded.told_layout:
         notes.append(
-            "the trace does not tell where the guest has memory, so it may begin in the middle: what was shared before is not in it"
+            "the trace does not tell where the guest has memory, so it may begin in the middle:"
+            " what was shared before is not in it"
         )
     if left_out.ends:
         notes.append(
-            f"{left_out.ends:,} requests that share all of a block at once are taken for its end, and left out"
+            f"{left_out.ends:,} requests that share all of a block at once are taken for its end,"
+            " and left out"
         )
     if left_out.elsewhere:
         notes.append(
-            f"{left_out.elsewhere:,} conversions are left out: they are not in one piece of memory that the trace tells of"
+            f"{left_out.elsewhere:,} conversions are left out: they are not in one piece of memory"
+            " that the trace tells of"
         )
     return notes

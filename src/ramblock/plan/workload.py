@@ -181,7 +181,8 @@ class _Slots:
         self._next = gpa + size
         if self._next > self._end:
             raise UsageError(
-                f"{size:#x} bytes at {gpa:#x} do not fit into the guest, which ends at {self._end:#x}",
+                f"{size:#x} bytes at {gpa:#x} do not fit into the guest,"
+                f" which ends at {self._end:#x}",
                 value=gpa,
                 expected="more memory, or fewer conversions",
             )

@@ -172,6 +172,7 @@ class VirtioMemExpectation:
                     now.gpa,
                     now.max_size,
                     None,
-                    f"of {now.name} {format_size(now.plugged)} are plugged, and windows have {format_size(now.mapped)}",
+                    f"of {now.name} {format_size(now.plugged)} are plugged,"
+                    f" and windows have {format_size(now.mapped)}",
                 )
             )

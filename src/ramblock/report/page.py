@@ -46,7 +46,8 @@ def write_report(
     sentences = list(limits)
     if timeline.left_out:
         sentences.append(
-            f"the picture leaves out {timeline.left_out:,} parts that lasted at most {timeline.left_out_below / 1e9:g} s:"
+            f"the picture leaves out {timeline.left_out:,} parts that lasted at most"
+            f" {timeline.left_out_below / 1e9:g} s:"
             " there are too many to draw (the findings are complete)"
         )
     data = {

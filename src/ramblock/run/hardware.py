@@ -108,7 +108,8 @@ class EduEngine:
         self._device.store(self._bounce.iova, len(proof))
         if self._bounce.read(len(proof)) != proof:
             raise UsageError(
-                f"edu does not reach {self._bounce.iova:#x}: its DMA mask is too small, or the IOMMU is not in its way",
+                f"edu does not reach {self._bounce.iova:#x}: its DMA mask is too small,"
+                " or the IOMMU is not in its way",
                 value=self._bounce.iova,
                 expected="QEMU started with -device edu,dma_mask=0xffffffffffff",
             )

@@ -35,7 +35,8 @@ def choose_devices(named: Sequence[str], *, root: Path = _ROOT) -> list[PciAddre
         found = find_devices(kind.VENDOR, kind.DEVICE, sysfs=root / "sys")
         if len(found) > 1:
             raise UsageError(
-                f"there are {len(found)} devices {kind.VENDOR:04x}:{kind.DEVICE:04x}: {', '.join(map(str, found))}",
+                f"there are {len(found)} devices {kind.VENDOR:04x}:{kind.DEVICE:04x}:"
+                f" {', '.join(map(str, found))}",
                 value=found,
                 expected="--device to name those that are meant",
             )
@@ -64,7 +65,8 @@ def _iommu(root: Path) -> list[str]:
     if groups.is_dir() and any(groups.iterdir()):
         return []
     return [
-        "no IOMMU is active: switch it on in firmware and on the kernel's command line (intel_iommu=on, amd_iommu=on)"
+        "no IOMMU is active: switch it on in firmware and on the kernel's command line"
+        " (intel_iommu=on, amd_iommu=on)"
     ]
 
 
@@ -117,6 +119,7 @@ def _groups(devices: Sequence[PciAddress], root: Path) -> list[str]:
             # A group is in one container or address space at a time, and each device of a run has
             # one of its own.
             problems.append(
-                f"{first} and {address} are both in IOMMU group {group}: name one of them (--device)"
+                f"{first} and {address} are both in IOMMU group {group}:"
+                " name one of them (--device)"
             )
     return problems

@@ -219,15 +219,18 @@ def check_scenario(scenario: Scenario, where: str) -> None:
         )
     if bool(devices.sockets) is not (devices.iommu == "vfio-user"):
         raise UsageError(
-            f"{where}: devices.sockets: {', '.join(devices.sockets) or 'none'} with devices.iommu {devices.iommu}",
+            f"{where}: devices.sockets: {', '.join(devices.sockets) or 'none'} with devices.iommu"
+            f" {devices.iommu}",
             value=devices.sockets,
-            expected="sockets where devices.iommu is vfio-user (--iommu vfio-user:PATH), and only there",
+            expected="sockets where devices.iommu is vfio-user (--iommu vfio-user:PATH),"
+            " and only there",
         )
     if scenario.run.uncoordinated and devices.iommu == "vfio-user":
         raise UsageError(
             f"{where}: run.uncoordinated with vfio-user",
             value=devices.iommu,
-            expected="an IOMMU that pins: a server with the descriptor reaches freed memory in any case",
+            expected="an IOMMU that pins: a server with the descriptor reaches freed memory in any"
+            " case",
         )
     if scenario.guest.memory < _LEAST_MEMORY:
         raise UsageError(

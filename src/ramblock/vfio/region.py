@@ -94,7 +94,8 @@ class Region:
         data = os.pread(self._fd.fileno(), size, self.layout.offset + offset)
         if len(data) != size:
             raise OSError(
-                f"region {self.layout.index}: {len(data)} bytes of {describe_range(offset, size)} read"
+                f"region {self.layout.index}: {len(data)} bytes of {describe_range(offset, size)}"
+                " read"
             )
         return data
 
@@ -104,7 +105,8 @@ class Region:
         done = os.pwrite(self._fd.fileno(), data, self.layout.offset + offset)
         if done != len(data):
             raise OSError(
-                f"region {self.layout.index}: {done} bytes of {describe_range(offset, len(data))} written"
+                f"region {self.layout.index}: {done} bytes of {describe_range(offset, len(data))}"
+                " written"
             )
 
     def _check(self, offset: int, size: int, what: str) -> None:

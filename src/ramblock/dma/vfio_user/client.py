@@ -107,7 +107,8 @@ class VfioUserTarget:
         if reply is None:
             raise DmaError(
                 errno.ECONNRESET,
-                f"vfio-user server at {self._name} closed the connection instead of answering VERSION",
+                f"vfio-user server at {self._name} closed the connection instead of answering"
+                " VERSION",
             )
         with reply:
             if not isinstance(reply.message, VersionReply):
