@@ -130,7 +130,11 @@ def _print_groups(console: Console, result: AuditResult) -> None:
         console.print(Text(note, style="dim"))
 
 
-def _row(each: FindingGroup, result: AuditResult, several_targets: bool) -> list[str]:  # noqa: FBT001
+def _row(
+    each: FindingGroup,
+    result: AuditResult,
+    several_targets: bool,  # noqa: FBT001
+) -> list[str]:
     worst = each.worst
     number = len(each.findings)
     what = worst.kind if number == 1 else f"{number:,} {worst.kind}"
@@ -179,8 +183,8 @@ def _print_in_conversion(console: Console, result: AuditResult) -> None:
     ):
         if lengths.count:
             console.print(
-                f"{lengths.count:,} windows {text}: {_duration(lengths.total // lengths.count)} on"
-                " average,"
+                f"{lengths.count:,} windows {text}:"
+                f" {_duration(lengths.total // lengths.count)} on average,"
                 f" {_duration(lengths.longest)} at most"
             )
 
@@ -200,7 +204,7 @@ def _print_last_line(console: Console, result: AuditResult, *, strict: bool) -> 
     if result.error is not None:
         console.print(
             Text(
-                f"\nNot read to its end: {result.error}. The above is about what was read.",
+                f"\nNot read to its end: {result.error}. The above is about the part before it.",
                 "bold red",
             )
         )

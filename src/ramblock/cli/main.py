@@ -16,7 +16,8 @@ __all__ = ["main", "make_parser"]
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 _EPILOG = """\
-exit codes: 0 done and clean, 1 the job found a violation or failed, 2 usage, 3 unreadable input, 130 interrupted
+exit codes: 0 done and clean, 1 the job found a violation or failed, 2 usage, 3 unreadable input,
+130 interrupted
 """
 
 

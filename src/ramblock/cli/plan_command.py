@@ -28,8 +28,8 @@ __all__ = ["start"]
 
 # Options that describe a guest, and so say nothing of a recording.
 _OF_A_GUEST = (
-    "memory", "vcpus", "numa", "device", "os", "tee", "backing", "conversions", "rate", "simulate", "seed", "sweep",
-    "table", "jobs", "scheduler", "virtio_mem", "memlock", "cgroup", "memslots",
+    "memory", "vcpus", "numa", "device", "os", "tee", "backing", "conversions", "rate", "simulate",
+    "seed", "sweep", "table", "jobs", "scheduler", "virtio_mem", "memlock", "cgroup", "memslots",
 )  # fmt: skip
 
 

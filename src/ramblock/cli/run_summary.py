@@ -67,7 +67,7 @@ def _parts(report: RunReport) -> list[str]:
             "The kernel enforces page states; private pages are in guest_memfd."
             if guest.enforced
             else "Page states are tracked, not enforced: this KVM does not know private pages."
-            f" What would be private is in {guest.private}, where the guest does not reach it."
+            f" Private pages would be in {guest.private}, where the guest does not reach it."
         )
     lines += [
         f"{name}: {description}."

@@ -72,7 +72,10 @@ class KernelRefusal(DmaError):
 def _memlock(refused: Refused) -> str | None:
     limit, locked, pinned, exempt = locked_memory(root=refused.root)
     if exempt:
-        return "RLIMIT_MEMLOCK does not count with CAP_IPC_LOCK: look at the memory limit of the control group"
+        return (
+            "RLIMIT_MEMLOCK does not count with CAP_IPC_LOCK:"
+            " look at the memory limit of the control group"
+        )
     if limit is None:
         return None
     held = locked if refused.call == "VFIO_IOMMU_MAP_DMA" else pinned
@@ -182,7 +185,8 @@ TABLE = (
         "it is bound already, or its IOMMU does not keep caches coherent",
     ),
     Advice(
-        ("IOMMU_OPTION",), errno.EINVAL, "large pages cannot be switched off once something is mapped"
+        ("IOMMU_OPTION",), errno.EINVAL,
+        "large pages cannot be switched off once something is mapped",
     ),
     Advice(
         _CONTAINER, errno.ENOENT, "there is no VFIO container",

@@ -53,7 +53,7 @@ def _version(release: str) -> Line:
 
 def _config(root: Path, release: str) -> Line:
     text = _read_config(root, release)
-    why = "what is not built in or a module cannot be loaded"
+    why = "a feature that is neither built in nor a module cannot be loaded"
     if text is None:
         return Line(
             name="kernel configuration",
@@ -64,7 +64,7 @@ def _config(root: Path, release: str) -> Line:
     values = dict(re.findall(r"^CONFIG_(\w+)=(\S+)$", text, re.MULTILINE))
     there = [f"{name}={values[name]}" for name in _OPTIONS if name in values]
     missing = [name for name in _OPTIONS if name not in values]
-    found = ", ".join(there) or "none of what is wanted"
+    found = ", ".join(there) or "none of the wanted ones"
     if missing:
         found += f"; not set: {', '.join(missing)}"
     return Line(name="kernel configuration", status=Status.NOTE, found=found, why=why)

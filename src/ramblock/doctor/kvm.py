@@ -67,7 +67,8 @@ def _types(kvm: Kvm) -> Line:
         " tests, and protect nothing",
         todo=""
         if confidential
-        else "TDX or SEV-SNP, switched on in firmware and kernel; for tests CONFIG_KVM_SW_PROTECTED_VM",
+        else "TDX or SEV-SNP, switched on in firmware and kernel;"
+        " for tests CONFIG_KVM_SW_PROTECTED_VM",
         needed_for=_NEEDED,
     )
 
@@ -78,7 +79,7 @@ def _attributes(kvm: Kvm) -> Line:
         name="page attributes",
         status=Status.GOOD if has else Status.LACKING,
         found="private" if has else "none",
-        why="KVM keeps the host and devices' drivers away from what is private;"
+        why="KVM keeps the host and devices' drivers away from private pages;"
         " without it states are only tracked",
         todo="" if has else "a kernel of 6.8 or newer with a type of VM that has private pages",
         needed_for=_NEEDED,

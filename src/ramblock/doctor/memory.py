@@ -53,7 +53,7 @@ def _available() -> Line:
 
 def _locked(root: Path) -> Line:
     facts = locked_memory(root=root)
-    why = "type1 and iommufd pin what they map, and charge it against RLIMIT_MEMLOCK"
+    why = "type1 and iommufd pin mapped memory, and charge it against RLIMIT_MEMLOCK"
     if facts.exempt:
         status, found, todo = Status.GOOD, "no limit for this process (CAP_IPC_LOCK)", ""
     elif facts.limit is None:
@@ -61,7 +61,10 @@ def _locked(root: Path) -> Line:
     else:
         status = Status.LACKING if facts.limit <= _LITTLE_LOCKED else Status.NOTE
         found = f"{format_size(facts.limit)}, of which {format_size(facts.locked)} are locked"
-        todo = "ulimit -l unlimited, LimitMEMLOCK=infinity for a service, or the size of the guest and a little more"
+        todo = (
+            "ulimit -l unlimited, LimitMEMLOCK=infinity for a service,"
+            " or the size of the guest and a little more"
+        )
     return Line(
         name="RLIMIT_MEMLOCK", status=status, found=found, why=why, todo=todo, needed_for=_BOTH
     )
@@ -99,7 +102,7 @@ def _cgroup(root: Path) -> Line:
         name="control group",
         status=Status.NOTE,
         found="no limit of memory is seen" if limit is None else f"at most {format_size(limit)}",
-        why="guest memory, what is held twice, and iommufd's page tables count against it",
+        why="guest memory, the part that is held twice, and iommufd's page tables count against it",
     )
 
 

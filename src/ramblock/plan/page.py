@@ -94,7 +94,7 @@ def write_trace_plan(path: Path, plan: TracePlan) -> None:
         columns=["policy", "target", "verdict", "most mappings", "at the end", "why"],
         rows=rows,
         notes=plan.notes,
-        notes_title="What this recording cannot tell",
+        notes_title="Gaps of this recording",
     )
 
 

@@ -125,7 +125,7 @@ def _headroom(
             _compare(target.limit_name, limit, entries, cause, fails_at, counts_mappings=True)
         )
     if limits.memlock is not None and target.pins:
-        cause = "what is mapped is pinned, and pinned memory counts as locked"
+        cause = "mapped memory is pinned, and pinned memory counts as locked"
         found.append(_compare("RLIMIT_MEMLOCK", limits.memlock, wanted.pinned, cause))
     if limits.cgroup is not None:
         # Memory that was accepted has a page of the host's; the rest may never be touched.
@@ -135,7 +135,7 @@ def _headroom(
         held += wanted.held_twice + wanted.page_tables
         found.append(
             _compare("memory of the control group", limits.cgroup, held,
-                     "the guest's memory, what is held twice, and the IOMMU's tables")
+                     "the guest's memory, the part that is held twice, and the IOMMU's tables")
         )  # fmt: skip
     return found
 
@@ -167,7 +167,8 @@ def _compare(
 
 def _who_crosses(guest: Guest, limit: int, fails_at: int) -> str:
     """Say in which piece of shared memory the limit is reached."""
-    first = f"{limit:,} mappings of a page each: first fails at {format_size(fails_at)} of shared memory"
+    size = format_size(fails_at)
+    first = f"{limit:,} mappings of a page each: first fails at {size} of shared memory"
     total = 0
     for share in [*boot_shares(guest), *later_shares(guest), buffers(guest)]:
         total += share.size.high

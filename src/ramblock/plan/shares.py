@@ -66,7 +66,11 @@ def boot_shares(guest: Guest) -> list[Share]:
             "virtqueues of console, disk, vsock and the like",
             assumed=True,
         ),
-        *(share for number, profile in enumerate(guest.devices) for share in _rings(guest, profile, number)),
+        *(
+            share
+            for number, profile in enumerate(guest.devices)
+            for share in _rings(guest, profile, number)
+        ),
     ]  # fmt: skip
 
 
@@ -90,8 +94,7 @@ def _per_cpu(guest: Guest) -> Iterator[Share]:
             "GHCBs and KVM's clocks",
             pages.each(lambda count: count * PAGE_SIZE),
             pages,
-            "a GHCB for each vCPU, and what KVM writes to it (arch/x86/coco/sev,"
-            " arch/x86/kernel/kvm.c)",
+            "a GHCB for each vCPU, and KVM's clocks (arch/x86/coco/sev, arch/x86/kernel/kvm.c)",
         )
 
 

@@ -84,8 +84,7 @@ def kind_of(target: TargetKind, policy: MappingPolicy) -> str:
 
 class _Target:
     """
-    An IOMMU that knows which pages are mapped and nothing else: that is all a count needs, and it
-    is fast.
+    An IOMMU that knows which pages are mapped and nothing else: enough for a count, and fast.
 
     It also counts the tables that a hardware one would have.
     """

@@ -33,8 +33,8 @@ _SPANS = (
 
 #: The columns of the table, in order. Bytes, and numbers; a range is three columns.
 COLUMNS = (
-    "guest", "memory", "vcpus", "numa_nodes", "devices", "os", "technology", "virtio_mem", "backing_page", "conversions",
-    "dma_entry_limit", "policy", "target", "verdict", "why",
+    "guest", "memory", "vcpus", "numa_nodes", "devices", "os", "technology", "virtio_mem",
+    "backing_page", "conversions", "dma_entry_limit", "policy", "target", "verdict", "why",
     *(f"{name}_{end}" for name in _SPANS for end in ("low", "expected", "high")),
     "worst_entries", "limit", "left", "qemu_needed", "qemu_passes",
 )  # fmt: skip
@@ -66,8 +66,10 @@ def parse_axis(text: str) -> tuple[str, tuple[str, ...]]:
     step = parse_size(step_text) if plus else 0
     if not 0 < low <= high or (plus and step <= 0):
         raise UsageError(
-            f"--sweep {text}", value=text, expected="LOW..HIGH with 0 < LOW <= HIGH, and a STEP above 0"
-        )  # fmt: skip
+            f"--sweep {text}",
+            value=text,
+            expected="LOW..HIGH with 0 < LOW <= HIGH, and a STEP above 0",
+        )
     found = []
     value = low
     while value <= high:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-How large the bounce buffers of a confidential Linux guest on x86 are: its largest piece of shared
-memory.
+The size of a confidential Linux guest's bounce buffers on x86: its largest piece of shared memory.
 
 mem_encrypt_setup_arch() takes 6 % of RAM, at least 64 MiB and at most 1 GiB
 (arch/x86/mm/mem_encrypt.c). Since Linux 6.0 the pool is divided into areas, one for each possible
@@ -24,10 +23,9 @@ _SEGMENT = 128 * SLAB
 
 def swiotlb_bytes(memory: int, vcpus: int) -> Span:
     """
-    Size the pool of a guest with *memory* bytes: 6 %, in whole pages, and the size that a kernel
-    since 6.0 uses.
+    Size the pool of a guest with *memory* bytes.
 
-    The latter is the expected one.
+    At least 6 %, in whole pages; the expected size is that of a kernel since 6.0.
     """
     exact = min(max(memory * 6 // 100, _LEAST), _MOST)
     segments = -(-exact // _SEGMENT)

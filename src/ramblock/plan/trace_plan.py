@@ -180,7 +180,7 @@ def _notes(recorded: Recorded, left_out: _LeftOut) -> list[str]:
     notes = []
     if recorded.from_mappings:
         notes.append(
-            "the trace has no page states: what its busiest target maps is taken for shared,"
+            "the trace has no page states: pages that its busiest target maps are taken for shared,"
             " each map call for one run"
         )
     if recorded.unplaced:
@@ -191,7 +191,7 @@ def _notes(recorded: Recorded, left_out: _LeftOut) -> list[str]:
     if not recorded.told_layout:
         notes.append(
             "the trace does not tell where the guest has memory, so it may begin in the middle:"
-            " what was shared before is not in it"
+            " memory shared before is not in it"
         )
     if left_out.ends:
         notes.append(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-One self-contained page: style, data, Plotly and our script in one file, and a policy that forbids
-it the network.
+One self-contained page: style, data, Plotly and our script in one file.
+
+A policy forbids it the network.
 
 A trace is not trusted: all its names (targets, files, rules) reach the page as JSON, and our
 scripts put it there as text.

@@ -71,8 +71,7 @@ class Rate:
 
 class Timeline:
     """
-    Watches an audit (:class:`~ramblock.trace.observer.AuditObserver`) and keeps the data of its
-    picture.
+    Keeps the data of an audit's picture; an :class:`~ramblock.trace.observer.AuditObserver`.
 
     :param most: Rectangles to keep.
     """

@@ -17,7 +17,8 @@ from ramblock.trace.reader import LineReader
 __all__ = ["BpftraceReader"]
 
 _LINE = re.compile(
-    rb"ramblock-vfio (map|unmap) (\d{1,20}) (\d+) \d+ 0x([0-9a-f]{1,16}) 0x([0-9a-f]{1,16}) 0x([0-9a-f]{1,16}) (-?\d+)(?: .*)?\r?",
+    rb"ramblock-vfio (map|unmap) (\d{1,20}) (\d+) \d+"
+    rb" 0x([0-9a-f]{1,16}) 0x([0-9a-f]{1,16}) 0x([0-9a-f]{1,16}) (-?\d+)(?: .*)?\r?",
     re.DOTALL,
 )
 _LOST = re.compile(rb"Lost \d+ events")

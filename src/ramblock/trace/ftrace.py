@@ -14,7 +14,8 @@ __all__ = ["FtraceReader"]
 # [cpu], perhaps flags (d..1. or so), time, perhaps the subsystem (perf), event, arguments. What
 # stands before it names the task.
 _LINE = re.compile(
-    rb"\s\[(?:\d+)\]\s+(?:[^\s\d]\S*\s+|\d+[^\s\d.]\S*\s+)?(\d{1,12})\.(\d{6}|\d{9}):\s+(?:\w+:)?(\w+):\s*(.*)",
+    rb"\s\[(?:\d+)\]\s+(?:[^\s\d]\S*\s+|\d+[^\s\d.]\S*\s+)?"
+    rb"(\d{1,12})\.(\d{6}|\d{9}):\s+(?:\w+:)?(\w+):\s*(.*)",
     re.DOTALL,
 )
 # `comm-tid`, perhaps with `( tgid)`: ftrace. `comm tid` or `comm pid/tid`: perf.

@@ -54,8 +54,7 @@ def find_limits(
     elif evidence.guessed_ends:
         limits.append(
             f"the end of {evidence.guessed_ends:,} conversions is not in the trace;"
-            " each was taken for over when nothing"
-            " of it was seen for the grace time (--grace)"
+            " each was taken for over when nothing of it was seen for the grace time (--grace)"
         )
     if evidence.unfinished:
         limits.append(
@@ -63,7 +62,7 @@ def find_limits(
             " in conversions that were going on"
         )
     limits += [
-        f"events were lost ({text}): what was in them is not known" for text in evidence.lost[:5]
+        f"events were lost ({text}): their content is not known" for text in evidence.lost[:5]
     ]
     if len(evidence.lost) > 5:
         limits.append(f"and at {len(evidence.lost) - 5:,} more places")
@@ -83,8 +82,7 @@ def _about_mappings(evidence: Evidence, targets: Mapping[str, TargetState]) -> l
     if evidence.mapped_before:
         limits.append(
             f"{format_size(evidence.mapped_before)} were unmapped that were mapped before the trace"
-            " began: what was mapped then"
-            " is not known"
+            " began: the mappings of then are not known"
         )
     limits += [
         f"{name}: everything was unmapped while pages were shared, which is taken for its end"
@@ -105,9 +103,8 @@ def _about_untold(target: TargetState) -> str:
     if target.untold_inexact:
         text += (
             f"; {target.untold_inexact:,} of them did not name one mapping exactly and covered"
-            f" {target.untold_mappings:,} mappings,"
-            " which a server with libvfio-user's rule keeps: stale mappings cannot be ruled out"
-            " (--unmap exact shows them;"
+            f" {target.untold_mappings:,} mappings, which a server with libvfio-user's rule keeps:"
+            " stale mappings cannot be ruled out (--unmap exact shows them;"
             " `ramblock probe --trace` records the server's side)"
         )
     return text
@@ -118,14 +115,12 @@ def _about_states(evidence: Evidence) -> list[str]:
     if not (evidence.attributes or evidence.state_changes or evidence.conversions):
         limits.append(
             "no conversions or page attributes in this trace: which pages were private is not"
-            " known,"
-            " so only broken rules can be found"
+            " known, so only broken rules can be found"
         )
     elif evidence.stateless_bytes:
         limits.append(
             f"{format_size(evidence.stateless_bytes)} were mapped of pages whose state the trace"
-            " had not told: ordinary RAM, or"
-            " converted before it began"
+            " had not told: ordinary RAM, or converted before it began"
         )
     if evidence.unplaced_states:
         limits.append(

@@ -16,7 +16,8 @@ __all__ = ["QemuReader"]
 # `-msg timestamp=on` gives the first kind of time; older versions wrote the second whether asked or
 # not.
 _LINE = re.compile(
-    rb"(?:(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{6})Z |\d+@(\d{1,12})\.(\d{6}):)?([a-z][a-z0-9_]*)(?: (.*?))?\r?",
+    rb"(?:(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{6})Z |\d+@(\d{1,12})\.(\d{6}):)?"
+    rb"([a-z][a-z0-9_]*)(?: (.*?))?\r?",
     re.DOTALL,
 )
 #: What QEMU reports when a call fails (hw/vfio/listener.c, container.c): object, address and size

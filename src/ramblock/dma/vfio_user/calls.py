@@ -105,7 +105,8 @@ class UnmapCall(Call):
         self._mapping = memory.find(self._iova, self._size)
         if self._mapping is None:
             raise DmaError(
-                errno.ENOENT, f"unmap {describe_range(self._iova, self._size)}: not one whole window",
+                errno.ENOENT,
+                f"unmap {describe_range(self._iova, self._size)}: not one whole window",
                 iova=self._iova, size=self._size,
             )  # fmt: skip
 
