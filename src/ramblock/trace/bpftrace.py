@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Reads what our bpftrace script prints of VFIO type1 (``ramblock check --how bpftrace``).
+Reads the lines of our bpftrace script on VFIO type1 (``ramblock check --how bpftrace``).
 
 A line for each call that has returned:
 
@@ -22,7 +22,7 @@ _LINE = re.compile(
     re.DOTALL,
 )
 _LOST = re.compile(rb"Lost \d+ events")
-#: What bpftrace itself says when it begins.
+#: Lines of bpftrace itself when it begins.
 _CHATTER = re.compile(rb"Attach(?:ed|ing) .*|\s*")
 _EVERYTHING = 1 << 64
 

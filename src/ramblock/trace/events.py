@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a trace can tell, whichever program wrote it.
+The events of a trace, whichever program wrote it.
 
 The readers turn lines and records into these; the audit knows nothing else. Ranges are ``[start,
 end)`` in bytes: a format with inclusive ends, page frame numbers or sizes is converted by its
@@ -87,14 +87,18 @@ class Block(msgspec.Struct, gc=False, frozen=True):
 
 
 class Layout(_Event):
-    """Where blocks are, from here on. A place that is given again replaces what it overlaps."""
+    """
+    Where blocks are, from here on.
+
+    A place that is given again replaces those that it overlaps.
+    """
 
     blocks: tuple[Block, ...]
     targets: tuple[str, ...] = ()
     """Targets that map all of the RAM."""
     unmap: str | None = None
     """
-    What an unmap has to name: ``exact`` one whole mapping, ``whole`` mappings, ``cut`` any range.
+    The rule for an unmap: ``exact`` one whole mapping, ``whole`` mappings, ``cut`` any range.
 
     None: not known.
     """
@@ -159,7 +163,7 @@ class Map(_Event):
     done: bool = True
     """False: the call failed; nothing is mapped."""
     key: int | None = None
-    """What is mapped (a physical address): the same again at the same place is another domain's copy."""
+    """The physical address: the same again at the same place is another domain's copy."""
     host: int | None = None
 
 
@@ -229,7 +233,7 @@ class Plug(_Event):
 
 
 class Remark(_Event):
-    """Something that the trace itself reports: a rule that its writer saw broken, events that it lost."""
+    """A report of the trace itself: a rule that its writer saw broken, events that it lost."""
 
     rule: str
     text: str

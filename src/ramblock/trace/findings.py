@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an audit finds: windows in time in which a page was in a state it should not be in, and broken rules."""
+"""The findings of an audit: broken rules, and windows in which a page was in a wrong state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FindingKind(StrEnum):
     INSTANT = "instant"
 
 
-#: What each means to somebody who has to act on it.
+#: The meaning of each for somebody who has to act on it.
 MEANINGS: dict[FindingKind, str] = {
     FindingKind.STALE: "a device could reach pages that were private,"
     " or that an unmap was to take from it",
@@ -80,7 +80,7 @@ class Finding(msgspec.Struct, kw_only=True, frozen=True):
     open: bool = False
     """Still so at the end of the trace."""
     note: str = ""
-    """What else there is to say of this one."""
+    """A remark on this one."""
 
     @property
     def size(self) -> int:

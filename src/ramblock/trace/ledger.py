@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What the audit knows at one moment, and the windows it opens and judges.
+The audit's state at one moment, and the windows it opens and judges.
 
 A window that is closed while its conversion is going on is normal (missing) or *transitional*
 (stale: QEMU sets the attribute first and unmaps then; freed: QEMU's virtio-mem gives memory back
@@ -33,7 +33,7 @@ class Ledger:
     The state of one audit: pages, targets, conversions, findings.
 
     :param grace: Nanoseconds; see :data:`~ramblock.trace.audit.DEFAULT_GRACE`.
-    :param unmap_rule: What an unmap has to name, where the trace does not tell.
+    :param unmap_rule: The rule for an unmap, where the trace does not tell.
     :param observer: Sees everything go by.
     """
 
@@ -130,7 +130,7 @@ class Ledger:
         """
         Open a window: shared, and not mapped by a target that should.
 
-        What is unplugged is not expected.
+        Unplugged memory is not expected.
         """
         if not target.expected:
             return
@@ -157,7 +157,7 @@ class Ledger:
     def judge(
         self, target: TargetState, start: int, end: int, window: Window, event: Event
     ) -> None:
-        """Say what a window was, now that it is closed."""
+        """Judge a window that has closed."""
         length = self.now - window.since
         kind = window.kind
         if window.conversion is not None and not window.conversion.over:
@@ -201,7 +201,7 @@ class Ledger:
         )
 
     def report(self, event: Remark) -> None:
-        """Note what the trace itself reports."""
+        """Note a report of the trace itself."""
         self.found(
             Finding(
                 kind=FindingKind.REPORTED,

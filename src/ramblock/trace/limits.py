@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a trace cannot show.
+Limits of a trace as evidence.
 
 A clean audit of a trace without unmaps is worth nothing, and has to say so.
 """
@@ -19,7 +19,7 @@ __all__ = ["Evidence", "find_limits"]
 
 @dataclass(slots=True)
 class Evidence:
-    """What the trace had, in numbers."""
+    """The content of the trace, in numbers."""
 
     conversions: int = 0
     attributes: int = 0
@@ -43,7 +43,7 @@ class Evidence:
 def find_limits(
     evidence: Evidence, targets: Mapping[str, TargetState], *, timed: bool
 ) -> list[str]:
-    """Say in sentences what the trace cannot show."""
+    """List the trace's limits, in sentences."""
     limits = list(_about_mappings(evidence, targets))
     limits += _about_states(evidence)
     if not timed:

@@ -21,7 +21,7 @@ class AuditObserver(Protocol):
     """
 
     def page_state(self, time: int, start: int, end: int, *, private: bool) -> None:
-        """Note that pages are now private or shared (calls that change nothing are reported too)."""
+        """Note that pages are now private or shared; calls without a change are reported too."""
 
     def mapped(self, time: int, target: str, start: int, end: int) -> None:
         """Note that a target mapped a range."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads our own format (docs/trace-format.rst): ``ramblock run --trace``, ``ramblock probe --trace``."""
+"""Reads our own format (docs/trace-format.rst), from ``ramblock run`` and ``ramblock probe``."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class OwnReader:
     A parser of our own JSON lines; bytes in, events out.
 
     Events that it does not know are counted, as the format asks of readers. A line that is no JSON,
-    or lacks what its event has, is an error: our own programs do not write such.
+    or lacks a field of its event, is an error: our own programs do not write such.
     """
 
     def __init__(self, source: Source) -> None:
@@ -143,7 +143,7 @@ class OwnReader:
         return self._convert(lines)
 
     def _events_one_by_one(self, block: bytes) -> list[Event]:
-        """Find out what is odd, the slow way."""
+        """Find the odd part, the slow way."""
         found: list[Event] = []
         for raw in block.split(b"\n")[:-1]:
             if not raw.strip():
@@ -216,8 +216,7 @@ class OwnReader:
             line=number,
             blocks=blocks,
             targets=tuple(line.targets),
-            # A probe refuses what is not exact by itself: its `violation` and `stale` events say
-            # so.
+            # A probe refuses an inexact unmap by itself: its `violation` and `stale` events say so.
             unmap=None,
             ends=bool(blocks),
         )

@@ -16,12 +16,12 @@ __all__ = ["AnyLine", "OwnLine"]
 _Number = Annotated[int, msgspec.Meta(ge=0)]
 _Time = Annotated[int, msgspec.Meta(ge=0)]
 _Side = Literal["shared", "private"]
-#: A guest may ask for anything; what does not fit into 64 bits is a string in hex.
+#: A guest may ask for anything; a number beyond 64 bits is a string in hex.
 _Asked = int | str
 
 
 class OwnLine(msgspec.Struct, tag_field="event", gc=False):
-    """What every line has."""
+    """The fields of every line."""
 
     t: _Time
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads QEMU's text trace (its ``log`` backend): ``name arguments``, with or without a time before it."""
+"""Reads QEMU's text trace (its ``log`` backend): ``name arguments``, perhaps after a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LINE = re.compile(
     rb"([a-z][a-z0-9_]*)(?: (.*?))?\r?",
     re.DOTALL,
 )
-#: What QEMU reports when a call fails (hw/vfio/listener.c, container.c): object, address and size
+#: QEMU's report of a call that failed (hw/vfio/listener.c, container.c): object, address and size
 #: in hex, and -errno.
 _FAILURE = re.compile(
     rb"vfio\w*_dma_(un)?map\([^,()]*, (0x[0-9a-fA-F]+), (0x[0-9a-fA-F]+)[^()]*\) = (-\d+)"
@@ -45,7 +45,7 @@ class QemuReader(LineReader):
 
     @property
     def needs(self) -> dict[str, str]:
-        """What would tell more, by a word for it."""
+        """Further sources that would tell more, by a keyword."""
         return self._events.needs
 
     def _parse(self, lines: list[bytes]) -> list[Event]:

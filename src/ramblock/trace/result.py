@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an audit comes to: findings, counts, and what the trace could not show."""
+"""The result of an audit: findings, counts, and the trace's limits."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class TargetSummary(msgspec.Struct):
 
 class AuditResult(msgspec.Struct, kw_only=True):
     """
-    What was found in one trace, or several that were merged.
+    The result for one trace, or several that were merged.
 
     Times are nanoseconds of the trace's clock. ``began`` and ``ended`` are None where it has no
     times.
@@ -95,7 +95,7 @@ class AuditResult(msgspec.Struct, kw_only=True):
     conversions: int
     targets: list[TargetSummary]
     limits: list[str]
-    """What this trace cannot show, in sentences."""
+    """The trace's limits, in sentences."""
     by_event: dict[str, int]
     unknown_lines: int = 0
     unknown_examples: list[str] = []

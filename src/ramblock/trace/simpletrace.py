@@ -59,7 +59,7 @@ class SimpletraceReader:
 
     @property
     def needs(self) -> dict[str, str]:
-        """What would tell more, by a word for it."""
+        """Further sources that would tell more, by a keyword."""
         return self._events.needs
 
     def feed(self, data: bytes) -> list[Event]:

@@ -3,9 +3,9 @@
 Conversions that are going on, and the windows that are open meanwhile.
 
 A window is a range of pages of one target that is in a state in which it should not stay: private
-and mapped, shared and not mapped. Every conversion passes through one of them, whatever the order
-of its steps; what matters is whether the window is closed when the conversion is over. So a window
-points to its conversion, and is judged when it closes.
+and mapped, shared and not mapped. Every conversion passes through one of them, in any order of its
+steps; it matters whether the window is closed when the conversion is over. So a window points to
+its conversion, and is judged when it closes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ActiveConversion(msgspec.Struct, eq=False):
     """Page states changed in it; else it is only an unmap that may become one."""
     over: bool = False
     held: bool = False
-    """The trace has its beginning and will have its end (a request to virtio-mem): time does not end it."""
+    """The trace has its begin and end (a request to virtio-mem): time does not end it."""
 
 
 class Conversions:
@@ -139,7 +139,7 @@ class Conversions:
                 self._end(conversion)
 
     def end_all_quiet(self, time: int) -> None:
-        """At the end of the trace: let all end that were quiet for too long, whether the trace has ends or not."""
+        """End those that were quiet for too long, at the end of a trace with or without ends."""
         for conversion in [each for each in self.active if each.last + self.grace < time]:
             self._end(conversion)
 
@@ -172,7 +172,7 @@ class WindowMap(RangeMap[Window]):
     __slots__ = ()
 
     def open(self, start: int, end: int, window: Window) -> None:
-        """Open a window over what is not in one already."""
+        """Open a window over the parts that are in none."""
         for gap_start, gap_end in self.gaps(start, end):
             self.set(gap_start, gap_end, window)
 
