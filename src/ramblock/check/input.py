@@ -38,7 +38,7 @@ def open_input(path: str) -> Iterator[IO[bytes]]:
         yield sys.stdin.buffer
         return
     try:
-        stream = Path(path).open("rb", buffering=0)  # noqa: SIM115 - closed below, whatever happens
+        stream = Path(path).open("rb", buffering=0)  # noqa: SIM115 - closed below in any case
     except OSError as error:
         raise TraceError(f"{path}: {error.strerror}", path=path) from error
     with stream:
@@ -47,10 +47,10 @@ def open_input(path: str) -> Iterator[IO[bytes]]:
 
 def read_chunks(stream: IO[bytes], path: str) -> Iterator[bytes]:
     """
-    Yield what is in the file, decompressed, in pieces of at most 1 MiB.
+    Yield the file's content, decompressed, in pieces of at most 1 MiB.
 
-    :raises TraceError: It cannot be read further, or its compression is corrupt or cut. What was
-        yielded before is good.
+    :raises TraceError: It cannot be read further, or its compression is corrupt or cut. Earlier
+        pieces are good.
     :raises UsageError: It is compressed with Zstandard, and the package for that is not installed.
     """
     chunks = _raw_chunks(stream, path)
