@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The job of ``ramblock doctor``: what this host has for confidential guests and their devices.
+The job of ``ramblock doctor``: this host's support for confidential guests and devices.
 
 It looks, and changes nothing.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examination: everything that is looked at, and what it means for a purpose."""
+"""The examination: all lines, and their meaning for a purpose."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def examine(root: Path = _ROOT) -> list[Line]:
 
 
 def fitness(lines: Sequence[Line], purpose: Purpose) -> list[Line]:
-    """Return what stands in the way of a purpose: what it needs and is lacking, or could not be seen."""
+    """Return the obstacles to a purpose: needed lines that are lacking, or could not be seen."""
     return [
         line
         for line in lines

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""IOMMU, VFIO and iommufd: groups and who is in them, device files, limits, and whether mappings can be cut."""
+"""IOMMU, VFIO and iommufd: groups and members, device files, limits, cutting of mappings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN = 3
 
 
 def look(root: Path) -> Iterator[Line]:
-    """Look at what maps for devices."""
+    """Look at the containers that map for devices."""
     yield _groups(root)
     yield from _viability(root)
     yield _driver(root)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory: what this process may lock and take, huge pages, and what is there."""
+"""Memory: this process's limits, huge pages, and free memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ramblock.units import KIB, MIB, format_size
 __all__ = ["cgroup_limit", "look"]
 
 _BOTH = (Purpose.VFIO, Purpose.IOMMUFD)
-#: What people set where it matters; below it devices of guests fail at once.
+#: The usual setting where it matters; below it devices of guests fail at once.
 _LITTLE_LOCKED = 64 * MIB
 
 
@@ -72,8 +72,9 @@ def _locked(root: Path) -> Line:
 
 def cgroup_limit(root: Path) -> int | None:
     """
-    Tell how much memory this process's control group may use, in bytes: the smallest limit on the
-    way up (version 2), or its own (version 1).
+    Tell how much memory this process's control group may use, in bytes.
+
+    With version 2 the smallest limit on the way up, with version 1 its own.
 
     :return: None: there is no limit, or it cannot be read.
     """
