@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a VMM says of itself, held against what it lets its device reach.
+A VMM's own account of its memory, held against its device's windows.
 
 QEMU tells over QMP how much of each virtio-mem device is plugged (query-memory-devices;
 qapi/machine.json). With a coordinated VMM the windows inside the device's region have as many
@@ -111,11 +111,11 @@ class VirtioMemExpectation:
     async def _watch(self) -> None:
         while not self._stopping.is_set():
             client = self._make_client()
-            # It says by itself what is no error here: that QEMU has not come yet.
+            # It logs an error that is none here: that QEMU has not come yet.
             client.logger.setLevel(logging.CRITICAL)
             try:
                 await client.connect(str(self._path))
-            except Exception:  # whatever it is, QEMU is not there yet, or not any more
+            except Exception:  # with any of them, QEMU is not there yet, or not any more
                 await asyncio.sleep(_EVERY_SECONDS)
                 continue
             try:

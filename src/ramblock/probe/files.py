@@ -43,7 +43,7 @@ class MemoryFile:
 
     @property
     def name(self) -> str:
-        """What it is, for people: ``/memfd:ram (deleted)``."""
+        """A description for people: ``/memfd:ram (deleted)``."""
         try:
             return str(Path(f"/proc/self/fd/{self._fd}").readlink())
         except OSError:
