@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page of ours that a device can reach: how a driver hands data to a device that has no window for it."""
+"""A page of ours that a device can reach: the way to hand it data if it has no window."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class BouncePage:
         self._closed = False
 
     def read(self, size: int) -> bytes:
-        """Read what is at its start."""
+        """Read from its start."""
         return self._backing.read(0, size)
 
     def write(self, data: bytes) -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A PCI device opened through VFIO: by its group, in a type1 container, or by its own character
-device, on an iommufd.
+A PCI device opened through VFIO: by its group in a type1 container, or by iommufd.
 
 A device keeps its target alive, not the other way round. Either may be closed first: closing the
 target unmaps everything, closing the device detaches it. Both may be closed twice.
@@ -52,7 +51,7 @@ class VfioDevice:
 
     :param address: Which device.
     :param fd: Its descriptor, owned from now on.
-    :param target: What maps for it.
+    :param target: Its DMA target.
     """
 
     def __init__(
@@ -80,8 +79,7 @@ class VfioDevice:
         dev: Path = _DEV,
     ) -> VfioDevice:
         """
-        Open a device that is bound to vfio-pci, and put its group into *container* if it is not
-        there already.
+        Open a device that is bound to vfio-pci; put its group into *container* if needed.
 
         :raises DmaError: It is not bound, its group is not viable or belongs to somebody else, or
             its interrupts cannot be isolated. The device is not open; its group stays in the
@@ -105,8 +103,8 @@ class VfioDevice:
         """
         Open a device that is bound to vfio-pci, bind it to the iommufd of *ioas* and attach it.
 
-        :raises DmaError: It is not bound to vfio-pci, is in use otherwise, or what is mapped
-            already lies where it cannot reach. The device is not open.
+        :raises DmaError: It is not bound to vfio-pci, is in use otherwise, or earlier mappings lie
+            beyond its reach. The device is not open.
         """
         fd = Descriptor.open(vfio_cdev(address, sysfs=sysfs, dev=dev), "VFIO device")
         try:
@@ -142,7 +140,7 @@ class VfioDevice:
 
     def attach(self) -> None:
         """
-        Let it reach what its target maps; what is mapped already is pinned now.
+        Let it reach its target's mappings; the existing ones are pinned now.
 
         :raises UsageError: It was opened by its group: then it is attached as long as it is open.
         :raises DmaError: It is attached already, memory cannot be pinned, or a mapping lies where
@@ -159,7 +157,7 @@ class VfioDevice:
         """
         Let it reach nothing; it stays open.
 
-        What is mapped in its target stays mapped for other devices.
+        The target's mappings stay for other devices.
 
         :raises UsageError: It was opened by its group: close it instead.
         """
@@ -219,7 +217,7 @@ class VfioDevice:
         self._set_command(self._command() | _PCI_COMMAND_MEMORY | _PCI_COMMAND_MASTER)
 
     def disable_bus_mastering(self) -> None:
-        """Stop its DMA, whatever is mapped."""
+        """Stop its DMA in spite of mappings."""
         self._set_command(self._command() & ~_PCI_COMMAND_MASTER)
 
     def _command(self) -> int:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-PCI devices in sysfs, and binding one to vfio-pci for a while
-(Documentation/ABI/testing/sysfs-bus-pci).
+PCI devices in sysfs; binding to vfio-pci (Documentation/ABI/testing/sysfs-bus-pci).
 
 A device is taken by writing the driver's name to its ``driver_override``, unbinding it from the
-driver that it has, and asking the bus to probe again. What is undone is a state, not steps: driver
-and override become what they were, however far the way there had come.
+driver that it has, and asking the bus to probe again. The undo restores a state and not steps:
+driver and override become the earlier ones, however far the binding had come.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _SYSFS = Path("/sys")
 _ADDRESS = re.compile(
     r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([01][0-9a-f])\.([0-7])", re.IGNORECASE | re.ASCII
 )
-# What the kernel shows for a device without override (drivers/pci/pci-sysfs.c).
+# The kernel's text for a device without override (drivers/pci/pci-sysfs.c).
 _NO_OVERRIDE = "(null)"
 
 
@@ -136,14 +135,14 @@ def vfio_cdev(address: PciAddress, *, sysfs: Path = _SYSFS, dev: Path = Path("/d
 
 
 class _Opener(Protocol):
-    """What keeps a device open: its descriptor, or a mapping of one of its regions."""
+    """A part that keeps a device open: its descriptor, or a mapping of one of its regions."""
 
     @property
     def closed(self) -> bool:
         """Whether it was closed."""
 
 
-# Weakly: what is forgotten is closed.
+# Weakly: a forgotten one is closed.
 _open: defaultdict[PciAddress, WeakSet[_Opener]] = defaultdict(WeakSet)
 
 
@@ -164,8 +163,7 @@ def bind_to_vfio(
     address: PciAddress, *, driver: str = "vfio-pci", sysfs: Path = _SYSFS
 ) -> Iterator[PciAddress]:
     """
-    Have a device bound to vfio-pci inside a ``with``, and to what it was bound to before
-    afterwards.
+    Bind a device to vfio-pci inside a ``with``, and to its earlier driver afterwards.
 
     :param driver: Another VFIO driver.
     :raises DmaError: No such device or driver, or the kernel refused; driver and override are as

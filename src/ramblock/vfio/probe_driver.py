@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drives the device of ``ramblock probe`` (:mod:`ramblock.vfio.probe_registers`) through a vfio-user client."""
+"""Drives the device of ``ramblock probe`` through a vfio-user client."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ProbeDriver:
 
         :param size: Bytes, at most 2048.
         :raises IommuFault: Not all of it is mapped.
-        :raises DmaError: The server does not answer, or could not get at what is mapped.
+        :raises DmaError: The server does not answer, or could not reach mapped memory.
         """
         with self._lock:
             self._run(Command.READ, iova, size)

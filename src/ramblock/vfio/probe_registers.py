@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The device that ``ramblock probe`` presents, as its driver sees it: a small engine that does DMA at
-once.
+The device of ``ramblock probe``, as its driver sees it: a small engine that does DMA at once.
 
 All registers are little-endian, in BAR 0. The engine runs within the write of the command: when the
-write is answered, the transfer is over, and the result register says what came of it.
+write is answered, the transfer is over, and the result register has its outcome.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ __all__ = ["BAR_SIZE", "DATA", "DATA_SIZE", "DEVICE", "MAGIC", "VENDOR", "Comman
 VENDOR = 0x1234
 DEVICE = 0x7262
 BAR_SIZE = 0x1000
-#: What the magic register says: "RBLK".
+#: Value of the magic register: "RBLK".
 MAGIC = 0x4B4C4252
-#: Where the data window begins: what is written to memory, and what was read from it.
+#: Start of the data window: data to write to memory, and data read from it.
 DATA = 0x800
 DATA_SIZE = 0x800
 
@@ -42,7 +41,7 @@ class Register(IntEnum):
 
 
 class Command(IntEnum):
-    """What the command register takes."""
+    """Commands of the command register."""
 
     READ = 1
     """From memory into the data window."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regions of a VFIO device: BARs and config space, by read and write, or mapped into the process."""
+"""Regions of a VFIO device: BARs and config space, by read and write, or mapped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["MappedRegion", "Region", "RegionLayout", "parse_region_info"]
 
 @dataclass(frozen=True, slots=True)
 class RegionLayout:
-    """What VFIO_DEVICE_GET_REGION_INFO says."""
+    """The answer of VFIO_DEVICE_GET_REGION_INFO."""
 
     index: int
     size: int
@@ -35,7 +35,7 @@ class RegionLayout:
     """Where it begins in the device's descriptor."""
     flags: RegionFlags
     mappable: tuple[tuple[int, int], ...]
-    """What may be mapped into the process, as (start, end) in the region; empty: nothing."""
+    """The parts that may be mapped into the process, as (start, end) in the region."""
 
 
 def parse_region_info(answer: bytes) -> RegionLayout:
