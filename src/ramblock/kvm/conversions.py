@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a guest asks of its memory, and what it is told.
+A guest's requests to its memory, and their answers.
 
 =============================================  ======================  ==================
-what happened                                  the guest is told       what has changed
+event                                          the guest is told       change
 =============================================  ======================  ==================
 converted, or was so already                   0                       the pages
 to shared, and there is only a hole or MMIO    0                       nothing
@@ -18,9 +18,9 @@ poisoned                                       the vCPU stops          see ``in_
 
 Firmware makes MMIO windows shared on purpose, so that accesses to them come out of the guest, and
 QEMU says 0 to that (kvm_convert_memory(), accel/kvm/kvm-all.c). QEMU looks at the first region in
-the range only: of a range that is RAM in part it sets the attributes of all, then refuses what goes
+the range only: of a range that is RAM in part it sets the attributes of all, then refuses the part
 beyond the one block, and the VM stops. Here such a range is refused whole: a guest that does not
-know where its RAM ends has made a mistake, and doing half of what it asks would hide it.
+know where its RAM ends has made a mistake, and doing half of its request would hide it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class GuestConversions:
     """
     Answers the requests of one guest.
 
-    Nothing that a guest can send raises, but what has to stop a vCPU.
+    No request of a guest raises, unless it has to stop a vCPU.
 
     The work and the memory of a request are bounded by the range that it names, and over holes by
     the number of sections. Any thread may call; conversions take the memory's lock one after the
@@ -71,7 +71,7 @@ class GuestConversions:
 
     def answer(self, call: HypercallExit) -> HypercallResult:
         """
-        Do what a hypercall asks for.
+        Carry out a hypercall.
 
         :return: For :meth:`Vcpu.set_hypercall_result`.
         :raises PoisonedError: The memory is poisoned, or became so: the vCPU must not go on.
@@ -88,7 +88,7 @@ class GuestConversions:
 
     def request(self, gpa: int, size: int, to: PageState) -> HypercallResult:
         """
-        Do what the guest asks for, however it asked; raises like :meth:`answer`.
+        Carry out a request, however the guest asked; raises like :meth:`answer`.
 
         :param gpa: Any number.
         :param size: In bytes; any number.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the CPUID instruction answers in a vCPU."""
+"""The answers of the CPUID instruction in a vCPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CpuidTable(ctypes.Structure):
 
 
 def read_supported(system: Descriptor) -> CpuidTable:
-    """Ask /dev/kvm for what this host supports."""
+    """Ask /dev/kvm for the entries that this host supports."""
     table = CpuidTable(header=KvmCpuid2(nent=_MAX_ENTRIES))
     system.call(KVM_GET_SUPPORTED_CPUID, "KVM_GET_SUPPORTED_CPUID", table)
     return table

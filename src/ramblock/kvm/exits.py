@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a vCPU came back from the guest: one frozen value per reason (Documentation/virt/kvm/api.rst, "The kvm_run structure")."""
+"""Exits of a vCPU as frozen values (Documentation/virt/kvm/api.rst, "The kvm_run structure")."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class IoExit:
     """How many accesses (``rep outs``, ``rep ins``)."""
     write: bool
     data: bytes
-    """What was written, ``size * count`` bytes; empty for a read."""
+    """The data written, ``size * count`` bytes; empty for a read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class MmioExit:
     """In bytes, at most 8."""
     write: bool
     data: bytes
-    """What was written; empty for a read."""
+    """The data written; empty for a read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ class HypercallExit:
 
     nr: int
     args: tuple[int, int, int, int, int, int]
-    """Whatever the guest had in its registers."""
+    """The guest's registers, unchecked."""
     long_mode: bool
     """Whether it was made in 64-bit mode."""
 

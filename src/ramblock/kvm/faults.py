@@ -63,7 +63,7 @@ class StuckGuestError(RamblockError):
 
 def wanted_state(fault: MemoryFaultExit, *, vcpu: int) -> PageState:
     """
-    Tell what a fault asks for: the access was of this kind, so its pages would have to be.
+    Return the state that a fault asks for: the kind of the access.
 
     :raises StuckGuestError: It asks for nothing that is known: EHWPOISON, or unknown flags.
     """
@@ -78,8 +78,7 @@ def wanted_state(fault: MemoryFaultExit, *, vcpu: int) -> PageState:
 
 class FaultGuard:
     """
-    Notices a vCPU that faults for ever: twice in the same way, with no conversion in between that
-    changed anything.
+    Notices a vCPU that faults for ever: twice in the same way, with no change in between.
 
     A conversion on another vCPU counts as a change, for it can bring the fault about again without
     anybody being stuck: two vCPUs that touch one page at once fault both, and only the first answer

@@ -20,7 +20,7 @@ from ramblock.units import GIB, KIB, MIB
 
 __all__ = ["HypercallResult", "MapGpaRange"]
 
-# Whatever the host's page size is.
+# With any page size of the host.
 _UNIT = 4 * KIB
 _PAGE_SIZE_FIELD = 0xF
 _PAGE_SIZES = {
@@ -34,7 +34,7 @@ _RESERVED = ~(_PAGE_SIZE_FIELD | _ENCRYPTED)
 
 class HypercallResult(IntEnum):
     """
-    What a guest may be told.
+    Answers to a guest.
 
     With anything else the next KVM_RUN can fail (kvm_is_valid_map_gpa_range_ret()).
 
@@ -51,7 +51,7 @@ class HypercallResult(IntEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MapGpaRange:
     """
-    What the guest asks for.
+    The guest's request.
 
     Nothing is known about the range: it may go past 2**64, and be empty or unaligned.
     """

@@ -24,7 +24,7 @@ __all__ = ["has_in_place_conversion"]
 
 
 class _MemoryAttributes2(ctypes.Structure):
-    """``struct kvm_memory_attributes2`` as posted: offset, size, attributes, flags, error_offset, and what is reserved."""
+    """``struct kvm_memory_attributes2`` as posted: offset, size, attributes, flags, ...."""
 
     _fields_ = (("words", ctypes.c_uint64 * 16),)
 
@@ -36,7 +36,7 @@ def has_in_place_conversion(vm: KvmVm) -> bool:
     """
     Ask for nothing to be converted, of a guest_memfd of one page that is gone afterwards.
 
-    A size of 0 is refused (EINVAL) by whoever knows the request; a kernel that does not, or has it
+    A kernel that knows the request refuses a size of 0 (EINVAL); one that does not, or has it
     switched off, says ENOTTY.
 
     :raises OSError: Something else is wrong.

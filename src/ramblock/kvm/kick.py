@@ -34,7 +34,7 @@ def enter_thread() -> frozenset[int]:
 
     Called before each run: somebody may have put an older mask back.
 
-    :return: What is blocked there otherwise.
+    :return: Other signals that are blocked there.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {_KICK})
     return frozenset(int(number) for number in before) - {_KICK}
@@ -50,7 +50,7 @@ def set_mask(vcpu: Descriptor, blocked: Iterable[int]) -> None:
 
 
 def send_kick(thread: int) -> None:
-    """Send it to a thread that has called :func:`enter_thread`, by ``threading.get_ident()``, and that still lives."""
+    """Send it to a live thread that has called :func:`enter_thread`, by ``get_ident()``."""
     signal.pthread_kill(thread, _KICK)
 
 

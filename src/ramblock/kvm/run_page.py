@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The memory that a vCPU shares with its user (``struct kvm_run`` and what follows it), as exits and
-as answers to them.
+The memory that a vCPU shares with its user (``struct kvm_run``), as exits and their answers.
 
 It makes no system call: a buffer of the right size is all it needs.
 """
@@ -53,14 +52,14 @@ class RunPage:
 
     def request_exit(self, *, wanted: bool) -> None:
         """
-        Let KVM_RUN return at once with EINTR, after it has completed what is pending.
+        Let KVM_RUN complete the pending exit and return at once with EINTR.
 
         Or take that back.
         """
         self._run.immediate_exit = wanted
 
     def forget_exit(self) -> None:
-        """Clear the exit reason, so that a KVM_RUN that fails without setting it cannot be taken for the exit before."""
+        """Clear the exit reason: a KVM_RUN that fails without setting it is not the exit before."""
         self._run.exit_reason = ExitReason.KVM_EXIT_UNKNOWN
 
     def read_exit(self, error: int | None = None) -> Exit | None:
@@ -82,7 +81,7 @@ class RunPage:
 
     def answer_read(self, exit: IoExit | MmioExit, data: bytes) -> None:
         """
-        Give the guest what it reads.
+        Give the guest the data of its read.
 
         :raises UsageError: *exit* is a write, or *data* has not the size that it reads; nothing is
             answered.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory slots of a VM: which section is where, and what to do when Ctrl-C came in the middle of a change."""
+"""The memory slots of a VM: the place of each section, and changes that Ctrl-C interrupted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class SlotTable:
     """
     Memory slots by section.
 
-    Adding what is there and removing what is not changes nothing, so that either can be an undo.
+    Adding a present section and removing an absent one change nothing, so that either can be an
+    undo.
 
     :param vm: The descriptor of the VM.
     :param limit: How many slots it has.
@@ -44,7 +45,7 @@ class SlotTable:
         """
         Let the guest see *section*.
 
-        :param private: What serves its private pages, if anything does.
+        :param private: The backing of its private pages, if any.
         :raises OSError: Refused: the guest does not see it.
         """
         if section not in self._slots:

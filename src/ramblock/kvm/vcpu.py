@@ -41,8 +41,8 @@ class Vcpu:
 
     def __init__(self, descriptor: Descriptor, id: int, *, run_size: int, keeps: object) -> None:
         self.id = id
-        # The slots: the kernel keeps them as long as the vCPU is open, so what the guest sees has
-        # to live as long.
+        # The slots: the kernel keeps them as long as the vCPU is open, so the guest's memory has to
+        # live as long.
         self._keeps = keeps
         self._descriptor = descriptor
         try:
@@ -63,7 +63,7 @@ class Vcpu:
         self._user: int | None = None
         self._signalled = False
         self._mask: frozenset[int] | None = None
-        # The last exit that was handed out, and whether what it asked for was given.
+        # The last exit that was handed out, and whether it was answered.
         self._exit: Exit | None = None
         self._answered = False
 
@@ -102,7 +102,7 @@ class Vcpu:
 
     def set_cpuid(self, table: CpuidTable) -> None:
         """
-        Set what CPUID answers, before the first run; otherwise it answers nothing.
+        Set the answers of CPUID, before the first run; otherwise there are none.
 
         :param table: From :meth:`Kvm.supported_cpuid`.
         """
@@ -114,15 +114,15 @@ class Vcpu:
         """
         Enter the guest until it needs something.
 
-        What the exit before this one asked for is completed first. A read that was not answered
+        The request of the exit before this one is completed first. A read that was not answered
         reads as ones, as on an empty bus; a hypercall that was not answered is refused (EINVAL). So
-        it is with an exit that Ctrl-C kept from whoever ran it.
+        it is with an exit that the caller lost to Ctrl-C.
 
         :return: :class:`InterruptedExit` after a kick, also one that came while nobody ran it, and
             after any signal.
         :raises UsageError: It is closed.
         :raises OSError: KVM cannot run it.
-        :raises KeyboardInterrupt: Or whatever the handler of a signal raises. It can be run again.
+        :raises KeyboardInterrupt: Or the exception of a signal's handler. It can be run again.
         """
         with self._run_lock:
             if self._closing:
@@ -179,7 +179,7 @@ class Vcpu:
             self._signalled = False
 
     def _refuse_unanswered(self) -> None:
-        """Fail closed: KVM itself presets success for a hypercall, and for a read what was there before."""
+        """Fail closed: KVM itself presets success for a hypercall, and stale data for a read."""
         if self._answered:
             return
         # The page knows of an exit that was interrupted on its way out of here.
@@ -192,7 +192,7 @@ class Vcpu:
 
     def complete_io(self, data: bytes) -> None:
         """
-        Give the guest what it reads, after an :class:`IoExit` or :class:`MmioExit` that is a read.
+        Give the guest the data of a read, after an :class:`IoExit` or :class:`MmioExit`.
 
         :param data: Little-endian; ``size * count`` bytes for port I/O, ``size`` bytes for MMIO.
         :raises UsageError: The last exit is none of these, or *data* has another size; nothing is
@@ -253,7 +253,7 @@ class Vcpu:
 
     def close(self) -> None:
         """
-        Close it, and unmap what it shared; whoever runs it is kicked out first.
+        Close it, and unmap its shared page; a thread that runs it is kicked out first.
 
         Twice is the same as once.
 

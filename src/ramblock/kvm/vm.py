@@ -37,7 +37,7 @@ _PRIVATE = MemoryAttributes.KVM_MEMORY_ATTRIBUTE_PRIVATE
 
 
 class VmType(IntEnum):
-    """What kind of VM."""
+    """The type of VM."""
 
     DEFAULT = VmTypeNumber.KVM_X86_DEFAULT_VM
     """An ordinary one. It has no private pages: attributes are tracked and not enforced."""
@@ -60,7 +60,7 @@ class KvmVm:
 
     A context manager. The kernel keeps the VM until the last descriptor of it is closed: its own,
     those of its vCPUs, which :meth:`close` closes too, and those of its guest_memfds, which belong
-    to whoever made them. Any order is safe.
+    to their makers. Any order is safe.
 
     Slots and attributes are changed by one thread at a time: a :class:`~ramblock.GuestMemory` does
     so under its lock.
@@ -90,7 +90,7 @@ class KvmVm:
 
     def capability(self, capability: Capability) -> int:
         """
-        Ask for a capability of this VM, which may be less than what :meth:`Kvm.capability` says.
+        Ask for a capability of this VM, which may be less than that of :meth:`Kvm.capability`.
 
         :return: 0: it has none.
         """
@@ -103,10 +103,14 @@ class KvmVm:
 
     # -- memory ------------------------------------------------------------------------------------
 
-    def set_memory_attributes(self, gpa: int, size: int, private: bool) -> None:  # noqa: FBT001 - a fixed name
+    def set_memory_attributes(
+        self,
+        gpa: int,
+        size: int,
+        private: bool,  # noqa: FBT001 - a fixed name
+    ) -> None:
         """
-        Make ``[gpa, gpa + size)`` private or shared for the guest, in one call: it is done whole or
-        not at all.
+        Make ``[gpa, gpa + size)`` private or shared for the guest, whole or not at all.
 
         It may span slots and holes. Nothing happens where :attr:`enforces_attributes` is False, or
         when the VM is closed and there is no guest any more.
@@ -223,7 +227,7 @@ class KvmVm:
         Make a vCPU, in the state of a processor after reset.
 
         :param id: Unlike that of any vCPU there has been: KVM gives none back. None: the next.
-        :raises OSError: EEXIST: there is one; EINVAL: beyond what the kernel allows.
+        :raises OSError: EEXIST: there is one; EINVAL: beyond the kernel's limit.
         """
         id = self._next_id if id is None else id
         fd = self._descriptor.call(KVM_CREATE_VCPU, f"vCPU {id}", id)
