@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The host's side of the guest program: its memory, its vCPU, and what it asks for.
+The host's side of the guest program: its memory, its vCPU, and its requests.
 
 Its memory is a slot that no :class:`~ramblock.GuestMemory` knows: no device reaches the program,
 and a conversion of its pages is a conversion of a hole.
@@ -53,19 +53,19 @@ class IdleEvent:
     """The guest has done all its commands and waits for more."""
 
 
-#: What :meth:`GuestProgram.run` comes back with.
+#: Results of :meth:`GuestProgram.run`.
 GuestEvent: TypeAlias = HypercallExit | MemoryFaultExit | IdleEvent
 
 
 class GuestProgram:
     """
-    A guest that does what it is told. One vCPU; one thread at a time uses it. A context manager.
+    A guest that obeys commands. One vCPU; one thread at a time uses it. A context manager.
 
     :param vm: Where it runs. Its memory slot stays there until :meth:`close`.
-    :param cpuid: What its CPUID answers.
+    :param cpuid: Its CPUID entries.
     :param base: Guest physical address of its memory, a multiple of the page size, where nothing
         else may be.
-    :param reach: What it is to touch, as (gpa, size) in bytes; elsewhere it faults.
+    :param reach: Memory that it may touch, as (gpa, size) in bytes; elsewhere it faults.
     :param call: How it asks for conversions. For a hypercall, the exits of the VM are enabled.
     :raises UsageError: Something is out of reach; nothing is held.
     :raises OSError: KVM refused, or the host has no memory; nothing is held.
@@ -119,9 +119,9 @@ class GuestProgram:
 
     def results(self) -> list[Result]:
         """
-        Take the results of what was done since the last time, oldest first.
+        Take the results since the last time, oldest first.
 
-        :raises GuestProgramError: The guest says that it did what it was not told.
+        :raises GuestProgramError: The guest says that it did commands that it was not given.
         :raises UsageError: The program is closed.
         """
         return self._open_mailbox().results()
@@ -158,7 +158,7 @@ class GuestProgram:
 
     def answer(self, result: HypercallResult) -> None:
         """
-        Tell the guest what became of the conversion that it asked for; unanswered, it is refused.
+        Answer the guest's request for a conversion; unanswered, it is refused.
 
         :raises UsageError: It asked for none.
         """
@@ -200,8 +200,7 @@ class GuestProgram:
             )
         if isinstance(exit, ShutdownExit):
             if rip == _RESET_RIP:
-                # shutdown_interception(), arch/x86/kvm/svm/svm.c: what was in the registers is
-                # gone.
+                # shutdown_interception(), arch/x86/kvm/svm/svm.c: the registers are lost.
                 return GuestProgramError(
                     "the guest program ended in a triple fault; its RIP is not known,"
                     " KVM has reset the vCPU"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state in which the program runs: 64-bit mode, flat segments, paging by the image's own tables, interrupts off."""
+"""The program's CPU state: 64-bit mode, flat segments, the image's page tables, no interrupts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What host and guest program share: a ring of commands, each with room for its result.
+The memory between host and guest program: a ring of commands with room for their results.
 
 ::
 
@@ -9,8 +9,7 @@ What host and guest program share: a ring of commands, each with room for its re
     ring       RING_COMMANDS slots of 128 bytes, used in turn; commands HEAD to TAIL are waiting
 
 Both numbers only grow; each side writes one of them. All fields are 64 bits wide. The guest is not
-trusted: what the host reads here is a number that may be anything, and decides about nothing but
-what is reported.
+trusted: a number here may be anything, and the host uses it for nothing but its report.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ class Field(IntEnum):
 
 
 class Operation(IntEnum):
-    """What the guest can be told to do."""
+    """Commands to the guest."""
 
     CONVERT = 1
     """Ask for a conversion of SIZE pages at GPA with the attribute word VALUE."""
@@ -104,7 +103,7 @@ class Command(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What the guest program wrote about a command."""
+    """The guest program's result of a command."""
 
     command: Command
     status: int
@@ -162,7 +161,7 @@ class Mailbox:
         """
         Take the results of the commands that were finished since the last time, oldest first.
 
-        :raises GuestProgramError: The guest says that it finished what it was not given.
+        :raises GuestProgramError: The guest says that it finished commands that it was not given.
         """
         finished = self._memory[HeaderField.HEAD // _WORD]
         if not self._read <= finished <= self._written:

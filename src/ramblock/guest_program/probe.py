@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which instruction a guest can ask with on this host: found out from what KVM says, never by trying it."""
+"""The instruction that a guest can ask with on this host: KVM tells it, no guest tries it."""
 
 from __future__ import annotations
 
