@@ -50,7 +50,7 @@ def call(
 
     A structure is changed in place.
 
-    :return: What the kernel returned, 0 or more.
+    :return: The kernel's return value, 0 or more.
     :raises OSError: With the kernel's errno; the text names the request by number only, callers
         know its name.
     :raises InterruptedError: A signal came (EINTR); nothing is retried here.

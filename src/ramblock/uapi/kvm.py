@@ -21,7 +21,7 @@ KVM_API_VERSION: Final = 12
 
 
 class Capability(IntEnum):
-    """What KVM_CHECK_EXTENSION can be asked, as far as we ask."""
+    """Arguments of KVM_CHECK_EXTENSION, those that we use."""
 
     KVM_CAP_NR_VCPUS = 9
     KVM_CAP_NR_MEMSLOTS = 10
@@ -197,7 +197,7 @@ class KvmSignalMask(ctypes.Structure):
 
 
 class KvmCpuidEntry2(ctypes.Structure):
-    """What CPUID answers to one function and index."""
+    """The answer of CPUID to one function and index."""
 
     C_NAME = "struct kvm_cpuid_entry2"
     _fields_ = (
@@ -260,7 +260,7 @@ class KvmRegs(ctypes.Structure):
 
 
 class KvmSegment(ctypes.Structure):
-    """One segment register, with what the CPU keeps of its descriptor."""
+    """One segment register, with the CPU's copy of its descriptor."""
 
     C_NAME = "struct kvm_segment"
     _fields_ = (
@@ -410,7 +410,7 @@ class _Exit(ctypes.Union):
 
 
 class KvmRun(ctypes.Structure):
-    """What a vCPU and its user tell each other; the first page of the vCPU's mapping."""
+    """The shared structure of a vCPU and its user; the first page of the vCPU's mapping."""
 
     C_NAME = "struct kvm_run"
     _anonymous_ = ("exit",)

@@ -17,7 +17,7 @@ VFIO_BASE: Final = 100
 
 
 class Extension(IntEnum):
-    """What VFIO_CHECK_EXTENSION is asked for."""
+    """Arguments of VFIO_CHECK_EXTENSION."""
 
     VFIO_TYPE1v2_IOMMU = 3
     VFIO_UNMAP_ALL = 9
