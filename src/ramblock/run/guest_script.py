@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What the guest does: a stream of conversion requests, made from a workload and a seed.
+The guest's script: a stream of conversion requests, made from a workload and a seed.
 
 The stream depends on the seed and on the answers, never on time or on the devices, so that a run
 can be repeated. A buffer is shared before a device gets it and taken back before it is made
@@ -29,7 +29,7 @@ _SHARED, _PRIVATE = PageState.SHARED, PageState.PRIVATE
 
 
 class Action(Enum):
-    """What a request is about."""
+    """The purpose of a request."""
 
     SWIOTLB = "swiotlb"
     RING = "ring"
@@ -62,7 +62,7 @@ class _Zones:
 
 
 def swiotlb_size(memory: int) -> int:
-    """Size of the bounce buffer pool in bytes: 6 % of RAM, 64 MiB to 1 GiB (Linux arch/x86/mm/mem_encrypt.c)."""
+    """Bytes of the bounce buffer pool: 6 % of RAM, 64 MiB to 1 GiB (arch/x86/mm/mem_encrypt.c)."""
     return min(max(memory * 6 // 100, 64 * MIB), GIB) // _SLICE * _SLICE
 
 
@@ -70,7 +70,7 @@ class GuestScript:
     """
     The guest of one run.
 
-    :param workload: What it does.
+    :param workload: Its actions.
     :param places: Its blocks.
     :param devices: How many devices it has.
     :param seed: Same seed, same requests.
@@ -143,7 +143,7 @@ class GuestScript:
     # -- boot --------------------------------------------------------------------------------------
 
     def boot(self) -> Iterator[Request]:
-        """Yield what the guest shares at boot."""
+        """Yield the guest's requests at boot."""
         gpa, size = self._zones.swiotlb
         for start in range(gpa, gpa + size, _SLICE):
             yield Request(start, _SLICE, _SHARED, Action.SWIOTLB)

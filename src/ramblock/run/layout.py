@@ -42,7 +42,7 @@ def plan_layout(memory: int, bios: int) -> list[BlockPlace]:
     """
     Lay out a guest.
 
-    :param memory: In bytes; what does not divide into 2 MiB pages goes to the last block.
+    :param memory: In bytes; a rest below a 2 MiB page goes to the last block.
     :param bios: In bytes; 0: none.
     :return: Blocks, ascending by guest address.
     """

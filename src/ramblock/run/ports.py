@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The devices of a run and what maps for each of them.
+The devices of a run and the DMA target of each.
 
 Here those in software, ``hardware.py`` has the real ones.
 """
@@ -31,13 +31,13 @@ class Ports(Protocol):
 
     @property
     def descriptions(self) -> list[str]:
-        """What each of them is, for people."""
+        """A description of each, for people."""
 
     def watch(self, watch: Watch) -> Sequence[WatchedTarget]:
         """Give the targets, watched."""
 
     def budget(self, number: int) -> int | None:
-        """How many mappings a mapper may make; None: what the target says."""
+        """How many mappings a mapper may make; None: the target's own."""
 
     def make_devices(
         self, watch: Watch, seed: int, ram: Ranges, forbidden: tuple[int, int] | None
@@ -45,13 +45,13 @@ class Ports(Protocol):
         """
         Make the devices, after :meth:`watch`.
 
-        :param ram: What they may probe, as (gpa, size).
+        :param ram: Memory that they may probe, as (gpa, size).
         :param forbidden: A range that the guest never shares, as (gpa, size); None where that is
             not known.
         """
 
     def tables(self) -> dict[str, list[tuple[int, int]]]:
-        """List what is mapped, as (iova, size), by target; without those that do not tell."""
+        """List the mappings, as (iova, size), by target; without those that do not tell."""
 
     def kernel_entries(self) -> dict[str, int]:
         """
@@ -64,7 +64,7 @@ class Ports(Protocol):
         """
         Let the devices, once they have stopped, try a sample of pages.
 
-        What must not be is noted as a violation.
+        A wrong outcome is noted as a violation.
         """
 
     def freed_while_mapped(self) -> int:
@@ -95,7 +95,7 @@ class SoftPorts:
         return ["software"] * len(self.names)
 
     def pin(self, shared: WatchedShared) -> None:
-        """Let them hold on to what is freed of *shared*, if that is what they do."""
+        """Let them hold on to freed pages of *shared*, if they pin."""
         shared.pinned.extend(self._pinned)
 
     def watch(self, watch: Watch) -> Sequence[WatchedTarget]:
@@ -133,7 +133,7 @@ class SoftPorts:
         """Need none: the tables are known, all of them."""
 
     def freed_while_mapped(self) -> int:
-        """Add up what the IOMMUs held on to."""
+        """Add up the bytes that the IOMMUs held on to."""
         return sum(iommu.orphaned_bytes for iommu in self._pinned)
 
     def close(self) -> None:

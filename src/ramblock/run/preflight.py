@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run on real parts needs of the host: looked at before anything is touched, and all that is missing is told at once."""
+"""The needs of a run on real parts: checked before anything is touched, and told all at once."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ _KNOWN = "edu (1234:11e8) and iommu-testdev (1b36:0005)"
 
 def choose_devices(named: Sequence[str], *, root: Path = _ROOT) -> list[PciAddress]:
     """
-    Choose the devices of a run: those that are named, else the edu and the iommu-testdev, if there
-    is one of a kind.
+    Choose the devices of a run: the named ones, else the only edu and iommu-testdev.
 
     :raises UsageError: A name is no PCI address, or one device is named twice; or there are several
         of a kind, and none is named.
@@ -48,7 +47,7 @@ def refuse_unless_ready(kind: str, devices: Sequence[PciAddress], *, root: Path 
     """
     Refuse a run with ``--iommu`` *kind* on a host that cannot do it.
 
-    :raises UsageError: The text lists what is missing, and what to do, one line each. Nothing was
+    :raises UsageError: The text lists each lack with its remedy, one line each. Nothing was
         touched.
     """
     no_iommu = _iommu(root)
@@ -65,8 +64,10 @@ def _iommu(root: Path) -> list[str]:
     if groups.is_dir() and any(groups.iterdir()):
         return []
     return [
-        "no IOMMU is active: switch it on in firmware and on the kernel's command line"
-        " (intel_iommu=on, amd_iommu=on)"
+        (
+            "no IOMMU is active: switch it on in firmware and on the kernel's command line"
+            " (intel_iommu=on, amd_iommu=on)"
+        )
     ]
 
 
