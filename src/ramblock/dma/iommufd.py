@@ -102,7 +102,7 @@ class IommufdIoas:
         return self._fd.fileno()
 
     def refresh(self) -> None:
-        """Ask again which addresses are usable: a device that was attached or detached decides that."""
+        """Ask again which addresses are usable: attached devices decide that."""
         with self._lock:
             window = iova_window(self._fd, self.ioas_id)
         cuts = self.mode is IommufdMode.CUTTING
@@ -119,7 +119,7 @@ class IommufdIoas:
 
     @property
     def capabilities(self) -> DmaCapabilities:
-        """What it can do; ``exact`` in native mode (see the module)."""
+        """Its abilities; ``exact`` in native mode (see the module)."""
         return self._capabilities
 
     def map(self, iova: int, memory: HostRange, *, writable: bool = True) -> None:
@@ -139,8 +139,8 @@ class IommufdIoas:
                         self._fd, self.ioas_id, iova, memory, writable=writable, detail=self._usable
                     )
                 except KernelRefusal as error:
-                    # EINVAL is also what a descriptor gives that is no memfd; if it was the range,
-                    # the next call says so.
+                    # A descriptor that is no memfd gives EINVAL too; if it was the range, the next
+                    # call says so.
                     if error.errno not in (errno.ENOTTY, errno.EINVAL):
                         raise
                     self._has_map_file = error.errno != errno.ENOTTY
@@ -167,8 +167,8 @@ class IommufdIoas:
         """
         Unmap everything. A device that is still attached reaches nothing any more.
 
-        :raises DmaError: The kernel did not unmap; devices may still reach what was mapped until
-            they are closed.
+        :raises DmaError: The kernel did not unmap; devices may still reach the range until they are
+            closed.
         """
         with self._lock:
             if self._fd.closed:

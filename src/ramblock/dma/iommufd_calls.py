@@ -2,9 +2,9 @@
 """
 The calls of iommufd that we use, one function each (drivers/iommu/iommufd/ioas.c, io_pagetable.c).
 
-What is left of an unmap that failed. It goes over the areas in the range, lowest first, and stops
-at the first that is locked or in flux (EBUSY), sticks out of the range (ENOENT) or is held by a
-user in the kernel (EDEADLK); those before it are gone, and the answer does not say how many
+An unmap that fails in part. It goes over the areas in the range, lowest first, and stops at the
+first that is locked or in flux (EBUSY), sticks out of the range (ENOENT) or is held by a user in
+the kernel (EDEADLK); those before it are gone, and the answer does not say how many
 (iommufd_ioas_unmap()). A range of one page touches one area at most, so there a failure has done
 nothing. In a larger one it is in doubt.
 """
@@ -68,12 +68,12 @@ _EVERYTHING = 0xFFFF_FFFF_FFFF_FFFF
 _BEFORE_THE_FIRST_AREA = frozenset(
     {errno.EBADF, errno.ENOTTY, errno.E2BIG, errno.EOPNOTSUPP, errno.EOVERFLOW, errno.EINVAL}
 )
-# They come with an area; what happened to those before it is not told.
+# They come with an area; the fate of those before it is not told.
 _AT_AN_AREA = frozenset({errno.ENOENT, errno.EBUSY, errno.EDEADLK})
 
 
 class IovaWindow(NamedTuple):
-    """What IOMMU_IOAS_IOVA_RANGES says."""
+    """The answer of IOMMU_IOAS_IOVA_RANGES."""
 
     ranges: tuple[tuple[int, int], ...]
     """Usable addresses, half-open."""
@@ -196,7 +196,7 @@ def unmap(fd: Descriptor, ioas: int, iova: int, size: int, *, smallest: int = PA
     """
     IOMMU_IOAS_UNMAP: unmap the whole areas of ``[iova, iova + size)``.
 
-    :param smallest: What an area covers at least, in bytes.
+    :param smallest: The smallest size of an area, in bytes.
     :return: Bytes removed.
     :raises DmaError: ENOENT: nothing is mapped there, or an area sticks out. In doubt if there was
         room for several areas: those before the one that failed may be gone.

@@ -35,7 +35,7 @@ def why_not_cutting(fd: Descriptor) -> str | None:
     """
     Try a cut in an address space of its own.
 
-    :return: None: it works. Else what did not.
+    :return: None: it works. Else the obstacle.
     :raises DmaError: There is no address space to be had at all.
     """
     ioas = alloc_ioas(fd)

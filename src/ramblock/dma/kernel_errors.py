@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What an errno of VFIO and iommufd means, and what helps: one table.
+Meanings of errnos from VFIO and iommufd, with hints: one table.
 
 An errno alone says little ("Cannot allocate memory" is RLIMIT_MEMLOCK nearly always), so each entry
 has the meaning for its calls and, where there is something to do, a hint with values read back from
@@ -26,7 +26,7 @@ class Refused(NamedTuple):
     """A call that the kernel refused."""
 
     call: str
-    """Its name in the kernel's headers, or ``open`` and what was opened."""
+    """Its name in the kernel's headers, or ``open`` and the opened file's kind."""
     errno: int
     iova: int | None = None
     size: int | None = None
@@ -37,7 +37,7 @@ class Refused(NamedTuple):
 
 
 class Advice(NamedTuple):
-    """What *errno* means for *calls*."""
+    """The meaning of *errno* for *calls*."""
 
     calls: tuple[str, ...]
     errno: int
@@ -49,8 +49,8 @@ class KernelRefusal(DmaError):
     """
     The kernel refused a call of VFIO or iommufd.
 
-    :ivar call: Its name in the kernel's headers, or ``open`` and what was opened.
-    :ivar hint: What helps; None where nothing is known to.
+    :ivar call: Its name in the kernel's headers, or ``open`` and the opened file's kind.
+    :ivar hint: None where none is known.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ _GROUP, _CDEV = ("open VFIO group",), ("open VFIO device",)
 # device_cdev.c.
 TABLE = (
     Advice(_MAP, errno.ENOMEM, "the memory cannot be pinned", _memlock),
-    Advice(_ATTACH, errno.ENOMEM, "what is mapped already cannot be pinned", _memlock),
+    Advice(_ATTACH, errno.ENOMEM, "existing mappings cannot be pinned", _memlock),
     Advice(_MAP, errno.ENOSPC, "all mappings of the container are in use", _entry_limit),
     Advice(_MAP, errno.EEXIST, "a part of it is mapped already"),
     Advice(_MAP, errno.EINVAL, "not aligned to the IOMMU's pages, or outside the usable addresses"),
@@ -223,7 +223,7 @@ def refusal(
     """
     Build the error for a refused call: call, range in hex, errno, meaning, hint.
 
-    :param detail: What the caller knows beyond the table, for instance the usable addresses.
+    :param detail: Facts of the caller beyond the table, for instance the usable addresses.
     :param in_doubt: Whether the call may have done a part of its work.
     """
     call, number, iova, size = refused[:4]

@@ -40,7 +40,7 @@ from ramblock.units import PAGE_SIZE
 
 __all__ = ["Type1Container", "Type1Limits", "parse_type1_info"]
 
-# What a kernel without VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL has; QEMU assumes the same
+# The limit of a kernel without VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL; QEMU assumes the same
 # (hw/vfio/container-legacy.c).
 _DEFAULT_ENTRIES = 65535
 # iommufd behind /dev/vfio/vfio has no limit and says U32_MAX (drivers/iommu/iommufd/vfio_compat.c).
@@ -48,7 +48,7 @@ _NO_LIMIT = 0xFFFF_FFFF
 
 
 class Type1Limits(NamedTuple):
-    """What VFIO_IOMMU_GET_INFO says."""
+    """The answer of VFIO_IOMMU_GET_INFO."""
 
     page_size: int
     """The smallest page of the IOMMU, in bytes."""
@@ -95,8 +95,8 @@ class Type1Container:
     """
     A container, and the groups in it. Maps for all of their devices at once.
 
-    It owns the groups: they stay in it until it is closed, whatever becomes of their devices, so
-    that what is mapped stays so.
+    It owns the groups: they stay in it until it is closed, even without their devices, so that
+    mappings stay.
 
     :param path: The container's device file.
     :raises DmaError: There is none, it may not be opened, or it has no type1 v2 IOMMU. Nothing is
@@ -172,16 +172,15 @@ class Type1Container:
             except BaseException:
                 if not self._groups:
                     self._capabilities = None
-                with suppress(
-                    DmaError
-                ):  # what failed first is what matters; closing the group takes it out as well
+                # The first failure counts; closing the group takes it out as well.
+                with suppress(DmaError):
                     group.unset_container()
                 raise
 
     def _refresh(self) -> None:
         limits = self._ask()
         before = self._capabilities
-        # The limit is what could be had when nothing was mapped.
+        # The limit is the number available when nothing was mapped.
         limit = limits.available if before is None else before.max_mappings
         self._capabilities = DmaCapabilities(
             page_size=limits.page_size, max_mappings=limit, iova_ranges=limits.iova_ranges
@@ -205,7 +204,7 @@ class Type1Container:
     @property
     def capabilities(self) -> DmaCapabilities:
         """
-        What it can do; ``max_mappings`` is the container's whole limit.
+        Its abilities; ``max_mappings`` is the container's whole limit.
 
         :raises UsageError: No group is in it, so that it has no IOMMU yet.
         """
@@ -253,8 +252,8 @@ class Type1Container:
         """
         Unmap everything and close the groups. A device that is still open reaches nothing any more.
 
-        :raises DmaError: The kernel did not unmap; devices that are open may still reach what was
-            mapped until they are closed.
+        :raises DmaError: The kernel did not unmap; open devices may still reach the range until
+            they are closed.
         """
         with self._lock:
             if self._fd.closed:

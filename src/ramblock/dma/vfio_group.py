@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A VFIO group: the devices that an IOMMU cannot tell apart, handed to one user as a whole (drivers/vfio/group.c)."""
+"""A VFIO group: devices that an IOMMU cannot tell apart, for one user (drivers/vfio/group.c)."""
 
 from __future__ import annotations
 

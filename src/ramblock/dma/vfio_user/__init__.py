@@ -12,8 +12,8 @@ Three layers, each usable alone:
 
 - Messages are frozen values (:mod:`~ramblock.dma.vfio_user.messages`), and :class:`Connection` is
   the protocol without input and output: it takes bytes and descriptors in any chunking and yields
-  events, takes messages and yields bytes and descriptors. No sockets, no clock, no threads.
-  Whatever a peer sends becomes an event or a ``RemoteProtocolError``.
+  events, takes messages and yields bytes and descriptors. No sockets, no clock, no threads. All
+  bytes of a peer become an event or a ``RemoteProtocolError``.
 - :class:`Link` is a connection on its socket, for either role::
 
       link = Link(sock, Role.SERVER)
@@ -27,9 +27,9 @@ Three layers, each usable alone:
       with closing(VfioUserTarget("/run/device.sock")) as target:
           memory.attach(target)
 
-Who owns a descriptor: what is received belongs to the connection, then to the event, then to who
-takes it from the event; whoever has it last closes it, at the latest when the object is gone. What
-is sent stays the caller's.
+Who owns a descriptor: a received one belongs to the connection, then to the event, then to the
+taker; its last owner closes it, at the latest when the object is gone. A sent descriptor stays the
+caller's.
 """
 
 from ramblock.dma.vfio_user.capabilities import Capabilities

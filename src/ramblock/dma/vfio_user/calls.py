@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-One request of the client on its way: handed from the thread that makes it to the thread that talks
-to the server.
+One request on its way from the thread that makes it to the thread that talks to the server.
 
 The thread that made it may be gone when the answer comes (Ctrl-C). The call is carried to its end
-all the same, so that the table of windows says what the server says.
+all the same, so that the table of windows matches the server's.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ __all__ = ["Call", "MapCall", "UnmapCall"]
 
 class Call:
     """
-    A request, and what becomes of it.
+    A request, and its outcome.
 
-    :param message: What is asked.
+    :param message: The request.
     :param fds: Descriptors that go along; they stay the caller's, as the memory behind them does.
     """
 

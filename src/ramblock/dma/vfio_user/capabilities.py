@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each side tells of itself in the JSON of a VERSION message."""
+"""Each side's account of itself in the JSON of a VERSION message."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Capabilities:
     @classmethod
     def unpack(cls, data: bytes) -> Capabilities:
         """
-        Read the JSON of a VERSION message; no bytes at all is what a peer sends that says nothing.
+        Read the JSON of a VERSION message; a peer that says nothing sends no bytes.
 
         :raises MalformedError: It is too long, not JSON with a NUL behind it, or a capability has
             the wrong type.
@@ -85,7 +85,8 @@ def _decode(data: bytes) -> Any:
     if data.find(b"\0") != len(data) - 1:
         raise MalformedError("version data does not end with its only NUL")
     try:
-        # A ValueError also stands for what is not UTF-8, and for a number of thousands of digits.
+        # A ValueError also stands for text that is not UTF-8, and for a number of thousands of
+        # digits.
         return json.loads(data[:-1].decode())
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"version data is no JSON: {error}") from None

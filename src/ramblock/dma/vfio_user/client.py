@@ -2,13 +2,13 @@
 """
 A vfio-user server as a DMA target: the client's side, as a VMM has it.
 
-What the server answers is believed, and checked: an unmap that did not name what was unmapped, an
-answer that does not come, a connection that ends, leave it open what devices can reach. Then the
+The server's answers are believed, and checked: an answer to an unmap that names another range, an
+answer that does not come, a connection that ends, leave the devices' reach in doubt. Then the
 target has failed for good, every call says so at once, and nothing is connected again behind
 anybody's back.
 
 A server that was given the descriptor of guest memory can reach all of it, at any time: that it
-honours windows and unmaps is trust. What it asks for by message is checked against the windows.
+honours windows and unmaps is trust. Its requests by message are checked against the windows.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class VfioUserTarget:
 
     @property
     def capabilities(self) -> DmaCapabilities:
-        """What it can do: an unmap has to name one window exactly, as libvfio-user's servers want it."""
+        """Its abilities: an unmap has to name one window exactly, as for libvfio-user's servers."""
         return self._capabilities
 
     @property
@@ -164,7 +164,7 @@ class VfioUserTarget:
         there.
 
         :raises DmaError: EINVAL: misaligned, empty, past 2**64. EEXIST, ENOSPC: a window is there,
-            or no more may be. EBADF: the descriptor is none. What the server says. Nothing has
+            or no more may be. EBADF: the descriptor is none. Any other: the server's. Nothing has
             changed, unless it is ``in_doubt``: then the target has failed.
         """
         self._check("map", iova, memory.size)
@@ -181,7 +181,7 @@ class VfioUserTarget:
 
         :return: *size*.
         :raises DmaError: EINVAL: misaligned, empty, past 2**64. ENOENT: it is not one whole window.
-            What the server says. Nothing has changed, unless it is ``in_doubt``: then the target
+            Any other: the server's. Nothing has changed, unless it is ``in_doubt``: then the target
             has failed.
         """
         self._check("unmap", iova, size)
@@ -216,7 +216,7 @@ class VfioUserTarget:
 
     def device_info(self) -> DeviceInfoReply:
         """
-        Ask what the device is.
+        Ask for the device's description.
 
         :raises DmaError: The server refused, or the target has failed.
         """
@@ -301,8 +301,7 @@ class VfioUserTarget:
                 errno.EBADF, f"{where}: the target was closed",
                 iova=iova, size=size, in_doubt=call.sent,
             )  # fmt: skip
-        # Never in doubt about one call only: without the server nobody knows what its devices can
-        # reach.
+        # Never in doubt about one call only: without the server nobody knows its devices' reach.
         raise DmaError(
             _errno_of(failure), f"{where}: vfio-user server at {self._name} is lost",
             iova=iova, size=size, in_doubt=True,
@@ -324,7 +323,7 @@ def _errno_of(error: Exception) -> int:
 
 
 def _check_descriptor(iova: int, memory: HostRange) -> None:
-    """Refuse what cannot be sent, before it takes the connection along."""
+    """Refuse a message that cannot be sent, before it ends the connection."""
     if memory.fd is None:
         return
     try:

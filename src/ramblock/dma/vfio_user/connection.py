@@ -8,12 +8,12 @@ Theory of operation. Both sides send commands on the one stream, and each answer
 connection remembers two things: the requests that it sent and that are not answered (by their id,
 which is ours to choose), and the requests that it received and has not answered (by object: the
 peer's ids are the peer's business, and may repeat). The first message is the client's VERSION, the
-second the server's answer; nothing else may be sent before. What the two announce there are the
-limits of all that follows.
+second the server's answer; nothing else may be sent before. Their announcements are the limits of
+all that follows.
 
-Whoever feeds it drains it: after each :meth:`Connection.receive`, :meth:`Connection.next_event`
-until ``NEED_DATA``. Then it never holds more than one message, whose size is limited, and the
-descriptors of one message.
+Its feeder drains it: after each :meth:`Connection.receive`, :meth:`Connection.next_event` until
+``NEED_DATA``. Then it never holds more than one message, whose size is limited, and the descriptors
+of one message.
 
 A rule that the peer broke is a ``RemoteProtocolError``, raised once, by ``next_event``. The
 connection is dead then: it has closed the descriptors that it held, and every call is a
@@ -56,11 +56,11 @@ from ramblock.errors import LocalProtocolError, RemoteProtocolError
 
 __all__ = ["Connection", "Role"]
 
-# What a message has beside its data: the header, and the largest fixed part.
+# A message's bytes beside its data: the header, and the largest fixed part.
 _OVERHEAD = 64
 _IDS = 1 << 16
 
-#: What we take where nothing else is said. QEMU and libvfio-user send up to 8 and 16 descriptors.
+#: Our limits where nothing else is said. QEMU and libvfio-user send up to 8 and 16 descriptors.
 OWN_CAPABILITIES = Capabilities(max_msg_fds=16, max_data_xfer_size=DEFAULT_MAX_DATA_XFER_SIZE)
 
 
@@ -86,7 +86,7 @@ class Connection:
 
     :param role: Which side.
     :param close_descriptor: Closes a descriptor that nobody took: ``os.close``.
-    :param capabilities: What this side announces, and so takes.
+    :param capabilities: This side's announcement, and so its limits.
     """
 
     def __init__(
@@ -96,9 +96,9 @@ class Connection:
         capabilities: Capabilities = OWN_CAPABILITIES,
     ) -> None:
         self.role = role
-        #: What this side announces.
+        #: This side's announcement.
         self.own = capabilities
-        #: What the peer announced; before that, what holds for one that says nothing.
+        #: The peer's announcement; before it, the defaults of one that says nothing.
         self.peer = Capabilities()
         self._close_descriptor = close_descriptor
         self._inbox = Inbox(close_descriptor)
@@ -158,11 +158,11 @@ class Connection:
 
     def receive(self, data: bytes, fds: Iterable[int] = ()) -> None:
         """
-        Take in what arrived.
+        Take in bytes that arrived.
 
         :param data: A chunk of the stream, of any size.
-        :param fds: The descriptors that came with it; they are the connection's from now on,
-            whatever happens.
+        :param fds: The descriptors that came with it; they are the connection's from now on in any
+            case.
         :raises LocalProtocolError: The connection is over. *fds* are closed.
         """
         if self.closed:
@@ -177,18 +177,18 @@ class Connection:
         self._eof = True
 
     def reject(self, text: str) -> None:
-        """Let the next :meth:`next_event` raise a ``RemoteProtocolError`` that says *text*: for what only the edge sees."""
+        """Let the next :meth:`next_event` raise a ``RemoteProtocolError``, *text*, for the edge."""
         if self._violation is None:
             self._violation = text
 
     def next_event(self) -> Event:
         """
-        Tell what has arrived.
+        Return the next event.
 
         :return: A :class:`Request` or :class:`Reply`, which own their descriptors; ``NEED_DATA``;
             or ``CLOSED``, again and again, after the peer has closed its side between two messages.
-        :raises RemoteProtocolError: The peer broke the protocol. The connection is dead; what it
-            held is closed.
+        :raises RemoteProtocolError: The peer broke the protocol. The connection is dead; its
+            descriptors are closed.
         :raises LocalProtocolError: It is over already.
         """
         self._check_open("next_event")
@@ -282,7 +282,7 @@ class Connection:
         self, message: Message, fds: Iterable[int] = (), *, no_reply: bool = False
     ) -> Outgoing:
         """
-        Make a request. What is returned has to be sent, in the order in which it was made.
+        Make a request. The returned messages have to be sent in their order.
 
         :param fds: Descriptors that go along; they stay the caller's.
         :param no_reply: Ask for no answer; there will be no :class:`Reply` then.
@@ -334,7 +334,7 @@ class Connection:
 
     def reply(self, request: Request, message: Message, fds: Iterable[int] = ()) -> Outgoing:
         """
-        Answer *request*. What is returned has to be sent.
+        Answer *request*. The returned message has to be sent.
 
         :param fds: Descriptors that go along; they stay the caller's.
         :raises LocalProtocolError: *request* wants no answer or has one already, *message* does not
@@ -372,7 +372,7 @@ class Connection:
         """
         Answer *request* with an error.
 
-        After that of a VERSION the connection is over, and what is returned the last message.
+        After that of a VERSION the connection is over, and the returned message is its last.
 
         :param errno: Positive.
         :raises LocalProtocolError: *request* wants no answer or has one already. Nothing has

@@ -35,7 +35,7 @@ class Conversation:
     A negotiated link, and the thread on it.
 
     :param link: The conversation's from now on.
-    :param memory: What the server may reach.
+    :param memory: Memory that the server may reach.
     """
 
     def __init__(self, link: Link, memory: ServedMemory) -> None:
@@ -50,7 +50,7 @@ class Conversation:
         # A server that reads no answers is not listened to either, or they would pile up.
         self._unsent_limit = link.connection.max_message_size
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        # So that nobody rings what is closed, and is another's by then.
+        # So that nobody rings a closed number, which is another's by then.
         self._ringing = Lock()
         self._poller = select.poll()
         self._poller.register(self._bell, select.POLLIN)
@@ -69,8 +69,8 @@ class Conversation:
         Have *call* sent and answered, and wait for that.
 
         :param timeout: In seconds. When they are over, the conversation is as well.
-        :return: When *call* has an answer; or when the conversation is over and nobody knows what
-            the server did.
+        :return: When *call* has an answer; or when the conversation is over and nobody knows the
+            server's part.
         :raises BusyError: The caller is the thread that would have to do it. Nothing was sent.
         :raises DmaError: *call* was refused on this side. Nothing was sent.
         """
@@ -190,8 +190,8 @@ class Conversation:
             )
 
     def _finish(self, reply: Reply) -> None:
-        # It stays among those that were sent until all is done: whoever waits must not wake up
-        # before a failure is known.
+        # It stays among those that were sent until all is done: its waiter must not wake up before
+        # a failure is known.
         call = self._sent[reply.message_id]
         with reply:
             call.end(self._memory, reply.message)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes out of a connection, and what goes into a socket."""
+"""Events out of a connection, and messages into a socket."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Reply:
     message: Message | ErrorReply
     fds: Descriptors
     request: Message
-    """What it answers."""
+    """The request that it answers."""
 
     def close(self) -> None:
         """Close the descriptors that nobody took."""

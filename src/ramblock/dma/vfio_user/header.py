@@ -58,7 +58,7 @@ class Header(NamedTuple):
 
     def check(self, limit: int) -> None:
         """
-        Check what has to be true of every message.
+        Check the rules for every message.
 
         :param limit: The largest message that is accepted, in bytes.
         :raises MalformedError: It is not.

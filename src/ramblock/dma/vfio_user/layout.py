@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the payload of a message becomes a value and back: what requests and replies have in common."""
+"""Payloads of messages as values and back: the common part of requests and replies."""
 
 from __future__ import annotations
 

@@ -23,10 +23,9 @@ from ramblock.dma.vfio_user.numbers import KERNEL_MAX_FDS
 
 __all__ = ["Link", "connect"]
 
-# Enough for all descriptors that the kernel passes at once: what did not fit would be closed
-# without a word from whom.
+# Enough for all descriptors that the kernel passes at once: it closes those that do not fit.
 _ANCILLARY_BYTES = socket.CMSG_SPACE(KERNEL_MAX_FDS * array("i").itemsize)
-# What is read at once; a larger message takes several calls.
+# Bytes to read at once; a larger message takes several calls.
 _CHUNK = 1 << 18
 
 
@@ -39,7 +38,7 @@ class Link:
 
     :param sock: A connected UNIX stream socket; the link's from now on.
     :param role: Which side this is.
-    :param capabilities: What this side announces, and so takes.
+    :param capabilities: This side's announcement, and so its limits.
     """
 
     def __init__(
@@ -48,8 +47,7 @@ class Link:
         sock.settimeout(0)
         self.connection = Connection(role, os.close, capabilities)
         self._sock = sock
-        # The message at the front may be sent in part: what is left of it then, without
-        # descriptors.
+        # The message at the front may be sent in part: its rest then, without descriptors.
         self._outbox: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         #: How many bytes wait to be sent.
         self.unsent = 0
@@ -87,7 +85,7 @@ class Link:
 
     def flush(self) -> bool:
         """
-        Send now what the socket takes.
+        Send now as much as the socket takes.
 
         :return: Whether nothing waits any more.
         :raises OSError: The peer is gone.
@@ -110,7 +108,7 @@ class Link:
 
     def event(self) -> Event:
         """
-        Tell now what has arrived; ``NEED_DATA``: no whole message yet.
+        Return now an event that has arrived; ``NEED_DATA``: no whole message yet.
 
         :raises RemoteProtocolError: The peer broke the protocol.
         :raises OSError: The socket failed.
@@ -126,7 +124,7 @@ class Link:
 
     def _read(self) -> bool:
         """
-        Hand the connection what the socket has, up to the end of what it wants.
+        Hand the connection the socket's bytes, up to the end of its message.
 
         False: nothing.
         """
@@ -157,7 +155,7 @@ class Link:
         Send a message, and all that waits before it.
 
         :param timeout: In seconds; None: as long as it takes.
-        :raises TimeoutError: The peer does not read. What is not sent stays queued.
+        :raises TimeoutError: The peer does not read. Unsent bytes stay queued.
         :raises OSError: The peer is gone.
         """
         deadline = None if timeout is None else monotonic() + timeout
@@ -167,7 +165,7 @@ class Link:
 
     def receive(self, timeout: float | None = None) -> Request | Reply | None:
         """
-        Wait for the next message; meanwhile send what is queued.
+        Wait for the next message; meanwhile send the queue.
 
         :param timeout: In seconds, for the whole message; None: as long as it takes.
         :return: The message; None: the peer has closed its side.

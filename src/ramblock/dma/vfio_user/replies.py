@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The payload of every reply as a value, and what has to fit the request that it answers."""
+"""The payload of every reply as a value, and the rules by which it fits its request."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class ErrorReply:
 
 @dataclass(frozen=True, slots=True)
 class VersionReply(Message):
-    """The version that holds from now on, and what the server can do."""
+    """The version that holds from now on, and the server's abilities."""
 
     command: ClassVar = Command.VERSION
     repeats: ClassVar = ("major",)
@@ -94,7 +94,7 @@ class DmaMapReply(EmptyMessage):
 
 @dataclass(frozen=True, slots=True)
 class DmaUnmapReply(Message):
-    """What was unmapped; the request with its size as it was carried out."""
+    """The unmapped range; the request with its size as it was carried out."""
 
     command: ClassVar = Command.DMA_UNMAP
     repeats: ClassVar = ("address",)
@@ -115,7 +115,7 @@ class DmaUnmapReply(Message):
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfoReply(Message):
-    """What the device is."""
+    """The device's description."""
 
     command: ClassVar = Command.DEVICE_GET_INFO
     argsz: int
@@ -234,7 +234,7 @@ class SetIrqsReply(EmptyMessage):
 
 @dataclass(frozen=True, slots=True)
 class RegionReadReply(Message):
-    """What was read."""
+    """The data read."""
 
     command: ClassVar = Command.REGION_READ
     repeats: ClassVar = ("region", "offset")
@@ -309,7 +309,7 @@ class RegionWriteMultiReply(Message):
 
 @dataclass(frozen=True, slots=True)
 class DmaReadReply(Message):
-    """What was read."""
+    """The data read."""
 
     command: ClassVar = Command.DMA_READ
     repeats: ClassVar = ("address",)
@@ -367,7 +367,7 @@ class ResetReply(EmptyMessage):
 
 @dataclass(frozen=True, slots=True)
 class UnknownReply(Message):
-    """What a peer answered to a command that is not known here."""
+    """A peer's answer to a command that is not known here."""
 
     max_fds: ClassVar = None
     command: int  # type: ignore[assignment,misc]  # here it is not the class that says which

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a client lets the server reach by message: its own table of windows, and the memory behind
-them.
+The memory that a server reaches by message: a client's own windows, and the memory in them.
 
 Only the thread that talks to the server touches it, so that an access is over before the next
 message is looked at: no lock, and least of all the memory's.
@@ -81,10 +80,10 @@ class ServedMemory:
             first, _ = self._table.overlapping(mapping.iova, mapping.end)
             self._table.replace(first, first + 1, [])
 
-    # -- what the server asks ----------------------------------------------------------------------
+    # -- the server's requests ---------------------------------------------------------------------
 
     def serve(self, message: Message) -> Message | int:
-        """Do what the server asks for; the answer, or the errno of a refusal."""
+        """Carry out a request of the server; the answer, or the errno of a refusal."""
         if isinstance(message, DmaRead):
             data = self._read(message.address, message.count)
             return data if isinstance(data, int) else DmaReadReply(message.address, data)
