@@ -75,7 +75,7 @@ def boot_shares(guest: Guest) -> list[Share]:
 
 
 def _atomic_pools(guest: Guest) -> Share:
-    """DMA pools for atomic contexts, one per memory zone (dma_atomic_pool_init(), kernel/dma/pool.c)."""
+    """DMA pools for atomic contexts, one per zone (dma_atomic_pool_init(), kernel/dma/pool.c)."""
     wanted = max(guest.memory // (GIB // (128 * KIB)), 128 * KIB)
     one = min(1 << (wanted - 1).bit_length(), _LARGEST_CHUNK)
     pools = Span.between(2, 3)  # the zones DMA and DMA32; NORMAL, where there is memory above 4 GiB

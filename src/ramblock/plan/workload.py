@@ -70,7 +70,7 @@ class _Addresses:
 
 
 def boot_requests(guest: Guest, end: End) -> Iterator[Request]:
-    """Yield the conversions of boot: firmware's buffers, which go again, and then the lasting ones."""
+    """Yield the conversions of boot: firmware's buffers, which go again, then the lasting ones."""
     slice_size = None if end is End.LOW else guest.technology.slice_size
     addresses = _Addresses(guest)
     transient = firmware()
