@@ -7,9 +7,9 @@ The folder of what has been built: ``$XDG_CACHE_HOME/ramblock-lab`` or ``~/.cach
     logs/                        one log per run of the VM and per step of a build
     lock                         held by the one process that builds
 
-An entry is named for its inputs, so a changed input makes another entry beside the old one. It is put together under
-``work/`` and gets its place by one rename: whatever is there is whole, however the build ended. A build that was interrupted
-leaves its work, and the next one goes on from it.
+An entry is named for its inputs, so a changed input makes another entry beside the old one. It is
+put together under ``work/`` and gets its place by one rename: whatever is there is whole, however
+the build ended. A build that was interrupted leaves its work, and the next one goes on from it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Cache:
         """
         Return the newest entry that was built from *inputs*, or None.
 
-        *inputs* may leave out some that entries have: a kernel is found whichever version of its source was current.
+        *inputs* may leave out some that entries have: a kernel is found whichever version of its
+        source was current.
         """
         matching = [e for e in self.entries(kind) if inputs.items() <= e.inputs.items()]
         return max(matching, key=lambda entry: entry.built, default=None)
@@ -90,7 +91,9 @@ class Cache:
 
     def publish(self, work: Path, kind: str, inputs: Inputs, *, now: float) -> Entry:
         """
-        Make the finished folder *work* an entry. Until the rename there is no entry, after it there is a whole one.
+        Make the finished folder *work* an entry.
+
+        Until the rename there is no entry, after it there is a whole one.
 
         :param now: Seconds since the epoch.
         """
@@ -112,10 +115,12 @@ class Cache:
     @contextmanager
     def lock(self) -> Iterator[int]:
         """
-        Hold the right to build; wait while another process has it. Yields a file descriptor that carries the lock.
+        Hold the right to build; wait while another process has it.
 
-        A child that inherits the descriptor keeps the lock: a compiler run that outlives a killed build is waited for
-        as well, instead of having company in its folder.
+        Yields a file descriptor that carries the lock.
+
+        A child that inherits the descriptor keeps the lock: a compiler run that outlives a killed
+        build is waited for as well, instead of having company in its folder.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -2,9 +2,9 @@
 """
 The lab's QEMU: that of Debian's backports with all the libraries it needs, unpacked into a folder.
 
-It runs through the loader of that folder, so it neither needs nor touches the machine's own libraries. The machine's own
-QEMU would often do, but with QEMU 7.2 (Debian 12's) a guest with two processors dies in patched kernel text, and
-``iommu-testdev`` came with 10.2.
+It runs through the loader of that folder, so it neither needs nor touches the machine's own
+libraries. The machine's own QEMU would often do, but with QEMU 7.2 (Debian 12's) a guest with two
+processors dies in patched kernel text, and ``iommu-testdev`` came with 10.2.
 """
 
 from __future__ import annotations

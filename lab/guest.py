@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What runs inside the VM: a shell script around the command, and the folder through which it talks to the host.
+What runs inside the VM: a shell script around the command, and the folder through which it talks to
+the host.
 
-The folder is on the host, and the guest has it as a 9p file system of its own at ``EXCHANGE``. Each write of the guest is in
-the host's file before it returns, so what was written is there even if the VM dies at once.
+The folder is on the host, and the guest has it as a 9p file system of its own at ``EXCHANGE``. Each
+write of the guest is in the host's file before it returns, so what was written is there even if the
+VM dies at once.
 
     script    what virtme-ng starts
     status    the channel for what became of the command: ``started``, then ``exit N``
@@ -69,7 +71,8 @@ def script(
     Return the script that runs *command*, text for a shell, and reports how it ended.
 
     :param directory: Where the command runs; the root if the guest has no such folder.
-    :param places: Folders of the host that the command needs, wherever they are: a checkout may well be in /tmp.
+    :param places: Folders of the host that the command needs, wherever they are: a checkout may
+        well be in /tmp.
     """
     return _SCRIPT.format(
         exchange=EXCHANGE,

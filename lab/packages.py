@@ -43,7 +43,8 @@ def check_machine() -> None:
     lacking = [name for name in ("apt-get", "dpkg-deb", "dpkg-query") if not shutil.which(name)]
     if lacking:
         raise LabError(
-            f"the lab is built from Debian's packages, and there is no {' and no '.join(lacking)} here; "
+            f"the lab is built from Debian's packages, and there is no {' and no '.join(lacking)}"
+            " here; "
             "bring your own with --kernel and --qemu"
         )
 

@@ -21,7 +21,11 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """The line about one step. On a terminal it is written again and again, elsewhere every half minute."""
+    """
+    The line about one step.
+
+    On a terminal it is written again and again, elsewhere every half minute.
+    """
 
     def __init__(self, what: str, stream: TextIO | None = None) -> None:
         self._what = what

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The tests of ``tests/lab``: those in ``host/`` on this machine, all others inside the VM, once for each variant.
+The tests of ``tests/lab``: those in ``host/`` on this machine, all others inside the VM, once for
+each variant.
 
-Which variants a test is for is the test's own business (``tests/lab/conftest.py``). A run without tests is a failure.
+Which variants a test is for is the test's own business (``tests/lab/conftest.py``). A run without
+tests is a failure.
 """
 
 from __future__ import annotations
@@ -82,7 +84,8 @@ def parts(names: Sequence[str], arguments: Sequence[str]) -> list[Part]:
     """
     Divide pytest's *arguments* among the variants (and HOST) called *names*.
 
-    Paths below ``tests/lab`` choose tests, each in the part where it can run; parts for which that leaves none are left out.
+    Paths below ``tests/lab`` choose tests, each in the part where it can run; parts for which that
+    leaves none are left out.
     """
     paths, options = _divide(arguments)
     for_host = [path for path in paths if path.startswith(_HOST_TESTS)]
@@ -100,7 +103,8 @@ def parts(names: Sequence[str], arguments: Sequence[str]) -> list[Part]:
 
 
 def _divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    # Paths below tests/lab, however they are written, and everything else. The value of an option is no path.
+    # Paths below tests/lab, however they are written, and everything else. The value of an option
+    # is no path.
     paths, options = [], []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         path = (

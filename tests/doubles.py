@@ -1,7 +1,8 @@
 """
 Stand-ins for what other people write: listeners, discard sources, a VM, an IOMMU that pauses.
 
-Each keeps its own record of what it was told, so that a test compares two books and not one with itself.
+Each keeps its own record of what it was told, so that a test compares two books and not one with
+itself.
 """
 
 import errno
@@ -81,8 +82,9 @@ class RecordingListener:
     """
     Notes what it hears, and what it holds.
 
-    ``refuse`` decides about each call before it counts; ``then`` runs inside each call, after the decision. What a listener
-    may rely on is checked: nothing is populated twice, nothing is discarded that it does not hold, unless it is sparse.
+    ``refuse`` decides about each call before it counts; ``then`` runs inside each call, after the
+    decision. What a listener may rely on is checked: nothing is populated twice, nothing is
+    discarded that it does not hold, unless it is sparse.
     """
 
     def __init__(self, name: str = "listener", *, sparse: bool = False) -> None:
@@ -180,7 +182,9 @@ class RunSource:
 
 class RecordingVm:
     """
-    A VM that notes what it is asked, and which guest pages (by number) are private; with memory slots.
+    A VM that notes what it is asked, and which guest pages (by number) are private.
+
+    With memory slots.
 
     ``refuse`` decides about each call before it counts. The kernel's default is shared.
     """

@@ -302,7 +302,7 @@ def test_whoever_waits_follows_a_block_to_its_new_lock(monkeypatch: pytest.Monke
         assert before.run("something", lambda: "is free") == "is free"
 
 
-# -- poison -----------------------------------------------------------------------------------------------------------
+# -- poison ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -355,12 +355,14 @@ def test_a_block_that_leaves_a_poisoned_memory_stays_poisoned(guest: Guest) -> N
 
 @pytest.mark.parametrize("name", sorted(TAKES_AWAY))
 def test_a_transaction_that_nobody_ended_counts_as_poison(guest: Guest, name: str) -> None:
-    # Whoever opened it was killed before it could say how it ended, by a second Ctrl-C during the undo.
+    # Whoever opened it was killed before it could say how it ended, by a second Ctrl-C during the
+    # undo.
     guest.block.guard.transaction_open = True
     assert guest.memory.poisoned
     with pytest.raises(PoisonedError, match="interrupted while it was being undone"):
         guest.memory.convert(0, PAGE, PRIVATE)
-    # What works on a poisoned memory runs transactions of its own; their good end is not the other's.
+    # What works on a poisoned memory runs transactions of its own; their good end is not the
+    # other's.
     CHANGES[name](guest)
     assert guest.memory.poisoned
     with pytest.raises(PoisonedError):

@@ -1,10 +1,11 @@
 """
 Ctrl-C at every point where it can strike.
 
-CPython delivers signals at function entry, at backward jumps, and when a function in C has returned (ceval.c,
-CHECK_EVAL_BREAKER). The first half of this file raises KeyboardInterrupt at each such point of our code in turn, by tracing
-and profiling; the second half uses real signals at random moments. Whatever is
-interrupted, nothing may be stale or missing, no lock may stay taken, and the next call must work; or it is poisoned.
+CPython delivers signals at function entry, at backward jumps, and when a function in C has returned
+(ceval.c, CHECK_EVAL_BREAKER). The first half of this file raises KeyboardInterrupt at each such
+point of our code in turn, by tracing and profiling; the second half uses real signals at random
+moments. Whatever is interrupted, nothing may be stale or missing, no lock may stay taken, and the
+next call must work; or it is poisoned.
 """
 
 from __future__ import annotations
@@ -279,7 +280,7 @@ def test_real_signals_at_random_moments(kind: type[SoftIommu | RemoteIommu]) -> 
             try:
                 signal.setitimer(signal.ITIMER_REAL, numbers.uniform(1e-6, 150e-6))
                 world.memory.convert(gpa, size, to)
-            except (KeyboardInterrupt):
+            except KeyboardInterrupt:
                 interrupted += 1
             finally:
                 while True:

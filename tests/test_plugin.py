@@ -7,8 +7,8 @@ import pytest
 
 pytest_plugins = ["pytester"]
 
-# Arguments: the socket, and then what to do, one word each: map:ADDRESS:PAGES, unmap:ADDRESS:PAGES, say:TEXT, exit:CODE. At the
-# end it waits to be ended. Whatever is refused it takes no notice of.
+# Arguments: the socket, and then what to do, one word each: map:ADDRESS:PAGES, unmap:ADDRESS:PAGES,
+# say:TEXT, exit:CODE. At the end it waits to be ended. Whatever is refused it takes no notice of.
 _VMM = """\
 import os, signal, sys
 from ramblock.dma.vfio_user import Link, Role

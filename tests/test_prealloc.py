@@ -117,7 +117,7 @@ def test_what_a_conversion_frees_is_free() -> None:
         assert block.allocated_bytes() == 12 * PAGE
 
 
-# -- when it fails ----------------------------------------------------------------------------------------------------
+# -- when it fails ---------------------------------------------------------------------------------
 
 
 class Stop(Exception):

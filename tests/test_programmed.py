@@ -31,7 +31,11 @@ SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE
 
 
 class PythonGuest:
-    """What the guest program does, on two memories; the next words it reads or writes can go wrong."""
+    """
+    What the guest program does, on two memories.
+
+    The next words it reads or writes can go wrong.
+    """
 
     def __init__(self, memory: GuestMemory, block: RamBlock) -> None:
         self.memory = memory

@@ -46,7 +46,7 @@ def block(vm: KvmVm) -> Iterator[RamBlock]:
         yield block
 
 
-# -- attributes -------------------------------------------------------------------------------------------------------
+# -- attributes ------------------------------------------------------------------------------------
 
 
 def test_it_has_slots(vm: KvmVm) -> None:
@@ -72,7 +72,7 @@ def test_bad_range_of_attributes_is_refused(vm: KvmVm, gpa: int, size: int) -> N
         vm.set_memory_attributes(gpa, size, private=True)
 
 
-# -- slots ------------------------------------------------------------------------------------------------------------
+# -- slots -----------------------------------------------------------------------------------------
 
 
 def test_attributes_come_before_the_slot(vm: KvmVm, block: RamBlock) -> None:
@@ -209,7 +209,7 @@ def test_stand_in_serves_where_nothing_is_enforced(vm: KvmVm) -> None:
         memory.convert(RAM, SIZE, SHARED)
 
 
-# -- exits ------------------------------------------------------------------------------------------------------------
+# -- exits -----------------------------------------------------------------------------------------
 
 
 def test_exits_of_map_gpa_range_can_be_enabled(kvm: Kvm, vm: KvmVm) -> None:
@@ -228,7 +228,7 @@ def test_kernel_without_these_exits_is_an_error(vm: KvmVm, monkeypatch: pytest.M
     assert caught.value.errno == errno.EOPNOTSUPP
 
 
-# -- the end ----------------------------------------------------------------------------------------------------------
+# -- the end ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(("vm", "vcpu", "block", "private"))))

@@ -57,7 +57,7 @@ def check_borders(rig: Rig, memory: GuestMemory, gpa: int, size: int) -> None:
             assert rig.reaches(at) == (memory.state(at) is SHARED), hex(at)
 
 
-# -- conversions ------------------------------------------------------------------------------------------------------
+# -- conversions -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_section_where_no_dma_goes_is_refused(rig: Rig) -> None:
             memory.attach(rig.target)
 
 
-# -- DMA --------------------------------------------------------------------------------------------------------------
+# -- DMA -------------------------------------------------------------------------------------------
 
 
 def test_edu_moves_data_in_shared_pages_both_ways(
@@ -177,7 +177,7 @@ def test_a_page_just_made_private_faults_and_keeps_its_bytes(
         assert blocks[0].read(page, 12) == b"shared again"
 
 
-# -- the budget -------------------------------------------------------------------------------------------------------
+# -- the budget ------------------------------------------------------------------------------------
 
 
 def test_type1_is_refused_before_the_kernel_would_refuse(blocks: tuple[RamBlock, RamBlock]) -> None:
@@ -205,7 +205,7 @@ def test_type1_is_refused_before_the_kernel_would_refuse(blocks: tuple[RamBlock,
         memory.detach(mapper)
 
 
-# -- other books ------------------------------------------------------------------------------------------------------
+# -- other books -----------------------------------------------------------------------------------
 
 
 def test_the_kernels_tracepoints_agree(rig: Rig, memory: GuestMemory) -> None:
@@ -277,11 +277,15 @@ def test_the_device_reaches_what_the_software_iommu_has_mapped(
             memory.detach(mapper)
 
 
-# -- what the policies cost -------------------------------------------------------------------------------------------
+# -- what the policies cost ------------------------------------------------------------------------
 
 
 def swiotlb_and_drivers() -> Iterator[tuple[int, int, PageState]]:
-    """A pool of 6 MiB in slices of 2 MiB, then drivers that take and give back buffers; as (offset, size, state)."""
+    """
+    A pool of 6 MiB in slices of 2 MiB, then drivers that take and give back buffers.
+
+    As (offset, size, state).
+    """
     yield from ((slice_ * HUGE, HUGE, SHARED) for slice_ in range(3))
     random_numbers = random.Random(7)
     taken: list[tuple[int, int]] = []
@@ -312,7 +316,8 @@ def test_calls_of_page_and_run_for_the_same_work(
         reached.append([rig.reaches(at) for at in range(BASE, BASE + 2 * BLOCK, 64 * KIB)])
         lines.append(
             f"{rig.way.value}, policy {policy.value}: {mapper.map_calls} map calls, "
-            f"{mapper.unmap_calls} unmap calls, {mapper.entries} mappings for {mapper.mapped_bytes // KIB} KiB"
+            f"{mapper.unmap_calls} unmap calls, {mapper.entries} mappings for"
+            f" {mapper.mapped_bytes // KIB} KiB"
         )
         memory.detach(mapper)
         memory.convert(BASE, 2 * BLOCK, PRIVATE)

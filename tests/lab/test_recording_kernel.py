@@ -1,8 +1,9 @@
 """
-`ramblock run` on real parts, recorded twice: by the run itself, and by the kernel's own tracepoints.
+`ramblock run` on real parts, recorded twice: by the run itself, and by the kernel's own
+tracepoints.
 
-The audit has to find the same in both. With RAMBLOCK_RECORD=FOLDER each test leaves its recordings there: that is how those in
-tests/data were made.
+The audit has to find the same in both. With RAMBLOCK_RECORD=FOLDER each test leaves its recordings
+there: that is how those in tests/data were made.
 """
 
 from __future__ import annotations

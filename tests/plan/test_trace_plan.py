@@ -13,7 +13,8 @@ from ramblock.plan.simulation import Counts
 from ramblock.units import MIB
 from trace_samples import DATA, recording
 
-# The part of `ramblock run`'s guest that nothing converts: 4 MiB of BIOS, mapped when a device is attached.
+# The part of `ramblock run`'s guest that nothing converts: 4 MiB of BIOS, mapped when a device is
+# attached.
 _BIOS_PAGES = 1024
 _BIOS_RUNS = 1
 
@@ -215,11 +216,14 @@ def test_a_recording_that_begins_in_the_middle(tmp_path: Path) -> None:
     path = _qemu(
         tmp_path,
         "kvm_convert_memory start 0x2000000 size 0x200000 private_to_shared",
-        "ram_block_attributes_state_change offset 0x2000000 size 0x200000 from 'private' to 'shared'",
+        "ram_block_attributes_state_change offset 0x2000000 size 0x200000 from 'private' to"
+        " 'shared'",
         "kvm_convert_memory start 0x2200000 size 0x200000 private_to_shared",
-        "ram_block_attributes_state_change offset 0x2200000 size 0x200000 from 'private' to 'shared'",
+        "ram_block_attributes_state_change offset 0x2200000 size 0x200000 from 'private' to"
+        " 'shared'",
         "kvm_convert_memory start 0x2000000 size 0x200000 shared_to_private",
-        "ram_block_attributes_state_change offset 0x2000000 size 0x200000 from 'shared' to 'private'",
+        "ram_block_attributes_state_change offset 0x2000000 size 0x200000 from 'shared' to"
+        " 'private'",
     )
     plan = plan_trace(path, Limits())
     assert plan.simulated.conversions == 3

@@ -224,7 +224,8 @@ def test_what_domains_of_one_container_share_is_no_double_map() -> None:
         made.at(1, Map, "t", 0, 2 * PAGE, key=0x1000).at(
             1, Map, "t", 2 * PAGE, 4 * PAGE, key=0x9000
         )
-    # The other domains lose it in one call, the first piece by piece (vfio_unmap_unpin in vfio_iommu_type1.c).
+    # The other domains lose it in one call, the first piece by piece (vfio_unmap_unpin in
+    # vfio_iommu_type1.c).
     made.at(100, Unmap, "t", 0, 4 * PAGE, 4 * PAGE)
     made.at(101, Attributes, 0, 4 * PAGE, True).at(102, Unmap, "t", 0, 2 * PAGE, 2 * PAGE)
     result = made.at(300, Unmap, "t", 2 * PAGE, 4 * PAGE, 2 * PAGE).audit()

@@ -1,7 +1,9 @@
 """
-The audit against a naive model: clean traces, and the same with single events deleted, delayed or duplicated.
+The audit against a naive model: clean traces, and the same with single events deleted, delayed or
+duplicated.
 
-Every mutation that makes a stale or a missing mapping is found, with its pages and its events, and none is invented.
+Every mutation that makes a stale or a missing mapping is found, with its pages and its events, and
+none is invented.
 """
 
 import random

@@ -162,7 +162,8 @@ def test_stale_mappings_of_a_real_iommu() -> None:
     assert set(ours.counts) == {stale, FindingKind.FREED}
     assert _pages(ours, stale) == _pages(theirs, stale)
     assert len(_pages(ours, stale)) > 10_000
-    # Every page was mapped while it was private; the kernel stamps it, and the run notes it when the call has returned.
+    # Every page was mapped while it was private; the kernel stamps it, and the run notes it when
+    # the call has returned.
     assert all(finding.note == "mapped while private" for finding in theirs.findings[:50])
     began, noted = _first_seen(theirs), _first_seen(ours)
     # Half a second for calls under emulation; the windows are open for seconds.
@@ -190,7 +191,8 @@ def test_the_recordings_of_one_run_can_be_merged() -> None:
     assert any(target.name.startswith("iommu of process") for target in result.targets)
 
 
-# Mutations of real recordings: events of the run on software IOMMUs, which tells every conversion's end.
+# Mutations of real recordings: events of the run on software IOMMUs, which tells every conversion's
+# end.
 
 
 def _mutated(tmp_path: Path, lines: list[bytes]) -> AuditResult:

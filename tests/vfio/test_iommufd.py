@@ -48,7 +48,7 @@ def mapped(kernel: FakeKernel, target: IommufdIoas) -> dict[int, tuple[int, str,
     return kernel.areas[target.ioas_id].by_iova
 
 
-# -- the mode ---------------------------------------------------------------------------------------------------------
+# -- the mode --------------------------------------------------------------------------------------
 
 
 def test_it_cuts_where_the_kernel_does(kernel: FakeKernel) -> None:
@@ -107,7 +107,7 @@ def test_ranges_are_half_open_and_complete(native: IommufdIoas) -> None:
     assert native.capabilities.max_mappings is None
 
 
-# -- mapping ----------------------------------------------------------------------------------------------------------
+# -- mapping ---------------------------------------------------------------------------------------
 
 
 def test_a_memfd_is_mapped_as_a_file(
@@ -201,7 +201,7 @@ def test_against_a_naive_model(
     target.close()
 
 
-# -- what is left of an unmap that failed -----------------------------------------------------------------------------
+# -- what is left of an unmap that failed ----------------------------------------------------------
 
 
 def test_one_page_is_removed_or_not(
@@ -369,7 +369,7 @@ def test_exact_puts_the_same_back(
     assert mapped(kernel, native) == {}
 
 
-# -- lifetimes --------------------------------------------------------------------------------------------------------
+# -- lifetimes -------------------------------------------------------------------------------------
 
 
 def test_whatever_call_fails_nothing_is_held(kernel: FakeKernel) -> None:
