@@ -69,8 +69,9 @@ class Archive:
 
     def newest(self, pattern: str) -> Package:
         """
-        Return the newest package whose name fits *pattern*, a regular expression with the version
-        as its group.
+        Return the newest package whose name fits *pattern*.
+
+        It is a regular expression with the version as its group.
 
         :raises LabError: There is none.
         """

@@ -3,7 +3,7 @@
 The folder of what has been built: ``$XDG_CACHE_HOME/ramblock-lab`` or ``~/.cache/ramblock-lab``.
 
     kernel/KEY/  qemu/KEY/ ...   finished entries, each with a manifest.json
-    work/                        builds that go on or were interrupted, and what is downloaded for them
+    work/                        builds that go on or were interrupted, and their downloads
     logs/                        one log per run of the VM and per step of a build
     lock                         held by the one process that builds
 
@@ -34,7 +34,7 @@ _MANIFEST = "manifest.json"
 
 
 def key_of(inputs: Inputs) -> str:
-    """Name the folder of what is built from *inputs*: the same in each run, another one when any of them changes."""
+    """Name the folder of a build from *inputs*: the same in each run, another for other inputs."""
     text = json.dumps(dict(inputs), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -79,7 +79,7 @@ class Cache:
             yield Entry(path=manifest.parent, inputs=fields["inputs"], built=fields["built"])
 
     def work(self, name: str) -> Path:
-        """Return the place of a build that goes on: what an interrupted build left there is still there."""
+        """Return the place of a build that goes on; an interrupted build's work is still there."""
         return self.root / "work" / name
 
     def scratch(self, name: str) -> Path:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m lab``: the commands, their exit codes, and what people see when something goes wrong."""
+"""``python -m lab``: the commands, their exit codes, and the messages of errors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ __all__ = ["main", "make_parser"]
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # as a shell has it for SIGINT and SIGPIPE
 
 _EPILOG = f"""\
-exit codes: boot: that of the command; test: 0 all passed, 1 some failed or none ran; {EXIT_LAB} the lab itself failed (it
-could not be built, or the VM was lost), which `git bisect run` skips; 2 usage; {EXIT_INTERRUPTED} interrupted
+exit codes: boot: that of the command; test: 0 all passed, 1 some failed or none ran; {EXIT_LAB} the
+lab itself failed (it could not be built, or the VM was lost), which `git bisect run` skips;
+2 usage; {EXIT_INTERRUPTED} interrupted
 """
 
 

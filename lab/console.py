@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest's console and the command's output: both into one log, and what the kernel says about its own trouble."""
+"""The guest's console and the command's output, both into one log, and the kernel's own trouble."""
 
 from __future__ import annotations
 

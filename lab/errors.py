@@ -84,8 +84,7 @@ class KernelOptionsError(LabError):
 
 class LostVmError(LabError):
     """
-    The virtual machine ended, or had to be ended, before the command did: nothing is known of the
-    command's result.
+    The virtual machine ended, or had to be ended, before the command: its result is not known.
 
     :ivar log: The run's log: kernel messages and the command's output so far.
     """

@@ -32,7 +32,7 @@ HEADERS = "headers"
 # Counts up when the steps below change in a way that changes what comes out.
 _RECIPE = "1"
 _PACKAGE = r"linux-source-(7\.\d+)"
-# Lines like "  CC      drivers/iommu/iommu.o" of a whole build; it varies a little with the version.
+# Lines like "  CC      drivers/iommu/iommu.o" of a whole build; about, since versions vary.
 _USUAL_STEPS = 2500
 _STEP = re.compile(rb"  [A-Z][A-Z0-9_-]+ +\S")
 # Kernel developers have the two settings in their environment, for other machines than this one.
@@ -42,7 +42,7 @@ _ANONYMOUS = {"KBUILD_BUILD_USER": "ramblock", "KBUILD_BUILD_HOST": "lab"}
 
 
 def find(cache: Cache) -> Entry | None:
-    """Return the kernel that is built already, whichever version of the source was the newest then."""
+    """Return the kernel that is built already, from any version of the source."""
     return cache.find("kernel", _inputs(FRAGMENT.read_text()))
 
 

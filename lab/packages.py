@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machine itself has to have before anything can be built: Debian packages, installed if we are root."""
+"""The Debian packages that the machine needs before a build, installed if we are root."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees of a long step: its name, how far it is, and for how long it has been going."""
+"""The display of a long step: its name, its progress, and its time."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the lab runs other programs while it builds: their output goes to a log, a person sees one line per step."""
+"""Programs that the lab runs while it builds: output goes to a log, one line per step is shown."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def build(cache: Cache, shell: Shell) -> None:
 
 
 def configure_command(tools: Path, fragment: Path) -> list[str]:
-    """Return the command that adds virtme-ng's options and those of *fragment* to a kernel's ``.config``."""
+    """Return the command that adds the options of virtme-ng and *fragment* to ``.config``."""
     command = [str(_python(tools)), "-m", "virtme.commands.configkernel"]
     return [*command, "--arch", "x86_64", "--update", "--custom", str(fragment)]
 

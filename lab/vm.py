@@ -94,7 +94,7 @@ class Machine:
     logs: Path
 
     def command(self, exchange: Path) -> list[str]:
-        """Return the command that boots the VM with *exchange* as the folder between host and guest."""
+        """Return the command that boots the VM with *exchange* as the folder shared with it."""
         arguments = (*_KERNEL_ARGUMENTS, *self.variant.kernel_arguments)
         return [
             *self.launcher,
@@ -138,8 +138,8 @@ class Machine:
         """
         self.logs.mkdir(parents=True, exist_ok=True)
         log = (
-            self.logs
-            / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{os.getpid()}-{self.variant.name}-{_as_name(work.name)}.log"
+            self.logs / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{os.getpid()}-{self.variant.name}"
+            f"-{_as_name(work.name)}.log"
         )
         exchange = Path(tempfile.mkdtemp(prefix="ramblock-lab-"))
         try:

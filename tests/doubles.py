@@ -139,7 +139,10 @@ class RecordingListener:
 
 
 class PageSource:
-    """A discard source that can only be asked page by page: a set of page numbers is what it calls populated."""
+    """
+    A discard source that can only be asked page by page: a set of page numbers is what it calls
+    populated.
+    """
 
     def __init__(self, populated: Iterable[int] = (), *, granularity: int = PAGE) -> None:
         self.granularity = granularity
@@ -161,7 +164,9 @@ class PageSourceWithRanges(PageSource):
 
 
 class RunSource:
-    """A discard source for blocks too big for a set of pages: a few runs, as (offset, size) in bytes."""
+    """
+    A discard source for blocks too big for a set of pages: a few runs, as (offset, size) in bytes.
+    """
 
     granularity = PAGE
 

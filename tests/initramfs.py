@@ -1,4 +1,7 @@
-"""A guest's whole file system in one file: busybox, and a script as its first program (the kernel's "newc" cpio format)."""
+"""
+A guest's whole file system in one file: busybox, and a script as its first program (the kernel's
+"newc" cpio format).
+"""
 
 import gzip
 import stat

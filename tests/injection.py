@@ -206,7 +206,10 @@ class Injector:
         assert len(self.calls) >= max(self.plan, default=0), "a call of the plan was never made"
 
     def forget(self) -> None:
-        """Let go of calls and tracebacks, which lead to the targets: else a poisoned guest never goes (Attachment)."""
+        """
+        Let go of calls and tracebacks, which lead to the targets: else a poisoned guest never goes
+        (Attachment).
+        """
         self.calls = []
         self.failed = []
 
@@ -528,7 +531,10 @@ class FaultyBits(SparseBitmap):
 
 
 class FaultyListener:
-    """A listener of somebody else's: holds exactly what it is told, and notices when it is told what cannot be."""
+    """
+    A listener of somebody else's: holds exactly what it is told, and notices when it is told what
+    cannot be.
+    """
 
     def __init__(self, injector: Injector, checker: GuestChecker, section: RamSection) -> None:
         self.injector = injector

@@ -48,7 +48,10 @@ from ramblock.testing import pages_of
 
 @pytest.fixture(autouse=True, scope="module")
 def fast() -> Iterator[None]:
-    """Each poisoning is logged as critical, and thousands of small guests keep the garbage collector busy."""
+    """
+    Each poisoning is logged as critical, and thousands of small guests keep the garbage collector
+    busy.
+    """
     logging.disable()
     before = gc.get_threshold()
     gc.freeze()
@@ -621,7 +624,10 @@ def test_leaving_by_something_that_is_neither_error_nor_interrupt_puts_everythin
 
 
 def layouts(first: int, last: int) -> Iterator[Layout]:
-    """Every way to have pages [first, last) mapped: which, and which of them with the page before in one mapping."""
+    """
+    Every way to have pages [first, last) mapped: which, and which of them with the page before in
+    one mapping.
+    """
     if first == last:
         yield ()
         return

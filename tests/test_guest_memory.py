@@ -48,7 +48,10 @@ HIGH = LOW + COUNT * PAGE
 
 
 class Guest:
-    """Two confidential blocks side by side, ordinary RAM behind a hole, two targets, and a VM that notes everything."""
+    """
+    Two confidential blocks side by side, ordinary RAM behind a hole, two targets, and a VM that
+    notes everything.
+    """
 
     def __init__(self) -> None:
         self.vm = RecordingVm()

@@ -1,4 +1,7 @@
-"""One memory for both states: the order, pins, what stops half-way, and that nothing is ever freed but by unplugging."""
+"""
+One memory for both states: the order, pins, what stops half-way, and that nothing is ever freed but
+by unplugging.
+"""
 
 from __future__ import annotations
 
@@ -319,7 +322,10 @@ def stop_at(
     times: int = 1,
     private: bool | None = None,
 ) -> Callable[[int, bool], None]:
-    """For ``before_page``: raise at page *number*, that many times, on the way to *private* or on both ways."""
+    """
+    For ``before_page``: raise at page *number*, that many times, on the way to *private* or on both
+    ways.
+    """
     left = times
 
     def stop(page: int, to_private: bool) -> None:

@@ -329,7 +329,10 @@ def test_unmapping_inside_a_mapping_needs_entries_for_it_and_for_its_undo(
 @pytest.mark.parametrize("limit", range(1, 8))
 @pytest.mark.parametrize("policy", [RUN, PAGE_POLICY])
 def test_running_out_never_poisons(guests: list[Guest], policy: MappingPolicy, limit: int) -> None:
-    """The target has no room beyond the budget either, and every undo happens: the attribute step always fails."""
+    """
+    The target has no room beyond the budget either, and every undo happens: the attribute step
+    always fails.
+    """
 
     class Refusing:
         on = False

@@ -1,4 +1,6 @@
-"""The run's side of a guest on a vCPU, against a guest in Python whose memory can be made to lie."""
+"""
+The run's side of a guest on a vCPU, against a guest in Python whose memory can be made to lie.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``ramblock run`` on devices of other processes: a probe, one that is killed, a server that nobody drives."""
+"""
+``ramblock run`` on devices of other processes: a probe, one that is killed, a server that nobody
+drives.
+"""
 
 import json
 import signal

@@ -86,7 +86,10 @@ class Listening(NamedTuple):
 
 @dataclass
 class Refusal:
-    """Which call, of all listeners together, is refused next: once, so that what is put back can be put back."""
+    """
+    Which call, of all listeners together, is refused next: once, so that what is put back can be
+    put back.
+    """
 
     calls_until: int | None = None
     happened: bool = False
@@ -121,7 +124,10 @@ class EverythingAgrees(RuleBasedStateMachine):
     def start(
         self, kinds: list[TargetKind], empty: bool, plugged: bool, in_place: set[str]
     ) -> None:
-        """Begin with a guest that runs, most of the time: what is interesting happens to a guest that does."""
+        """
+        Begin with a guest that runs, most of the time: what is interesting happens to a guest that
+        does.
+        """
         self.checker = GuestChecker()
         self.vm = self.checker.vm()
         self.memory = GuestMemory(self.vm)
@@ -351,7 +357,10 @@ class EverythingAgrees(RuleBasedStateMachine):
     def state_change(
         self, name: str, where: tuple[int, int], to: PageState, refuse_at: int | None
     ) -> None:
-        """Change the states the way a VMM without ``convert`` would: with the attributes, in the right order."""
+        """
+        Change the states the way a VMM without ``convert`` would: with the attributes, in the right
+        order.
+        """
         attributes = self.edges[name].block.attributes
         assert attributes is not None
         changing = {

@@ -275,7 +275,10 @@ class Server:
 
 
 class RemoteIommu:
-    """A server and the target that drives it, with the face of a SoftIommu, so that the same tests can run on both."""
+    """
+    A server and the target that drives it, with the face of a SoftIommu, so that the same tests can
+    run on both.
+    """
 
     def __init__(
         self,

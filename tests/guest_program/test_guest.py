@@ -1,4 +1,7 @@
-"""The guest program on this machine's KVM, asking as this KVM lets it: by the doorbell, where nothing else is sure to work."""
+"""
+The guest program on this machine's KVM, asking as this KVM lets it: by the doorbell, where nothing
+else is sure to work.
+"""
 
 from __future__ import annotations
 

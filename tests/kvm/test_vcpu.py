@@ -320,7 +320,10 @@ def test_ctrl_c_leaves_the_guest(ram: RamBlock, vcpu: Vcpu) -> None:
 
 
 def test_ctrl_c_at_any_moment_leaves_it_usable(ram: RamBlock, vcpu: Vcpu) -> None:
-    """The guest reads a port and shows what it has read: the answer, or ones if Ctrl-C kept the exit from us."""
+    """
+    The guest reads a port and shows what it has read: the answer, or ones if Ctrl-C kept the exit
+    from us.
+    """
     write_code(
         ram, CODE, read := read_port(0x11), show := write_port(0x10), jump_back(len(read + show))
     )

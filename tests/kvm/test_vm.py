@@ -99,7 +99,10 @@ def test_what_is_shared_already_is_shared_before_the_slot(vm: KvmVm, block: RamB
 def test_vcpu_that_looks_at_once_sees_the_slot_when_it_is_there(
     kvm: Kvm, vm: KvmVm, block: RamBlock
 ) -> None:
-    """A vCPU reads the page all the time: ones as long as there is nothing, then what is in it, and nothing in between."""
+    """
+    A vCPU reads the page all the time: ones as long as there is nothing, then what is in it, and
+    nothing in between.
+    """
     block.write(0, b"RAM!")
     noted = NotedVm(vm)
     memory = GuestMemory(noted)

@@ -139,7 +139,10 @@ def test_a_mapping_in_the_way_puts_the_conversion_back(
 
 
 def test_a_mapping_that_somebody_removed(rig: Rig, memory: GuestMemory, block: RamBlock) -> None:
-    """To private, one page fewer is removed than the books say: what that means is not known, so nothing is freed."""
+    """
+    To private, one page fewer is removed than the books say: what that means is not known, so
+    nothing is freed.
+    """
     memory.attach(rig.target)
     memory.convert(BASE, 8 * PAGE_SIZE, SHARED)
     block.write(0, bytes([7]) * 8 * PAGE_SIZE)
@@ -172,7 +175,10 @@ class AsIfInexact(Meddling):
 def test_half_an_unmap_is_poison(
     memory: GuestMemory, block: RamBlock, foreign: AnonymousBacking
 ) -> None:
-    """IOMMU_IOAS_UNMAP removes three areas, then meets one that sticks out: ENOENT, and no word of the three."""
+    """
+    IOMMU_IOAS_UNMAP removes three areas, then meets one that sticks out: ENOENT, and no word of the
+    three.
+    """
     with open_rig(Way.NATIVE) as rig:
         memory.attach(AsIfInexact(rig.target))
         memory.convert(BASE, 4 * PAGE_SIZE, SHARED)
@@ -246,7 +252,10 @@ class Interrupted:
 def test_ctrl_c_in_a_call_is_put_back(
     rig: Rig, memory: GuestMemory, to: PageState, *, done: bool
 ) -> None:
-    """The mapper finds out what happened by asking the kernel: what it answers to that is what is tested."""
+    """
+    The mapper finds out what happened by asking the kernel: what it answers to that is what is
+    tested.
+    """
     several = (rig.way is Way.NATIVE) if to is PRIVATE else rig.way is not Way.CUTTING
     for number in (1, 2) if several else (1,):
         memory.convert(BASE, 4 * PAGE_SIZE, PRIVATE if to is SHARED else SHARED)
@@ -381,7 +390,9 @@ def test_a_target_that_is_closed_in_the_middle(
 def test_a_descriptor_that_somebody_closed(
     rig: Rig, memory: GuestMemory, block: RamBlock, to: PageState
 ) -> None:
-    """What was mapped stays so in the kernel: the device's own descriptor keeps its address space."""
+    """
+    What was mapped stays so in the kernel: the device's own descriptor keeps its address space.
+    """
     target = rig.target
     fd = target.fileno()
     kept, null = os.dup(fd), os.open(os.devnull, os.O_RDWR)

@@ -1,4 +1,7 @@
-"""A guest's memory behind real targets: a device reaches what is shared and nothing else, and the kernel's own books agree."""
+"""
+A guest's memory behind real targets: a device reaches what is shared and nothing else, and the
+kernel's own books agree.
+"""
 
 import random
 import sys
@@ -50,7 +53,9 @@ def memory(blocks: tuple[RamBlock, RamBlock]) -> GuestMemory:
 
 
 def check_borders(rig: Rig, memory: GuestMemory, gpa: int, size: int) -> None:
-    """Compare what the device reaches with the states, on both sides of both ends and in between."""
+    """
+    Compare what the device reaches with the states, on both sides of both ends and in between.
+    """
     inside = range(gpa, gpa + size, max(PAGE_SIZE, size // 7 // PAGE_SIZE * PAGE_SIZE))
     for at in {gpa - PAGE_SIZE, *inside, gpa + size - PAGE_SIZE, gpa + size}:
         if BASE <= at < BASE + 2 * BLOCK:

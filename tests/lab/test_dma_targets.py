@@ -1,4 +1,6 @@
-"""The three kinds of real targets as targets: what they answer, and what a device reaches afterwards."""
+"""
+The three kinds of real targets as targets: what they answer, and what a device reaches afterwards.
+"""
 
 import errno
 import os

@@ -69,7 +69,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass
 class Guest:
-    """A software-protected VM with a vCPU, ordinary RAM for its code, and a confidential block at RAM."""
+    """
+    A software-protected VM with a vCPU, ordinary RAM for its code, and a confidential block at RAM.
+    """
 
     vm: KvmVm
     vcpu: Vcpu
@@ -230,7 +232,10 @@ def test_pages_are_freed(guest: Guest) -> None:
 
 
 def unevictable() -> int:
-    """What the machine counts as pages that cannot be swapped, in bytes: all of guest_memfd, and hardly anything else here."""
+    """
+    What the machine counts as pages that cannot be swapped, in bytes: all of guest_memfd, and
+    hardly anything else here.
+    """
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(fields["Unevictable"].split()[0]) * 1024
 
@@ -428,7 +433,10 @@ class SlotLookedAt:
 
 
 def place_and_look(guest: Guest, memory: GuestMemory, looker: Looker, rounds: int) -> None:
-    """Place a block with something on its shared side, each time where nothing was before, and let the guest look."""
+    """
+    Place a block with something on its shared side, each time where nothing was before, and let the
+    guest look.
+    """
     for number in range(rounds):
         gpa = 2 * RAM + number * PAGE
         with (

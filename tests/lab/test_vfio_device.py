@@ -1,4 +1,7 @@
-"""A real PCI device through VFIO: binding it, opening it in both ways, its regions, its DMA, and what is refused."""
+"""
+A real PCI device through VFIO: binding it, opening it in both ways, its regions, its DMA, and what
+is refused.
+"""
 
 import errno
 import os

@@ -1,4 +1,6 @@
-"""Cases whose numbers are known from elsewhere: bug reports, kernel sources, arithmetic done by hand."""
+"""
+Cases whose numbers are known from elsewhere: bug reports, kernel sources, arithmetic done by hand.
+"""
 
 import pytest
 

@@ -24,7 +24,10 @@ def _plan(name: str) -> TracePlan:
 
 
 def _same(plan: TracePlan, kind: str) -> None:
-    """The mapper's calls, and how many mappings there were at the end and at most, on each of its targets."""
+    """
+    The mapper's calls, and how many mappings there were at the end and at most, on each of its
+    targets.
+    """
     made = plan.simulated.final[kind]
     assert plan.observed
     for seen in plan.observed:
@@ -92,7 +95,10 @@ def test_a_run_without_coordination_is_shown_beside_what_it_needed(
 )
 @pytest.mark.slow
 def test_qemus_mappings(name: str, idle_unmaps: int) -> None:
-    """These guests are not confidential: what QEMU maps is what is populated, and each of its calls is a run."""
+    """
+    These guests are not confidential: what QEMU maps is what is populated, and each of its calls is
+    a run.
+    """
     plan = _plan(name)
     (seen,) = plan.observed
     made = plan.simulated.final["run"]
@@ -127,7 +133,8 @@ def test_a_recording_that_is_cut_is_an_error(tmp_path: Path) -> None:
 
 def _own_trace(tmp_path: Path, *lines: dict[str, object]) -> str:
     start = {"t": 0, "event": "start", "version": 1, "targets": {"iommu0": "soft"},
-             "blocks": [{"name": "ram", "gpa": 0, "size": 1 << 20, "confidential": True}]}  # fmt: skip
+             "blocks": [{"name": "ram", "gpa": 0, "size": 1 << 20, "confidential": True}],
+    }  # fmt: skip
     path = tmp_path / "trace.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in (start, *lines)))
     return str(path)
@@ -262,7 +269,8 @@ def test_ranges_at_the_ends(event: dict[str, object], tmp_path: Path) -> None:
 
 def test_a_block_that_is_not_aligned_is_rounded(tmp_path: Path) -> None:
     start = {"t": 0, "event": "start", "version": 1, "targets": {},
-             "blocks": [{"name": "ram", "gpa": 0x800, "size": 0x10000, "confidential": True}]}  # fmt: skip
+             "blocks": [{"name": "ram", "gpa": 0x800, "size": 0x10000, "confidential": True}],
+    }  # fmt: skip
     path = tmp_path / "trace.jsonl"
     lines = [
         start,

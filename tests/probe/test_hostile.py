@@ -1,4 +1,6 @@
-"""Clients that break the protocol, stall, vanish or lie: the probe says so, and serves the next one."""
+"""
+Clients that break the protocol, stall, vanish or lie: the probe says so, and serves the next one.
+"""
 
 import errno
 import os

@@ -137,7 +137,9 @@ def renumbered(events: Sequence[Event]) -> list[Event]:
 
 
 def mutations(events: list[Event]) -> list[list[Event]]:
-    """Each event but the first two deleted, duplicated, and delayed by one, by three, and to the end."""
+    """
+    Each event but the first two deleted, duplicated, and delayed by one, by three, and to the end.
+    """
     found = []
     for index in range(2, len(events)):
         rest = events[:index] + events[index + 1 :]

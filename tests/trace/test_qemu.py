@@ -39,8 +39,10 @@ _LINES: list[tuple[str, list[Shown]]] = [
         [("Discard", 0x7F0000000000, 0x7F0000001000, True, 0x7F0000000000, True)],
     ),
     (
-        "ram_block_discard_shared_range pc.ram@0x7f0000000000 + 0x1000: madvise: 1 fallocate:"
-        " 0 ret: -22",
+        (
+            "ram_block_discard_shared_range pc.ram@0x7f0000000000 + 0x1000: madvise: 1 fallocate:"
+            " 0 ret: -22"
+        ),
         [("Discard", 0x7F0000000000, 0x7F0000001000, True, 0x7F0000000000, False)],
     ),
     (
@@ -48,18 +50,24 @@ _LINES: list[tuple[str, list[Shown]]] = [
         [("Discard", 0x7F0000000000, 0x7F0000001000, False, 0x7F0000000000, True)],
     ),
     (
-        "iommufd_backend_map_dma  iommufd=10 ioas=2 iova=0x4000 size=0x1000 addr=0x7f0000004000"
-        " readonly=1 (0)",
+        (
+            "iommufd_backend_map_dma  iommufd=10 ioas=2 iova=0x4000 size=0x1000 addr=0x7f0000004000"
+            " readonly=1 (0)"
+        ),
         [("Map", "iommufd=10 ioas=2", 0x4000, 0x5000, False, True, None, 0x7F0000004000)],
     ),
     (
-        "iommufd_backend_map_dma  iommufd=10 ioas=2 iova=0x4000 size=0x1000 addr=0x7f0000004000"
-        " readonly=0 (-17)",
+        (
+            "iommufd_backend_map_dma  iommufd=10 ioas=2 iova=0x4000 size=0x1000 addr=0x7f0000004000"
+            " readonly=0 (-17)"
+        ),
         [("Map", "iommufd=10 ioas=2", 0x4000, 0x5000, True, False, None, 0x7F0000004000)],
     ),
     (
-        "iommufd_backend_map_file_dma  iommufd=10 ioas=2 iova=0x4000 size=0x1000 fd=9 start=4096"
-        " readonly=0 (0)",
+        (
+            "iommufd_backend_map_file_dma  iommufd=10 ioas=2 iova=0x4000 size=0x1000 fd=9 start=4096"
+            " readonly=0 (0)"
+        ),
         [("Map", "iommufd=10 ioas=2", 0x4000, 0x5000, True, True, None, None)],
     ),
     (
@@ -72,8 +80,10 @@ _LINES: list[tuple[str, list[Shown]]] = [
     ),
     (
         # The kernel says ENOENT also when the range cuts a mapping, which stays.
-        "iommufd_backend_unmap_dma_non_exist  Unmap nonexistent mapping:"
-        " iommufd=10 ioas=2 iova=0x4000 size=0x1000 (0)",
+        (
+            "iommufd_backend_unmap_dma_non_exist  Unmap nonexistent mapping:"
+            " iommufd=10 ioas=2 iova=0x4000 size=0x1000 (0)"
+        ),
         [("Unmap", "iommufd=10 ioas=2", 0x4000, 0x5000, 0, True)],
     ),
     ("iommufd_backend_alloc_ioas  iommufd=10 ioas=2", [("Attach", "iommufd=10 ioas=2", None)]),

@@ -194,9 +194,15 @@ def test_against_a_naive_model(
     target = IommufdIoas(cutting=cuts, path=DEV)
     areas = mapped(kernel, target)
     play(
-        target, TargetModel(Cutting.ANYTHING if cuts else Cutting.ONE_MAPPING), block, todo, 1 << 32,
-        lambda iova: any(at <= iova < at + size and writable for at, (size, _, writable) in areas.items()),
-    )  # fmt: skip
+        target,
+        TargetModel(Cutting.ANYTHING if cuts else Cutting.ONE_MAPPING),
+        block,
+        todo,
+        1 << 32,
+        lambda iova: any(
+            at <= iova < at + size and writable for at, (size, _, writable) in areas.items()
+        ),
+    )
     assert areas == {}
     target.close()
 
@@ -328,7 +334,10 @@ def guest() -> Iterator[GuestMemory]:
 def share_and_replace_the_last_page(
     kernel: FakeKernel, target: IommufdIoas, memory: GuestMemory
 ) -> None:
-    """Behind the mapper's back: pages 0 to 2 are mapped as it thinks, but what is at page 3 goes on to page 4."""
+    """
+    Behind the mapper's back: pages 0 to 2 are mapped as it thinks, but what is at page 3 goes on to
+    page 4.
+    """
     memory.convert(0, 4 * PAGE, PageState.SHARED)
     areas = mapped(kernel, target)
     areas[3 * PAGE] = (2 * PAGE, "somebody", True)

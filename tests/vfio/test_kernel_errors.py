@@ -21,7 +21,9 @@ MAPS = ("VFIO_IOMMU_MAP_DMA", "IOMMU_IOAS_MAP", "IOMMU_IOAS_MAP_FILE")
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A host: type1 with a limit of 100, one group of three devices, 7 MiB locked and 9 MiB pinned."""
+    """
+    A host: type1 with a limit of 100, one group of three devices, 7 MiB locked and 9 MiB pinned.
+    """
     files = {
         "sys/module/vfio_iommu_type1/parameters/dma_entry_limit": "100\n",
         "sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts": "N\n",

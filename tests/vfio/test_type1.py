@@ -101,7 +101,9 @@ def test_against_a_naive_model(
     areas = kernel.areas[0].by_iova
     play(
         target, TargetModel(Cutting.WHOLE_MAPPINGS), block, todo, 1 << 32,
-        lambda iova: any(at <= iova < at + size and writable for at, (size, _, writable) in areas.items()),
+        lambda iova: any(
+            at <= iova < at + size and writable for at, (size, _, writable) in areas.items()
+        ),
     )  # fmt: skip
     assert areas == {}
     target.close()

@@ -600,7 +600,10 @@ def test_a_file_that_is_made_shorter(capabilities: Capabilities) -> None:
 
 
 def test_memory_that_is_gone() -> None:
-    """No descriptor, and an address where nothing is: an error for the server, not a signal for this process."""
+    """
+    No descriptor, and an address where nothing is: an error for the server, not a signal for this
+    process.
+    """
     with served() as iommu:
         iommu.map(BASE, HostRange(None, 0, P, P))
         assert iommu.server.ask(DmaRead(BASE, 8)) == ErrorReply(11, errno.EFAULT)

@@ -1,4 +1,7 @@
-"""The protocol without a socket: two connections that are fed each other's bytes, and one that is fed by a hostile peer."""
+"""
+The protocol without a socket: two connections that are fed each other's bytes, and one that is fed
+by a hostile peer.
+"""
 
 import itertools
 import json

@@ -91,7 +91,9 @@ def _in_region(windows: list[Window]) -> list[Window]:
 
 
 def _ranges_with_data(vmm: Vmm) -> Iterator[tuple[int, int]]:
-    """Yield what the memfd of the virtio-mem device really has in it, as guest addresses (start, end)."""
+    """
+    Yield what the memfd of the virtio-mem device really has in it, as guest addresses (start, end).
+    """
     for link in Path(f"/proc/{vmm.process.pid}/fd").iterdir():
         if "memfd:" in str(link.readlink()) and link.stat().st_size == MAX_SIZE:
             break
@@ -144,7 +146,9 @@ def test_windows_follow_what_is_plugged(
 
 
 def _check_memory(probe: VmmProbe, qmp: Qmp, marker: str, folder: Path) -> None:
-    """The device reads what the guest has written, and what QEMU reads at the same guest addresses."""
+    """
+    The device reads what the guest has written, and what QEMU reads at the same guest addresses.
+    """
     found = 0
 
     def guest_has_written() -> bool:
