@@ -65,8 +65,8 @@ _LINES: list[tuple[str, list[Shown]]] = [
     ),
     (
         (
-            "iommufd_backend_map_file_dma  iommufd=10 ioas=2 iova=0x4000 size=0x1000 fd=9 start=4096"
-            " readonly=0 (0)"
+            "iommufd_backend_map_file_dma  iommufd=10 ioas=2 iova=0x4000 size=0x1000 fd=9"
+            " start=4096 readonly=0 (0)"
         ),
         [("Map", "iommufd=10 ioas=2", 0x4000, 0x5000, True, True, None, None)],
     ),
