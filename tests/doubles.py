@@ -210,7 +210,8 @@ class RecordingVm:
 
     def add_memory_slot(self, section: RamSection) -> None:
         self._hear("add", section.gpa, section.size)
-        self.slots.append(section)
+        if section not in self.slots:
+            self.slots.append(section)
 
     def remove_memory_slot(self, section: RamSection) -> None:
         if section in self.slots:

@@ -1145,11 +1145,10 @@ def judge_rolled_back(
     injector = guest.injector
     assert error is not None, "no error was raised"
     cause = first.error
-    if scenario.conversion is None:
+    if scenario.conversion is None or _is_interrupt(cause):
         assert error is cause
     else:
-        kind = ConversionInterrupted if _is_interrupt(cause) else ConversionError
-        assert type(error) is kind
+        assert type(error) is ConversionError
         judge_conversion_error(scenario, error, first)
         assert error.__cause__ is cause
     assert_like(guest, scenario.before)

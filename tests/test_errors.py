@@ -37,7 +37,6 @@ def test_one_root() -> None:
         (UsageError, {RamblockError, ValueError}),
         (BusyError, {RamblockError}),
         (ConversionError, {RamblockError}),
-        ({ConversionError, KeyboardInterrupt}),
         (PoisonedError, {ConversionError}),
         (MappingLimitError, {RamblockError}),
         (DmaError, {RamblockError, OSError}),
@@ -69,7 +68,6 @@ def test_conversion_error() -> None:
 
 def test_poisoned_error_is_a_conversion_error_that_was_not_rolled_back() -> None:
     assert PoisonedError("no").rolled_back is False
-    assert ConversionInterrupted("no").rolled_back is True
 
 
 def test_mapping_limit_error() -> None:

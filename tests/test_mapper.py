@@ -398,7 +398,7 @@ def test_a_target_with_bigger_pages_than_page_states_have() -> None:
         with pytest.raises(UsageError, match=r"maps pages of 0x10000 bytes, .* changes by 0x1000"):
             memory.attach(SoftIommu(page_size=BIG))
         assert memory.mappers == ()
-        assert memory.discards.holds == (block.holds[0],)
+        assert memory.discards.holds == (block.discard_manager.holds[0],)
 
 
 def test_and_one_that_is_there_before_the_block() -> None:

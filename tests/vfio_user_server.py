@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from ramblock.dma import DmaCapabilities, HostRange
-from ramblock.dma.mapping_table import Mapping
+from ramblock.dma.soft import Mapping
 from ramblock.dma.vfio_user import (
     OWN_CAPABILITIES,
     Capabilities,

@@ -51,14 +51,12 @@ os.register_at_fork(after_in_child=_find_main_thread)
 class _Hold:
     """Stands in for the handlers while one operation runs."""
 
-    __slots__ = ("handlers", "outer", "over", "since", "waiting")
-
-    def __init__(self, outer: _Hold | None) -> None:
-        self.outer = outer
-        self.handlers: dict[int, Callable[..., Any]] = {}
-        self.waiting: list[tuple[int, FrameType | None]] = []
-        self.since = 0.0
-        self.over = False
+    # Defaults of the class: it is made for each operation, and nearly always nothing comes.
+    handlers: dict[int, Callable[..., Any]]
+    outer: _Hold | None = None
+    since = 0.0
+    waiting: list[tuple[int, FrameType | None]] | None = None
+    over = False
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Be the handler: let it wait."""
@@ -70,6 +68,7 @@ class _Hold:
         now = time.monotonic()
         if not self.waiting:
             self.since = now
+            self.waiting = []
         elif now - self.since >= PATIENCE_SECONDS:
             _signal.signal(number, _signal.SIG_DFL)
             _signal.raise_signal(number)
@@ -104,13 +103,15 @@ def uninterrupted(work: Callable[..., T], *arguments: object) -> T:
     if get_ident() != _main:
         return work(*arguments)
     global _hold
-    hold = _Hold(_hold)
+    hold = _Hold()
+    hold.handlers = handlers = {}
     try:
         for number in _HELD_BACK:
             handler = _signal.getsignal(number)
             if callable(handler):
-                hold.handlers[number] = handler
+                handlers[number] = handler
                 _signal.signal(number, hold.note)
+        hold.outer = _hold
         _hold = hold
         return work(*arguments)
     finally:
@@ -121,8 +122,9 @@ def uninterrupted(work: Callable[..., T], *arguments: object) -> T:
             # CPython looks for signals behind calls and at jumps back: there is neither between the
             # last look at what waits and this line, so none is noted behind it and forgotten.
             hold.over = True
-            _hold = hold.outer
-            for number, handler in hold.handlers.items():
+            if _hold is hold:
+                _hold = hold.outer
+            for number, handler in handlers.items():
                 _signal.signal(number, handler)
 
 
@@ -132,5 +134,5 @@ def hand_over() -> None:
 
     :raises BaseException: What a handler raises.
     """
-    if _hold is not None and get_ident() == _main:
+    if _hold is not None and get_ident() == _main and _hold.waiting:
         _hold.hand_over()

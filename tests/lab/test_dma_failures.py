@@ -205,7 +205,6 @@ def test_the_same_is_put_back_when_mappings_are_named_one_by_one(
         rig.target.map(at(3), HostRange(None, 0, foreign.address, 2 * PAGE_SIZE))
         with pytest.raises(ConversionError) as caught:
             memory.convert(BASE, 4 * PAGE_SIZE, PRIVATE)
-        assert caught.value.rolled_back
         assert not memory.poisoned
         assert check_nothing_is_stale(rig, memory, foreign=frozenset({3, 4})) == {0, 1, 2, 3, 4}
         rig.target.unmap(at(3), 2 * PAGE_SIZE)
@@ -263,9 +262,8 @@ def test_ctrl_c_in_a_call_is_put_back(
         target = Interrupted(rig.target, "never", 0, done=done)
         mapper = memory.attach(target)
         target.verb, target.left = ("map" if to is SHARED else "unmap"), number
-        with pytest.raises(KeyboardInterrupt) as caught:
+        with pytest.raises(KeyboardInterrupt):
             memory.convert(BASE, 4 * PAGE_SIZE, to)
-        assert caught.value.rolled_back
         assert not memory.poisoned
         assert rig.reached(PAGES) == shared_pages(memory) == before
         memory.convert(BASE, 4 * PAGE_SIZE, to)

@@ -104,14 +104,17 @@ class RamBlockAttributes(BitmapSource):
         self.block.discard_manager.run("state_change", self._state_change, offset, size, to)
 
     def _state_change(self, offset: int, size: int, to: PageState) -> None:
+        manager = self.block.discard_manager
+        if manager.closed:
+            manager.check_open()
         check_state(to)
-        what = f"block {self.block.name!r}"
-        check_range(offset, size, limit=self.block.size, align=PAGE_SIZE, what=what)
+        check_range(offset, size, limit=self.block.size, align=PAGE_SIZE, what=self.place)
         change = self.plan(offset, size, populate=to is PageState.SHARED)
         if change is not None:
             self.change("state_change", change)
-            self.block.discard_manager.freeing.keep_used(offset, size)
-            self.observe(change, offset, size)
+            manager.freeing.keep_used(offset, size)
+            if manager.guard.observer is not None:
+                self.observe(change, offset, size)
 
     def observe(self, change: BitmapChange, offset: int, size: int) -> None:
         """Emit the event of a change that was asked for ``[offset, offset + size)`` and is done."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ramblock.bitmap import SavedBits, SparseBitmap
 from ramblock.discard.manager import ManagedBlock
 from ramblock.discard.notification import Notification, reserve
-from ramblock.discard.undo import UndoLog
+from ramblock.discard.undo import Entry, put_back
 from ramblock.errors import describe_range
 from ramblock.process import OfOneProcess
 from ramblock.ranges import Runs
@@ -26,6 +26,8 @@ class BitmapSource(OfOneProcess):
 
     def __init__(self, block: ManagedBlock, granularity: int) -> None:
         self.block = block
+        #: For messages.
+        self.place = f"block {block.name!r}"
         self.granularity = granularity
         self.shift = granularity.bit_length() - 1
         self.bits = SparseBitmap(block.size >> self.shift)
@@ -56,11 +58,22 @@ class BitmapSource(OfOneProcess):
         :raises MappingLimitError: A mapper has no room for it; nothing has changed.
         :raises Exception: Whatever a listener raised when it refused; nothing has changed.
         """
-        reserve((change.notification,))
-        with UndoLog(self.block.discard_manager.guard, operation) as undo:
-            undo.do("notify", change.tell, change.take_back)
+        manager = self.block.discard_manager
+        if manager.registry.limited:
+            reserve((change.notification,))
+        notification = change.notification
+        # As with an UndoLog, without its four calls.
+        begun: list[Entry] = [("notify", None, notification.take_back, None, ())]
+        try:
+            notification.tell()
             # Where the bits cannot be put back the listeners stay told.
-            undo.do("state", change.flip, change.flip_back, stuck=change.settle)
+            begun.append(("state", None, change.flip_back, change.flip, ()))
+            change.flip()
+        except BaseException as error:
+            put_back(manager.guard, begun)
+            if manager.guard.poisoned:
+                raise manager.guard.poisoned_error(operation) from error
+            raise
 
 
 class BitmapChange:
@@ -102,11 +115,12 @@ class BitmapChange:
             start, end = span
             self._saved = source.bits.save(start, end)
         self._span = start, end
-        self.notification: Notification = source.block.discard_manager.notification(
-            source,
+        self.notification = Notification(
+            source.block.discard_manager,
             start << shift,
             end << shift,
             populate=populate,
+            source=source,
             runs=None if whole else self._runs,
             hollow=whole or not populate,
         )
@@ -128,14 +142,6 @@ class BitmapChange:
         start, end = (bit << self.source.shift for bit in self._span)
         return iter(((start, end),)) if self._saved is None else self._runs(start, end)
 
-    def tell(self) -> None:
-        """Tell the listeners."""
-        self.notification.tell()
-
-    def take_back(self) -> None:
-        """Undo :meth:`tell`."""
-        self.notification.take_back()
-
     def flip(self) -> None:
         """Change the bits, wherever they were left."""
         start, end = self._span
@@ -145,9 +151,6 @@ class BitmapChange:
         else:
             self.source.bits.clear(start, end)
             self.source.populated_bytes = self._populated_before - self.changed_bytes
-
-    #: For a step whose undo failed: the rest of the piece is what was asked for, so the state is too.
-    settle = flip
 
     def flip_back(self) -> None:
         """Undo :meth:`flip`, whether it happened, half happened or did not."""

@@ -14,7 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from threading import Lock, get_ident
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from ramblock import process
 from ramblock.discard.coordination import DiscardCoordinator, DiscardHold
@@ -23,7 +23,7 @@ from ramblock.errors import BusyError, PoisonedError, describe_range
 from ramblock.events import Observer, StateChanged
 from ramblock.interrupts import uninterrupted
 
-__all__ = ["Guard", "InDoubt"]
+__all__ = ["Guard", "Home", "InDoubt", "MovedError"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +41,16 @@ class InDoubt(NamedTuple):
     """The DMA target; for a listener that is no mapper, the listener."""
 
 
+class MovedError(Exception):
+    """A block came under another guard while a thread waited for this one's lock."""
+
+
+class Home(Protocol):
+    """Stands for a block: it is under a guard, which can change."""
+
+    guard: Guard
+
+
 class Guard:
     """The lock, the poison and the coordination of discards of one memory, or of one loose block."""
 
@@ -51,9 +61,8 @@ class Guard:
         # Whoever comes while the lock is taken waits at a gate of its own, and is let in in turn. A
         # bare Lock goes to whichever thread runs next, which is often the one that has just given it
         # back: of eight threads that shared a guest, one waited a second.
-        self._state = Lock()
-        self._taken = False
-        self._queue: deque[Lock] = deque()
+        self._lock = Lock()
+        self._gates: deque[Lock] = deque()
         self._reason: str | None = None
         self._doubts: list[tuple[RamSection, object]] = []
         #: How many doubts were ever noted.
@@ -69,15 +78,18 @@ class Guard:
         work: Callable[..., T],
         *arguments: object,
         even_poisoned: bool = False,
+        home: Home | None = None,
     ) -> T:
         """
         Call ``work(*arguments)`` with the lock held. Interrupts wait until that has ended.
 
         :param operation: For messages.
         :param even_poisoned: For what only takes away.
+        :param home: Has to be under this guard still when the lock is held.
         :raises BusyError: This thread holds the lock: a listener, source or target called back in.
         :raises UsageError: This process is a fork of the one that made the memory.
-        :raises PoisonedError: Unless *even_poisoned*. In each of these cases nothing was called.
+        :raises PoisonedError: Unless *even_poisoned*.
+        :raises MovedError: *home* is under another guard by now. In each case nothing was called.
         """
         if self._process != process.current:
             process.refuse_fork(operation)
@@ -85,7 +97,9 @@ class Guard:
             raise BusyError(
                 f"{operation} was called from inside {self._operation}, which holds the memory's lock"
             )
-        result: T = uninterrupted(self._run_locked, operation, work, arguments, even_poisoned)
+        result: T = uninterrupted(
+            self._run_locked, operation, work, arguments, even_poisoned, home
+        )
         return result
 
     def _run_locked(
@@ -94,29 +108,45 @@ class Guard:
         work: Callable[..., T],
         arguments: tuple[object, ...],
         even_poisoned: object,
+        home: Home | None,
     ) -> T:
-        gate = None
-        with self._state:
-            if self._taken:
-                gate = Lock()
-                gate.acquire()
-                self._queue.append(gate)
-            self._taken = True
-        if gate is not None:
-            gate.acquire()
+        if self._gates or not self._lock.acquire(blocking=False):
+            self._wait()
         try:
             self._owner = get_ident()
             self._operation = operation
+            if home is not None and home.guard is not self:
+                raise MovedError
             if self._reason is not None and not even_poisoned:
                 raise self.poisoned_error(operation)
             return work(*arguments)
         finally:
             self._owner = None
-            with self._state:
-                if self._queue:
-                    self._queue.popleft().release()
-                else:
-                    self._taken = False
+            if self._gates:
+                self._gates.popleft().release()
+            else:
+                self._lock.release()
+                if self._gates:
+                    # Somebody came between that look and the release, and saw the lock taken.
+                    self._open_a_gate()
+
+    def _wait(self) -> None:
+        """Take the lock in turn."""
+        gate = Lock()
+        gate.acquire()
+        self._gates.append(gate)
+        # Whoever had the lock may have given it back before it could see the gate.
+        self._open_a_gate()
+        gate.acquire()
+
+    def _open_a_gate(self) -> None:
+        """Let the next one in, unless the lock is taken: then its owner will."""
+        while self._gates and self._lock.acquire(blocking=False):
+            # With the lock held nobody else opens gates.
+            if self._gates:
+                self._gates.popleft().release()
+                return
+            self._lock.release()
 
     @property
     def forked(self) -> bool:

@@ -12,14 +12,15 @@ discard, and puts everything back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol, TypeVar
 
 from ramblock.discard.coordination import DiscardHold
-from ramblock.discard.guard import Guard
-from ramblock.discard.listeners import Listener, Registration, Registry
+from ramblock.discard.guard import Guard, MovedError
+from ramblock.discard.listeners import Listener
 from ramblock.discard.notification import Notification, reserve
+from ramblock.discard.registry import Registration, Registry
 from ramblock.discard.section import Block, RamSection
 from ramblock.discard.sources import Source, joint_runs, populated_in
 from ramblock.discard.undo import UndoLog
@@ -51,10 +52,6 @@ class _NothingToFree:
         pass
 
 
-class _MovedError(Exception):
-    """The block came under another lock while this thread waited for the old one."""
-
-
 def _nothing() -> None:
     """For a source that does not want to hear when it is added or removed."""
 
@@ -75,8 +72,9 @@ class RamDiscardManager(OfOneProcess):
         self.holds: list[DiscardHold] = []
         self.freeing: Freeing = _NothingToFree()
         self.closed = False
-        self._sources: tuple[Source, ...] = ()
-        self._registry = Registry()
+        #: The sources, oldest first. Callers change them by the methods below.
+        self.sources: tuple[Source, ...] = ()
+        self.registry = Registry()
 
     def run(
         self,
@@ -84,48 +82,38 @@ class RamDiscardManager(OfOneProcess):
         work: Callable[..., T],
         *arguments: object,
         even_poisoned: bool = False,
-        even_closed: bool = False,
     ) -> T:
         """
         Call ``work(*arguments)`` under the lock that the block is under.
 
         :raises BusyError: A listener called back in.
         :raises PoisonedError: Unless *even_poisoned*.
-        :raises UsageError: The block is closed; unless *even_closed*. In each case nothing was called.
+        :raises UsageError: In a fork. In each case nothing was called.
         """
-
-        def here() -> T:
-            if self.guard is not guard:
-                raise _MovedError
-            if guard.poisoned and not even_poisoned:
-                raise guard.poisoned_error(operation)
-            if self.closed and not even_closed:
-                raise UsageError(f"block {self.block.name!r} is closed", value=self.block.name)
-            return work(*arguments)
-
         while True:
-            guard = self.guard
             try:
-                return guard.run(operation, here, even_poisoned=True)
-            except _MovedError:
+                return self.guard.run(
+                    operation, work, *arguments, even_poisoned=even_poisoned, home=self
+                )
+            except MovedError:
                 pass
+
+    def check_open(self) -> None:
+        """Raise :class:`UsageError` if the block is closed."""
+        if self.closed:
+            raise UsageError(f"block {self.block.name!r} is closed", value=self.block.name)
 
     # -- asking -----------------------------------------------------------------------------------
 
     @property
-    def sources(self) -> tuple[Source, ...]:
-        """The sources, oldest first."""
-        return self._sources
-
-    @property
     def registrations(self) -> tuple[Registration, ...]:
         """Who listens, in the order of registration."""
-        return tuple(self._registry)
+        return tuple(self.registry)
 
     @property
     def min_granularity(self) -> int:
         """The smallest granularity of the sources, in bytes; without any the host page size."""
-        return min((source.granularity for source in self._sources), default=PAGE_SIZE)
+        return min((source.granularity for source in self.sources), default=PAGE_SIZE)
 
     def is_populated(self, section: RamSection) -> bool:
         """
@@ -134,7 +122,7 @@ class RamDiscardManager(OfOneProcess):
         :raises UsageError: It belongs to another block.
         """
         self._check_block(section)
-        return all(source.is_populated(section.offset, section.size) for source in self._sources)
+        return all(source.is_populated(section.offset, section.size) for source in self.sources)
 
     def populated(self, section: RamSection) -> Iterator[RamSection]:
         """
@@ -154,7 +142,7 @@ class RamDiscardManager(OfOneProcess):
         return (section.part(start, end) for start, end in runs)
 
     def _runs(self, section: RamSection) -> Runs:
-        return joint_runs(iter(((section.offset, section.end),)), self._sources)
+        return joint_runs(iter(((section.offset, section.end),)), self.sources)
 
     def _check_block(self, section: RamSection) -> None:
         if section.block is not self.block:
@@ -181,10 +169,11 @@ class RamDiscardManager(OfOneProcess):
         self.run("add_source", self._add_source, source)
 
     def _add_source(self, source: Source) -> None:
+        self.check_open()
         if self._has(source):
             raise BusyError(f"{source!r} is a source of block {self.block.name!r} already")
         check_granularity(source.granularity, f"source {source!r}")
-        for registration in self._registry:
+        for registration in self.registry:
             mapper = registration.budgeted
             if mapper is not None and source.granularity < mapper.granularity:
                 raise UsageError(
@@ -195,7 +184,7 @@ class RamDiscardManager(OfOneProcess):
                 )
         getattr(source, "on_adding", _nothing)()
         try:
-            self._change_sources(source, (*self._sources, source), "add_source")
+            self._change_sources(source, (*self.sources, source), "add_source")
         except BaseException:
             getattr(source, "on_removed", _nothing)()
             raise
@@ -216,12 +205,13 @@ class RamDiscardManager(OfOneProcess):
         self.run("remove_source", self._remove_source, source)
 
     def _remove_source(self, source: Source) -> None:
+        self.check_open()
         self._check_source(source)
         if getattr(source, "permanent", False):
             raise UsageError(
                 f"the page attributes of block {self.block.name!r} cannot be removed", value=source
             )
-        remaining = tuple(other for other in self._sources if other is not source)
+        remaining = tuple(other for other in self.sources if other is not source)
         self._change_sources(source, remaining, "remove_source")
         getattr(source, "on_removed", _nothing)()
 
@@ -233,26 +223,25 @@ class RamDiscardManager(OfOneProcess):
         def held_back(start: int, end: int) -> Runs:
             return complement(populated_in(source, start, end), start, end)
 
-        populate = len(sources) < len(self._sources)
+        populate = len(sources) < len(self.sources)
         size = self.block.size
         notification = Notification(
-            self.guard,
-            self._registry.overlapping(0, size),
+            self,
             0,
             size,
-            sources if populate else self._sources,
             populate=populate,
+            source=source if populate else None,
             runs=held_back,
             hollow=False,
         )
         reserve((notification,))
         with UndoLog(self.guard, operation) as undo:
             undo.do("notify", notification.tell, notification.take_back)
-        self._sources = sources
+        self.sources = sources
         self.freeing.keep_used(0, size)
 
     def _has(self, source: Source) -> bool:
-        return any(source is other for other in self._sources)
+        return any(source is other for other in self.sources)
 
     def _check_source(self, source: Source) -> None:
         if not self._has(source):
@@ -285,43 +274,15 @@ class RamDiscardManager(OfOneProcess):
         self.run("notify_discard", self._notify, source, offset, size, False)  # noqa: FBT003
 
     def _notify(self, source: Source, offset: int, size: int, populate: bool) -> None:  # noqa: FBT001
+        self.check_open()
         self._check_source(source)
         what = f"block {self.block.name!r}"
         check_range(offset, size, limit=self.block.size, align=source.granularity, what=what)
-        notification = self.notification(source, offset, offset + size, populate=populate)
+        notification = Notification(self, offset, offset + size, populate=populate, source=source)
         reserve((notification,))
         with UndoLog(self.guard, "notify_populate" if populate else "notify_discard") as undo:
             undo.do("notify", notification.tell, notification.take_back)
         self.freeing.keep_used(offset, size)
-
-    def notification(
-        self,
-        source: Source | None,
-        start: int,
-        end: int,
-        *,
-        populate: bool,
-        runs: Callable[[int, int], Runs] | None = None,
-        hollow: bool = True,
-    ) -> Notification:
-        """
-        Build the notification of a change; the caller holds the lock.
-
-        :param source: Whose change it is; None: it is none, and all sources are asked.
-        """
-        others: Sequence[Source] = ()
-        if source is None or len(self._sources) > 1:
-            others = [other for other in self._sources if other is not source]
-        return Notification(
-            self.guard,
-            self._registry.overlapping(start, end),
-            start,
-            end,
-            others,
-            populate=populate,
-            runs=runs,
-            hollow=hollow,
-        )
 
     # -- listeners ----------------------------------------------------------------------------------
 
@@ -338,6 +299,7 @@ class RamDiscardManager(OfOneProcess):
         self.run("register_listener", self._register, listener, section)
 
     def _register(self, listener: Listener, section: RamSection) -> None:
+        self.check_open()
         registration = self.check_in(listener, section)
         replay = self.replay(registration)
         reserve((replay,))
@@ -358,7 +320,8 @@ class RamDiscardManager(OfOneProcess):
         self.run("unregister_listener", self._unregister, listener, even_poisoned=True)
 
     def _unregister(self, listener: Listener) -> None:
-        registration = self._registry.find(listener)
+        self.check_open()
+        registration = self.registry.find(listener)
         if registration is None:
             raise UsageError(
                 f"{listener!r} is not registered with block {self.block.name!r}", value=listener
@@ -372,7 +335,7 @@ class RamDiscardManager(OfOneProcess):
 
     def dismiss_all(self) -> None:
         """Unregister every listener for closing; one that refuses is made to go."""
-        for registration in self._registry:
+        for registration in self.registry:
             if not self.guard.poisoned:
                 undo = UndoLog(self.guard, "close")
                 try:
@@ -392,7 +355,7 @@ class RamDiscardManager(OfOneProcess):
         :raises UsageError: As :meth:`register_listener`.
         """
         self._check_block(section)
-        if self._registry.find(listener) is not None:
+        if self.registry.find(listener) is not None:
             raise UsageError(
                 f"{listener!r} is registered already; one registration per listener", value=listener
             )
@@ -400,30 +363,23 @@ class RamDiscardManager(OfOneProcess):
         check_range(
             section.offset, section.size, limit=self.block.size, align=PAGE_SIZE, what=what
         )
-        return self._registry.make(listener, section)
+        return self.registry.make(listener, section)
 
     def find(self, listener: Listener) -> Registration | None:
         """Look up the registration of *listener*, if it has one."""
-        return self._registry.find(listener)
+        return self.registry.find(listener)
 
     def registration(self, listener: Listener, section: RamSection) -> Registration:
         """Make the registration of a listener that is on no list, and put it on none."""
-        return self._registry.make(listener, section)
+        return self.registry.make(listener, section)
 
     def replay(self, registration: Registration) -> Notification:
         """Build what tells one listener, registered or not, all that is populated."""
         return self._alone(registration, populate=True)
 
     def _alone(self, registration: Registration, *, populate: bool) -> Notification:
-        section = registration.section
-        return Notification(
-            self.guard,
-            (registration,),
-            section.offset,
-            section.end,
-            self._sources,
-            populate=populate,
-        )
+        start, end = registration.section.offset, registration.section.end
+        return Notification(self, start, end, populate=populate, only=registration)
 
     def join(
         self,
@@ -441,7 +397,7 @@ class RamDiscardManager(OfOneProcess):
         """
         unjoin = partial(self._unjoin, registration, replay, before)
         undo.do("map", replay.tell, unjoin, piece=piece)
-        self._registry.add(registration)
+        self.registry.add(registration)
 
     def _unjoin(
         self, registration: Registration, replay: Notification, before: Registration | None
@@ -449,33 +405,40 @@ class RamDiscardManager(OfOneProcess):
         try:
             replay.take_back()
         except BaseException:
-            # It may still hold something: it stays on the list, for closing to tell it.
-            self._registry.add(registration)
+            self.registry.discard(registration.listener)
+            if registration.budgeted is not None:
+                # It may still hold something, and can let go of all of it: it stays on the list,
+                # for closing to tell it.
+                self.registry.add(registration)
             raise
         if before is not None:
-            self._registry.add(before)
+            self.registry.add(before)
         else:
-            self._registry.discard(registration.listener)
+            self.registry.discard(registration.listener)
 
     def leave(self, undo: UndoLog, registration: Registration, *, piece: object = None) -> None:
         """Tell the listener the discard of all it holds, and take it off the list."""
         farewell = self._alone(registration, populate=False)
         rejoin = partial(self._rejoin, registration, farewell)
         undo.do("unmap", farewell.tell, rejoin, piece=piece)
-        self._registry.discard(registration.listener)
+        self.registry.discard(registration.listener)
 
     def _rejoin(self, registration: Registration, farewell: Notification) -> None:
-        self._registry.add(registration)
+        self.registry.add(registration)
         farewell.take_back()
 
     def leave_regardless(self, registration: Registration) -> None:
         """Make the listener leave, registered or not; what it does not let go of is in doubt."""
         self._alone(registration, populate=False).tell_regardless()
-        self._registry.discard(registration.listener)
+        self.registry.discard(registration.listener)
+
+    def keep(self, registration: Registration) -> None:
+        """Put a listener back on the list that may still hold something."""
+        self.registry.add(registration)
 
     def stay_in_doubt(self, registration: Registration, reason: str) -> None:
         """Put the listener back on the list, and tell it nothing: what it left is in doubt."""
-        self._registry.add(registration)
+        self.registry.add(registration)
         self._alone(registration, populate=False).doubt(reason)
 
 

@@ -10,75 +10,75 @@ each its runs in ascending order. It notes how far it got before each call, so t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from ramblock.discard.guard import Guard
-from ramblock.discard.listeners import Budget, Registration
+from ramblock.discard.listeners import Budget
+from ramblock.discard.registry import Registration, Registry
 from ramblock.discard.section import RamSection
 from ramblock.discard.sources import Source, joint_runs
 from ramblock.ranges import Runs, clip
 
-__all__ = ["Notification", "reserve"]
+__all__ = ["Board", "Notification", "reserve"]
+
+
+class Board(Protocol):
+    """What a notification needs to know of a block; its discard manager is one."""
+
+    guard: Guard
+    sources: tuple[Source, ...]
+    registry: Registry
 
 
 class Notification:
     """
     One change of one block.
 
-    :param guard: Of the block, locked by the caller.
-    :param registrations: Who is told; those whose section meets the span.
+    :param board: The block's, locked by the caller.
     :param start: First byte of the block that changes.
     :param end: First byte behind the last that changes.
-    :param others: The sources that have to agree: all but the one that changes.
     :param populate: Whether the change populates or discards.
+    :param source: Whose change it is: the other sources have to agree; None: all of them.
     :param runs: What changes inside (start, end), ascending, as (start, end); None: all of the span.
         It is asked as long as the change is not committed, and again after it was taken back.
     :param hollow: Without the change (for a discard: with it) nothing in the span is populated. Then
         one sparse discard may cover all of the span.
+    :param only: Tell this one, registered or not; None: all whose section meets the span.
     """
 
-    __slots__ = (
-        "_doubts_before",
-        "_end",
-        "_guard",
-        "_hollow",
-        "_in_flight",
-        "_others",
-        "_populate",
-        "_refused",
-        "_registrations",
-        "_runs",
-        "_start",
-        "_told",
-        "refused_by",
-    )
+    # How many listeners were told everything, and the section that the next one is being told.
+    _told = 0
+    _in_flight: RamSection | None = None
+    _refused = False
+    #: The listener that refused, or the target it drives.
+    refused_by: object = None
 
     def __init__(
         self,
-        guard: Guard,
-        registrations: Sequence[Registration],
+        board: Board,
         start: int,
         end: int,
-        others: Sequence[Source],
         *,
         populate: bool,
+        source: Source | None = None,
         runs: Callable[[int, int], Runs] | None = None,
         hollow: bool = True,
+        only: Registration | None = None,
     ) -> None:
-        self._guard = guard
-        self._registrations = registrations
+        self._guard = guard = board.guard
+        self._registrations = (
+            board.registry.overlapping(start, end) if only is None else [only]
+        )
         self._start = start
         self._end = end
+        others = board.sources
+        if source is not None:
+            others = () if len(others) == 1 else tuple(o for o in others if o is not source)
         self._others = others
         self._populate = populate
         self._runs = runs
         self._hollow = hollow
-        # How many listeners were told everything, and the section that the next one is being told.
-        self._told = 0
-        self._in_flight: RamSection | None = None
-        self._refused = False
-        #: The listener that refused, or the target it drives.
-        self.refused_by: object = None
         self._doubts_before = guard.doubt_count
 
     def _exact(self, section: RamSection) -> Iterable[RamSection]:
@@ -109,12 +109,19 @@ class Notification:
         :raises BaseException: Whatever a listener, or a source that was asked, raised. Call
             :meth:`take_back`.
         """
+        populate = self._populate
         for registration in self._registrations:
             listener = registration.listener
-            if self._populate:
-                notify, sections = listener.notify_populate, self._exact(registration.section)
+            notify = listener.notify_populate if populate else listener.notify_discard
+            if self._runs is None and not self._others:
+                # Nearly every conversion: one run, without a call to find that out.
+                whole = registration.section
+                start, end = max(self._start, whole.offset), min(self._end, whole.offset + whole.size)
+                sections: Iterable[RamSection] = (whole.part(start, end),) if start < end else ()
+            elif populate:
+                sections = self._exact(registration.section)
             else:
-                notify, sections = listener.notify_discard, self._discards(registration)
+                sections = self._discards(registration)
             for section in sections:
                 self._in_flight = section
                 try:
@@ -160,14 +167,16 @@ class Notification:
     def _reverse(self, registration: Registration, until: int | None) -> BaseException | None:
         """Tell one listener the opposite of all runs that begin before *until*; None: of all."""
         listener = registration.listener
-        failure: BaseException | None = None
-        if not self._populate:
-            notify, verb, sections = listener.notify_populate, "populated", None
-        else:
+        notify, verb = listener.notify_populate, "populated"
+        if self._populate:
             notify, verb = listener.notify_discard, "discarded"
-            sections = self._discards(registration) if until is None else None
+        failure: BaseException | None = None
         try:
-            for section in self._exact(registration.section) if sections is None else sections:
+            if self._populate and until is None:
+                sections = self._discards(registration)
+            else:
+                sections = self._exact(registration.section)
+            for section in sections:
                 if until is not None and section.offset >= until:
                     break
                 try:
@@ -195,7 +204,7 @@ class Notification:
             for part in (section,) if registration.sparse else self._exact(section):
                 try:
                     registration.listener.notify_discard(part)
-                except Exception as error:  # closing goes on
+                except BaseException as error:  # closing goes on
                     self._guard.doubt(
                         part, registration.listener, f"could not be discarded: {error!r}"
                     )

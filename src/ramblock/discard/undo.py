@@ -22,21 +22,38 @@ The rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NamedTuple
+from typing import TypeAlias
 
 from ramblock.discard.guard import Guard
 
-__all__ = ["UndoLog"]
+__all__ = ["Entry", "UndoLog", "put_back"]
 
 
-class _Entry(NamedTuple):
-    step: str
-    piece: object
-    undo: Callable[..., object]
-    stuck: Callable[..., object] | None
-    arguments: tuple[object, ...]
+#: A step that was begun: its name, its piece, the functions ``undo`` and ``stuck``, their arguments.
+Entry: TypeAlias = tuple[
+    str, object, Callable[..., object], Callable[..., object] | None, tuple[object, ...]
+]
+
+
+def put_back(guard: Guard, entries: Sequence[Entry]) -> None:
+    """Undo *entries*, latest first; an undo that fails poisons, and nothing is raised."""
+    stuck_at: list[tuple[object, str]] = []
+    for step, piece, undo, stuck, arguments in reversed(entries):
+        if any(piece is other and step != name for other, name in stuck_at):
+            continue
+        try:
+            undo(*arguments)
+        except BaseException as error:  # the rest has to be put back all the same
+            stuck_at.append((piece, step))
+            guard.poison(f"step {step!r} could not be put back: {error!r}")
+            if stuck is None:
+                continue
+            try:
+                stuck(*arguments)
+            except BaseException as failure:
+                guard.poison(f"nor do our records of step {step!r} say what is true: {failure!r}")
 
 
 class UndoLog:
@@ -55,7 +72,7 @@ class UndoLog:
     def __init__(self, guard: Guard, operation: str) -> None:
         self._guard = guard
         self._operation = operation
-        self._entries: list[_Entry] = []
+        self._entries: list[Entry] = []
 
     def do(
         self,
@@ -73,40 +90,16 @@ class UndoLog:
         :param piece: What it is a step of, where the operation has several parts.
         :param stuck: See the module.
         """
-        self._entries.append(_Entry(step, piece, undo, stuck, arguments))
+        self._entries.append((step, piece, undo, stuck, arguments))
         do(*arguments)
 
     def drop_last(self) -> None:
         """Forget the latest step: it is certain that nothing of it happened."""
         self._entries.pop()
 
-    @property
-    def latest(self) -> tuple[str, object]:
-        """Name and piece of the latest step; after a failure it is the one that failed."""
-        entry = self._entries[-1]
-        return entry.step, entry.piece
-
     def put_back(self) -> None:
-        """Undo all of it; what fails there poisons, and nothing is raised."""
-        stuck_at: list[tuple[object, str]] = []
-        for step, piece, undo, stuck, arguments in reversed(self._entries):
-            if any(piece is other and step != name for other, name in stuck_at):
-                continue
-            try:
-                undo(*arguments)
-            except BaseException as error:  # what is left has to be put back all the same
-                stuck_at.append((piece, step))
-                self._guard.poison(f"step {step!r} could not be put back: {error!r}")
-                if stuck is not None:
-                    self._settle(step, stuck, arguments)
-
-    def _settle(
-        self, step: str, stuck: Callable[..., object], arguments: tuple[object, ...]
-    ) -> None:
-        try:
-            stuck(*arguments)
-        except BaseException as error:  # as above
-            self._guard.poison(f"nor do our records of step {step!r} say what is true: {error!r}")
+        """Undo all of it; an undo that fails poisons, and nothing is raised."""
+        put_back(self._guard, self._entries)
 
     def __enter__(self) -> UndoLog:
         return self

@@ -136,6 +136,7 @@ class VirtioMem(BitmapSource):
         )
 
     def _check_present(self) -> None:
+        self.block.discard_manager.check_open()
         if not any(source is self for source in self.block.discard_manager.sources):
             raise UsageError(
                 f"virtio-mem was removed from the sources of block {self.block.name!r}", value=self

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ramblock.dma.mapper import Mapper
-from ramblock.dma.mapping_table import Mapping
+from ramblock.dma.soft import Mapping
 from ramblock.dma.soft import FaultRecord, SoftIommu
 from ramblock.dma.target import DmaCapabilities, DmaTarget, HostRange, MappingPolicy
 

@@ -79,7 +79,8 @@ class Mapper:
         limits = [limit for limit in (max_mappings, capabilities.max_mappings) if limit is not None]
         self.target = target
         self.policy = effective_policy(target, policy)
-        self._limit = min(limits, default=None)
+        #: How many mappings may exist at once; None: any number.
+        self.limit = min(limits, default=None)
         #: Smallest piece that one mapping covers, in bytes.
         self.page_size = max(capabilities.page_size, PAGE_SIZE)
         self.exact = capabilities.exact
@@ -95,18 +96,13 @@ class Mapper:
         self._log_refusal = Sparingly(_log)
         self._log_nearly = Sparingly(_log)
 
-    @property
-    def limit(self) -> int | None:
-        """How many mappings may exist at once; None: any number."""
-        return self._limit
-
     def require(self, extra: int) -> None:
         """
         Check that *extra* entries more may exist at once.
 
         :raises MappingLimitError: They may not.
         """
-        limit = self._limit
+        limit = self.limit
         if limit is None or extra <= 0:
             return
         needed = self.entries + extra
@@ -164,7 +160,7 @@ class Mapper:
         self.mapped_bytes -= listener.mapped.count(0, listener.pages) * PAGE_SIZE
 
     def __repr__(self) -> str:
-        limit = "no limit" if self._limit is None else f"limit {self._limit}"
+        limit = "no limit" if self.limit is None else f"limit {self.limit}"
         return f"<Mapper {self.policy.value} of {self.target!r}: {self.entries} entries, {limit}>"
 
 
@@ -212,11 +208,11 @@ class SectionMapper:
         """
         start = (section.offset - self.section.offset) // PAGE_SIZE
         end = start + section.size // PAGE_SIZE
-        if self.mapped.count(start, end):
-            for gap_start, gap_end in list(self.mapped.runs(start, end, value=False)):
-                self._map(gap_start, gap_end)
-        else:
+        if not self.mapped.count(start, end):
             self._map(start, end)
+            return
+        for gap_start, gap_end in list(self.mapped.runs(start, end, value=False)):
+            self._map(gap_start, gap_end)
 
     def notify_discard(self, section: RamSection) -> None:
         """
@@ -302,23 +298,23 @@ class SectionMapper:
 
     def _erase(self, start: int, end: int) -> None:
         """Note that nothing of [start, end) is mapped; a mapping that went on behind it starts there now."""
-        new_start = self.starts.set(end, end + 1) if self._continues(end) else 0
+        # As _continues(); a call for each conversion is a call too many here.
+        goes_on = end < self.pages and self.mapped.get(end) and not self.starts.get(end)
+        new_start = self.starts.set(end, end + 1) if goes_on else 0
         removed = self.mapped.clear(start, end)
         self.mapper.entries += new_start - self.starts.clear(start, end)
         self.mapper.mapped_bytes -= removed * PAGE_SIZE
 
     # -- mapping --------------------------------------------------------------------------------------------------
 
-    def _host_range(self, page: int, pages: int) -> HostRange:
-        block = self.section.block
-        offset = self.section.offset + page * PAGE_SIZE
-        return HostRange(block.fd, offset, block.address + offset, pages * PAGE_SIZE)
-
     def _map_piece(self, page: int, pages: int) -> None:
+        section = self.section
+        block = section.block
+        start = page * PAGE_SIZE
+        offset = section.offset + start
+        memory = HostRange(block.fd, offset, block.address + offset, pages * PAGE_SIZE)
         self.mapper.map_calls += 1
-        self.target.map(
-            self._iova(page), self._host_range(page, pages), writable=not self.section.readonly
-        )
+        self.target.map(section.gpa + start, memory, writable=not section.readonly)
 
     def _map(self, start: int, end: int) -> None:
         """Map pages that are not mapped, and note it."""
@@ -407,12 +403,14 @@ class SectionMapper:
             assert span is not None  # the caller has counted
             start, end = span
             saved = self.mapped.save(start, end)
-        position, in_flight_end = start, start
+        position, in_flight_end, pages = start, end, mapped
         gpa = self.section.gpa
         try:
-            for position, in_flight_end in self._pieces(start, end):
-                whole = position == start and in_flight_end == end
-                pages = mapped if whole else self.mapped.count(position, in_flight_end)
+            for position, in_flight_end in (
+                self._pieces(start, end) if self.mapper.exact else ((start, end),)
+            ):
+                if self.mapper.exact:
+                    pages = in_flight_end - position
                 iova, size = gpa + position * PAGE_SIZE, (in_flight_end - position) * PAGE_SIZE
                 self.mapper.unmap_calls += 1
                 removed = self.target.unmap(iova, size)

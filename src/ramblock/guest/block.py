@@ -52,7 +52,15 @@ class RamBlock(OfOneProcess):
         owns_private: bool,
     ) -> None:
         self.name = name
+        #: In bytes.
         self.size = shared.size
+        #: Descriptor of the shared backing; None for anonymous memory.
+        self.fd = shared.fd
+        #: Host virtual address of the shared backing.
+        self.address = shared.address
+        #: The smallest piece of the shared backing that can be freed, in bytes.
+        self.page_size = shared.page_size
+        #: The private backing; None for ordinary RAM.
         self.private = private
         #: The memory, where it serves both states and so is both sides; else None.
         self.in_place = private if is_in_place(private) else None
@@ -153,21 +161,6 @@ class RamBlock(OfOneProcess):
         return self._shared
 
     @property
-    def fd(self) -> int | None:
-        """Descriptor of the shared backing; None for anonymous memory."""
-        return self._shared.fd
-
-    @property
-    def address(self) -> int:
-        """Host virtual address of the shared backing."""
-        return self._shared.address
-
-    @property
-    def page_size(self) -> int:
-        """Page size of the shared backing, in bytes; what of it can be freed at once."""
-        return self._shared.page_size
-
-    @property
     def closed(self) -> bool:
         """Whether the block was closed."""
         return self.discard_manager.closed
@@ -179,7 +172,7 @@ class RamBlock(OfOneProcess):
         :raises UsageError: Empty range, outside the block, or closed.
         :raises OSError: In place, a page of it is private.
         """
-        self._check_open()
+        self.discard_manager.check_open()
         check_range(offset, size, limit=self.size, align=1, what=f"block {self.name!r}")
         return self._shared.read(offset, size)
 
@@ -190,17 +183,13 @@ class RamBlock(OfOneProcess):
         :raises UsageError: No data, outside the block, or closed; nothing is written.
         :raises OSError: The host has no page for it, or (in place) it is private; bytes before that page may be written.
         """
-        self._check_open()
+        self.discard_manager.check_open()
         check_range(offset, len(data), limit=self.size, align=1, what=f"block {self.name!r}")
         self._shared.write(offset, data)
 
     def allocated_bytes(self) -> int | None:
         """Bytes of memory in use on the shared side, as the kernel counts them; None for anonymous memory."""
         return self._shared.allocated_bytes()
-
-    def _check_open(self) -> None:
-        if self.closed:
-            raise UsageError(f"block {self.name!r} is closed", value=self.name)
 
     # -- freeing and closing ------------------------------------------------------------------------
 
@@ -216,6 +205,7 @@ class RamBlock(OfOneProcess):
         :return: Bytes that still wait.
         :raises PoisonedError: The block is poisoned, and keeps its pages.
         """
+        self.discard_manager.check_open()
         return self.discard_manager.run("free_pending", self.sides.both.free_pending)
 
     @property
@@ -238,8 +228,7 @@ class RamBlock(OfOneProcess):
             self.discard_manager.closed = True
             self._shared.close()
         else:
-            manager = self.discard_manager
-            manager.run("close", self._close, even_poisoned=True, even_closed=True)
+            self.discard_manager.run("close", self._close, even_poisoned=True)
 
     def _close(self) -> None:
         manager = self.discard_manager

@@ -35,14 +35,13 @@ from ramblock.discard.attributes import PageState, RamBlockAttributes
 from ramblock.discard.bitmap_source import BitmapChange
 from ramblock.discard.guard import Guard
 from ramblock.discard.section import RamSection
-from ramblock.discard.undo import UndoLog
+from ramblock.discard.undo import Entry, put_back
 from ramblock.errors import ConversionError, PoisonedError, UsageError, describe_range
 from ramblock.guest.block import RamBlock
-from ramblock.guest.freeing import free_each
 from ramblock.guest.places import PlaceMap
 from ramblock.guest.vm import Vm, set_attribute
 
-__all__ = ["ConversionPiece", "ConversionResult", "convert_pieces", "free_unused", "plan_pieces"]
+__all__ = ["ConversionPiece", "ConversionResult", "convert_pieces", "plan_pieces"]
 
 
 class ConversionResult(NamedTuple):
@@ -86,11 +85,12 @@ class ConversionPiece:
 
     def set_attribute(self) -> None:
         """Set the attribute of the whole piece: one call, which changes nothing where it is set."""
-        section = self.section
-        end = section.offset + section.size
-        set_attribute(
-            self.vm, self.block, section, section.offset, end, private=self.private
-        )
+        if self.vm is not None or self.block.in_place is not None:
+            section = self.section
+            end = section.offset + section.size
+            set_attribute(
+                self.vm, self.block, section, section.offset, end, private=self.private
+            )
 
     def put_attribute_back(self) -> None:
         """Undo :meth:`set_attribute`, however far it came: only what differed goes back."""
@@ -102,16 +102,16 @@ class ConversionPiece:
     def settle_in_doubt(self) -> None:
         """Call the pages shared, which some listeners hold and others were told to let go of."""
         self.change.notification.doubt("could not be unmapped everywhere")
-        self.change.settle()
+        self.change.flip()
 
     def free(self) -> int:
         """Free the side that is no longer used; return the bytes that are not freed."""
-        section, sides = self.section, self.block.sides
-        used, unused = (
-            (sides.private, sides.shared) if self.private else (sides.shared, sides.private)
-        )
-        used.keep_used(section.offset, section.size)
-        return unused.free(section.offset, section.size)
+        offset, size, sides = self.section.offset, self.section.size, self.block.sides
+        if not self.private:
+            sides.shared.keep_used(offset, size)
+            return sides.private.free(offset, size)
+        sides.private.keep_used(offset, size)
+        return sides.shared.free(offset, size)
 
     def __repr__(self) -> str:
         to = "private" if self.private else "shared"
@@ -198,14 +198,15 @@ def convert_pieces(
     :raises PoisonedError: And it could not be put back.
     :raises BaseException: The cause itself, if it is no Exception; everything is put back.
     """
-    undo = UndoLog(guard, "convert")
+    begun: list[Entry] = []  # what an UndoLog keeps, without a call for each step
     try:
-        for name, do, put_back, stuck in TO_PRIVATE if to is PageState.PRIVATE else TO_SHARED:
+        for step, do, undo, stuck in TO_PRIVATE if to is PageState.PRIVATE else TO_SHARED:
             for piece in pieces:
-                undo.do(name, do, put_back, piece, piece=piece, stuck=stuck)
+                begun.append((step, piece, undo, stuck, (piece,)))
+                do(piece)
     except BaseException as cause:
-        undo.put_back()
-        step, failed = undo.latest
+        put_back(guard, begun)
+        step, _, _, _, (failed,) = begun[-1]
         assert isinstance(failed, ConversionPiece)
         target = failed.change.notification.refused_by
         where = f"conversion of {describe_range(gpa, size)} to {to.value}: step {step!r}"
@@ -223,10 +224,3 @@ def convert_pieces(
         raise ConversionError(
             text, gpa=gpa, size=size, to=to, step=step, target=target
         ) from cause
-
-
-def free_unused(pieces: Sequence[ConversionPiece]) -> int:
-    """Free what a committed conversion left unused; return the bytes that could not be freed."""
-    if len(pieces) == 1:
-        return pieces[0].free()
-    return free_each(piece.free for piece in pieces)

@@ -15,8 +15,8 @@ from itertools import islice
 
 from ramblock.discard.coordination import DiscardHold
 from ramblock.discard.guard import Guard
-from ramblock.discard.listeners import Registration
 from ramblock.discard.notification import reserve
+from ramblock.discard.registry import Registration
 from ramblock.discard.section import RamSection
 from ramblock.discard.undo import UndoLog
 from ramblock.dma.mapper import Mapper, SectionMapper
@@ -24,7 +24,14 @@ from ramblock.dma.target import DmaTarget
 from ramblock.guest.places import Place
 from ramblock.hostmem.backing import SharedBacking
 
-__all__ = ["Attachment", "count_some", "leave_all", "leave_all_regardless", "map_some"]
+__all__ = [
+    "Attachment",
+    "count_some",
+    "give_up",
+    "leave_all",
+    "leave_all_regardless",
+    "map_some",
+]
 
 # Entries that one batch maps: some milliseconds on a fast target, and conversions wait no longer.
 _BATCH = 256
@@ -168,6 +175,17 @@ def leave_all(attachment: Attachment, places: Iterable[Place], guard: Guard) -> 
             registration = attachment.registration(place)
             if registration is not None:
                 place.block.discard_manager.leave(undo, registration)
+
+
+def give_up(attachment: Attachment, places: Iterable[Place]) -> None:
+    """Unmap a mapper that is attached in part, whatever its target says."""
+    for place in places:
+        registration = attachment.registration(place)
+        attachment.force_out(place)
+        listener = place.listeners.pop(attachment, None)
+        if registration is not None and listener is not None and listener.in_doubt:
+            # Nobody holds the mapper: for closing to tell it once more.
+            place.block.discard_manager.keep(registration)
 
 
 def leave_all_regardless(attachment: Attachment, places: Iterable[Place]) -> None:

@@ -39,7 +39,7 @@ from ramblock.logs import Sparingly
 from ramblock.ranges import Runs, complement
 from ramblock.units import PAGE_SIZE
 
-__all__ = ["Reclaimer", "Side", "Sides", "free_each", "sides_of"]
+__all__ = ["Reclaimer", "Several", "Sides", "free_each", "sides_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +115,8 @@ class Reclaimer:
         """
         end = offset + size
         earlier = len(self._queue)
-        if not self._free_pages(offset, end):
+        small = self._page_size == PAGE_SIZE
+        if not (self._free(offset, end) if small else self._free_pages(offset, end)):
             self._queue.append((offset, end))
         if earlier:
             self._retry(earlier)
@@ -199,8 +200,8 @@ class Reclaimer:
             yield first // PAGE_SIZE * PAGE_SIZE, -(-last // PAGE_SIZE) * PAGE_SIZE
 
 
-class Side:
-    """The memory that pages leave unused when they stop being used in one way."""
+class Several:
+    """Reclaimers of several sides, or of none."""
 
     __slots__ = ("_reclaimers",)
 
@@ -218,25 +219,22 @@ class Side:
 
     def free(self, offset: int, size: int) -> int:
         """Free a range that nobody needs any more on this side; return the bytes that wait."""
-        if len(self._reclaimers) == 1:
-            return self._reclaimers[0].free(offset, size)
         return free_each(partial(reclaimer.free, offset, size) for reclaimer in self._reclaimers)
 
     def keep_used(self, offset: int, size: int) -> None:
         """After a change: what is in use again does not wait to be freed any more."""
         for reclaimer in self._reclaimers:
-            if reclaimer.not_freed_bytes:
-                reclaimer.keep_used(offset, size)
+            reclaimer.keep_used(offset, size)
 
 
 class Sides(NamedTuple):
     """The sides of one block."""
 
-    shared: Side
+    shared: Reclaimer | Several
     """For pages that stop being used as shared ones."""
-    private: Side
+    private: Reclaimer | Several
     """For pages that stop being used as private ones."""
-    both: Side
+    both: Reclaimer | Several
     """For pages that stop being used at all."""
 
 
@@ -276,11 +274,12 @@ def sides_of(
     block, unit = manager.block, shared.page_size
     name, size = f"block {block.name!r}", block.size
     if is_in_place(shared):
-        return Sides(Side(), Side(), Side(Reclaimer(name, size, unit, shared.discard, plugged)))
+        memory = Reclaimer(name, size, unit, shared.discard, plugged)
+        return Sides(Several(), Several(), memory)
     of_shared = Reclaimer(f"{name}, shared side", size, unit, shared.discard, used_shared)
     if discard_private is None:
-        return Sides(Side(of_shared), Side(), Side(of_shared))
+        return Sides(of_shared, Several(), of_shared)
     of_private = Reclaimer(
         f"{name}, private side", size, PAGE_SIZE, discard_private, used_privately
     )
-    return Sides(Side(of_shared), Side(of_private), Side(of_shared, of_private))
+    return Sides(of_shared, of_private, Several(of_shared, of_private))

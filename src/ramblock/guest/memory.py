@@ -17,14 +17,16 @@ from ramblock.dma.target import DmaTarget, MappingPolicy
 from ramblock.errors import BusyError, ConversionError, PoisonedError, UsageError
 from ramblock.events import Observer
 from ramblock.guest.block import RamBlock
-from ramblock.guest.conversion import ConversionResult, convert_pieces, free_unused, plan_pieces
+from ramblock.guest.conversion import ConversionResult, convert_pieces, plan_pieces
 from ramblock.guest.devices import (
     Attachment,
     count_some,
+    give_up,
     leave_all,
     leave_all_regardless,
     map_some,
 )
+from ramblock.guest.freeing import free_each
 from ramblock.guest.placement import Placer
 from ramblock.guest.places import Place, PlaceMap
 from ramblock.guest.reset import check_new_parts, reset_guest
@@ -376,10 +378,8 @@ class GuestMemory(OfOneProcess):
 
     def _give_up_attach(self, attachment: Attachment) -> None:
         self._attachments.remove(attachment)
-        leave_all_regardless(attachment, self._places)
+        give_up(attachment, self._places)
         attachment.hold.release()
-        for place in self._places:
-            attachment.forget(place)
         if not self._guard.poisoned:
             attachment.let_blocks_go()
 
@@ -442,14 +442,28 @@ class GuestMemory(OfOneProcess):
         return self._guard.run("convert", self._convert, gpa, size, to)
 
     def _convert(self, gpa: int, size: int, to: PageState) -> ConversionResult:
-        check_state(to)
-        check_range(gpa, size, limit=ADDRESS_LIMIT, align=PAGE_SIZE, what="conversion")
+        if to is not PageState.PRIVATE and to is not PageState.SHARED:
+            check_state(to)
+        # The look that check_range() begins with; it has the words for the others.
+        if (
+            type(gpa) is not int
+            or type(size) is not int
+            or gpa < 0
+            or not 0 < size <= ADDRESS_LIMIT - gpa
+            or (gpa | size) & (PAGE_SIZE - 1)
+        ):
+            check_range(gpa, size, limit=ADDRESS_LIMIT, align=PAGE_SIZE, what="conversion")
         pieces = plan_pieces(self._places, gpa, size, to, self._placer.vm)
         if not pieces:
             return ConversionResult(gpa, size, to, 0, 0, 0, 0)
-        map_calls, unmap_calls = self._calls()
-        if self._attachments:
-            reserve([piece.change.notification for piece in pieces])
+        map_calls = unmap_calls = 0
+        for attachment in self._attachments:
+            map_calls -= attachment.mapper.map_calls
+            unmap_calls -= attachment.mapper.unmap_calls
+        for piece in pieces:
+            if piece.block.discard_manager.registry.limited:
+                reserve([each.change.notification for each in pieces])
+                break
         try:
             convert_pieces(self._guard, pieces, gpa, size, to)
         except PoisonedError as error:
@@ -464,18 +478,12 @@ class GuestMemory(OfOneProcess):
             if self._guard.observer is not None:
                 section = piece.section
                 piece.attributes.observe(piece.change, section.offset, section.size)
-        not_freed = free_unused(pieces)
-        maps, unmaps = self._calls()
-        return ConversionResult(
-            gpa, size, to, changed, maps - map_calls, unmaps - unmap_calls, not_freed
-        )
-
-    def _calls(self) -> tuple[int, int]:
-        map_calls = unmap_calls = 0
+        # Committed. What is freed is not put back.
+        not_freed = pieces[0].free() if len(pieces) == 1 else free_each(p.free for p in pieces)
         for attachment in self._attachments:
             map_calls += attachment.mapper.map_calls
             unmap_calls += attachment.mapper.unmap_calls
-        return map_calls, unmap_calls
+        return ConversionResult(gpa, size, to, changed, map_calls, unmap_calls, not_freed)
 
     def __repr__(self) -> str:
         sections, targets = len(self.sections), len(self._attachments)

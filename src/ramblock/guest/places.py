@@ -52,9 +52,9 @@ class PlaceMap:
         """List the places of *block*, ascending by offset."""
         return list(self._of_block.get(id(block), ()))
 
-    def look_up(self, section: RamSection) -> Place | None:
+    def look_up(self, section: object) -> Place | None:
         """Find the place whose section equals *section*."""
-        place = self.find(section.gpa)
+        place = self.find(section.gpa) if isinstance(section, RamSection) else None
         return place if place is not None and place.section == section else None
 
     def check_free(self, block: RamBlock, section: RamSection) -> None:
@@ -128,20 +128,28 @@ class PlaceMap:
         """
         starts, places = self._index
         index = bisect_right(starts, gpa) - 1
+        if index >= 0:
+            # Nearly always it lies in one section.
+            section = places[index].section
+            start = gpa - section.gpa
+            if start + size <= section.size:
+                start += section.offset
+                return [(places[index], section.part(start, start + size))]
         pieces: list[tuple[Place, RamSection]] = []
         position, end = gpa, gpa + size
         while position < end:
-            section = places[index].section if 0 <= index < len(places) else None
-            if section is None or not section.gpa <= position < section.gpa + section.size:
+            place = places[index] if 0 <= index < len(places) else None
+            if place is None or not place.section.gpa <= position < place.section.gpa_end:
                 raise UsageError(
                     f"{describe_range(gpa, size)}: nothing is mapped at {position:#x}",
                     value=position,
                     expected="RAM",
                     reason="hole",
                 )
-            stop = min(end, section.gpa + section.size)
+            section = place.section
+            stop = min(end, section.gpa_end)
             shift = section.offset - section.gpa
-            pieces.append((places[index], section.part(position + shift, stop + shift)))
+            pieces.append((place, section.part(position + shift, stop + shift)))
             position = stop
             index += 1
         return pieces

@@ -28,7 +28,7 @@ from functools import partial
 from ramblock.discard.attributes import RamBlockAttributes
 from ramblock.discard.bitmap_source import BitmapChange
 from ramblock.discard.guard import Guard
-from ramblock.discard.notification import reserve
+from ramblock.discard.notification import Notification, reserve
 from ramblock.discard.section import RamSection
 from ramblock.discard.undo import UndoLog
 from ramblock.discard.virtio_mem import VirtioMem
@@ -78,7 +78,7 @@ def reset_guest(
     old_sides = [(block, block.private) for block in private]
     changing = [block for block in _blocks(places) if _resettable(block)]
     farewells = [
-        block.discard_manager.notification(None, 0, block.size, populate=False)
+        Notification(block.discard_manager, 0, block.size, populate=False)
         for block in changing
     ]
     reserve(farewells)

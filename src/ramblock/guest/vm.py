@@ -45,7 +45,12 @@ class Vm(Protocol):
 
 @runtime_checkable
 class MemorySlots(Protocol):
-    """A VM that also has memory slots, through which the guest sees a section."""
+    """
+    A VM that also has memory slots, through which the guest sees a section.
+
+    Adding a section that it has changes nothing, nor does removing one that it has not: where a call
+    was left by an exception of somebody else's, it is not known which is the case.
+    """
 
     def add_memory_slot(self, section: RamSection) -> None:
         """

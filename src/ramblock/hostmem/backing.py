@@ -8,6 +8,7 @@ memfd drops page table entries, not pages (firecracker #6167). So each kind know
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -15,11 +16,27 @@ import weakref
 from typing import Protocol
 
 from ramblock.errors import UsageError
-from ramblock.hostmem.host_calls import address_of, punch_hole, write_own_memory
+from ramblock.hostmem.host_calls import address_of, write_own_memory
 from ramblock.hostmem.hugetlb import describe_shortage
+from ramblock.process import OfOneProcess
 from ramblock.units import PAGE_SIZE, check_range, format_size
 
-__all__ = ["AnonymousBacking", "MemfdBacking", "PrivateBacking", "SharedBacking", "StandInPrivate"]
+__all__ = [
+    "AnonymousBacking",
+    "MemfdBacking",
+    "PrivateBacking",
+    "SharedBacking",
+    "StandInPrivate",
+    "check_private",
+    "punch_hole",
+    "read_fd",
+    "write_fd",
+]
+
+# include/uapi/linux/falloc.h: KEEP_SIZE and PUNCH_HOLE.
+_PUNCH_HOLE = 0x01 | 0x02
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 # include/uapi/linux/memfd.h: the log2 of the page size sits in bits 26 and up.
 _MFD_HUGE_SHIFT = 26
@@ -79,6 +96,19 @@ class SharedBacking(Protocol):
         """Give everything back; nothing may map it any more."""
 
 
+def punch_hole(fd: int, offset: int, size: int) -> None:
+    """
+    Free ``[offset, offset + size)`` of the file behind *fd*; it reads as zeros afterwards (fallocate(2)).
+
+    :raises OSError: The kernel refused. Part of the range may be freed.
+    """
+    if _libc.fallocate(fd, _PUNCH_HOLE, offset, size) != 0:
+        number = ctypes.get_errno()
+        raise OSError(
+            number, f"fallocate(PUNCH_HOLE, {offset:#x}, {size:#x}): {os.strerror(number)}"
+        )
+
+
 def read_fd(fd: int, offset: int, size: int) -> bytes:
     """Read exactly *size* bytes; what lies past the end of the file is an EOFError."""
     data = os.pread(fd, min(size, _MAX_TRANSFER), offset)
@@ -109,7 +139,7 @@ def write_fd(fd: int, offset: int, data: bytes) -> None:
 _ABOUT_THE_POOL = frozenset({errno.ENOMEM, errno.ENOENT, errno.EINVAL, errno.ENODEV, errno.ENOSPC})
 
 
-class MemfdBacking:
+class MemfdBacking(OfOneProcess):
     """
     A memfd, mapped shared; with a *page_size* above the host's, on hugetlbfs.
 
@@ -176,7 +206,7 @@ class MemfdBacking:
         self._close_fd()
 
 
-class AnonymousBacking:
+class AnonymousBacking(OfOneProcess):
     """
     Private anonymous memory: no descriptor; reading an untouched page maps the zero page and costs nothing.
 
@@ -210,7 +240,7 @@ class AnonymousBacking:
         self._mapping.close()
 
 
-class StandInPrivate:
+class StandInPrivate(OfOneProcess):
     """
     A memfd in the role of guest_memfd, for hosts without KVM. ``read`` and ``write`` are the guest's accesses.
 
@@ -228,7 +258,7 @@ class StandInPrivate:
 
     def discard(self, offset: int, size: int) -> None:
         """Punch a hole; whole pages, as with guest_memfd."""
-        self._check(offset, size, PAGE_SIZE)
+        check_range(offset, size, limit=self.size, align=PAGE_SIZE, what="private backing")
         punch_hole(self.fd, offset, size)
 
     def read(self, offset: int, size: int) -> bytes:

@@ -16,15 +16,11 @@ from ramblock.units import PAGE_SIZE
 __all__ = [
     "address_of",
     "populate",
-    "punch_hole",
     "read_own_memory",
     "set_memory_policy",
     "write_own_memory",
 ]
 
-# include/uapi/linux/falloc.h
-_FALLOC_FL_KEEP_SIZE = 0x01
-_FALLOC_FL_PUNCH_HOLE = 0x02
 # include/uapi/asm-generic/mman-common.h; from Linux 5.14 on.
 _MADV_POPULATE_WRITE = 23
 # arch/x86/entry/syscalls/syscall_64.tbl; scripts/syscall.tbl has the number of every newer architecture. libc has no name
@@ -34,7 +30,6 @@ _NR_MBIND = 237 if os.uname().machine == "x86_64" else 235
 _UIO_MAXIOV = 1024
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.syscall.restype = ctypes.c_long
 for _transfer in (_libc.process_vm_readv, _libc.process_vm_writev):
@@ -53,19 +48,6 @@ class _Iovec(ctypes.Structure):
     """struct iovec, include/uapi/linux/uio.h."""
 
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
-def punch_hole(fd: int, offset: int, size: int) -> None:
-    """
-    Free ``[offset, offset + size)`` of the file behind *fd*; it reads as zeros afterwards (fallocate(2)).
-
-    :raises OSError: The kernel refused. Part of the range may be freed.
-    """
-    if _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, size) != 0:
-        number = ctypes.get_errno()
-        raise OSError(
-            number, f"fallocate(PUNCH_HOLE, {offset:#x}, {size:#x}): {os.strerror(number)}"
-        )
 
 
 def address_of(mapping: mmap) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 from threading import Lock
 
-from ramblock.dma.mapping_table import Mapping
+from ramblock.dma.soft import Mapping
 from ramblock.dma.vfio_user.layout import Message
 from ramblock.dma.vfio_user.numbers import DmaFlags
 from ramblock.dma.vfio_user.replies import DmaUnmapReply, ErrorReply

@@ -19,7 +19,7 @@ import socket
 import weakref
 from collections.abc import Sequence
 
-from ramblock.dma.mapping_table import Mapping
+from ramblock.dma.soft import Mapping
 from ramblock.dma.soft import FaultRecord
 from ramblock.dma.target import DmaCapabilities, HostRange
 from ramblock.dma.vfio_user.calls import Call, MapCall, UnmapCall

@@ -12,7 +12,7 @@ import errno
 import logging
 from collections import deque
 
-from ramblock.dma.mapping_table import Mapping, MappingTable
+from ramblock.dma.soft import Mapping, MappingTable
 from ramblock.dma.soft import FaultRecord
 from ramblock.dma.target import HostRange
 from ramblock.dma.vfio_user.layout import Message
