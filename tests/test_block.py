@@ -333,7 +333,9 @@ def test_a_listener_that_cannot_let_go_does_not_stop_closing_and_poisons(
 
 
 class RaisesOnce:
-    """For ``then`` of a stand-in: raises at the call with that number, though nobody pressed Ctrl-C."""
+    """
+    For ``then`` of a stand-in: raises at the call with that number, though nobody pressed Ctrl-C.
+    """
 
     def __init__(self, number: int) -> None:
         self.left = number
