@@ -302,7 +302,7 @@ def test_whoever_waits_follows_a_block_to_its_new_lock(monkeypatch: pytest.Monke
         assert before.run("something", lambda: "is free") == "is free"
 
 
-# -- poison -----------------------------------------------------------------------------------------------------------
+# -- poison ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CHANGES)

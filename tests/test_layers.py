@@ -1,8 +1,9 @@
 """
 The layers of ARCHITECTURE.md, read off the import statements of the installed package.
 
-A layer knows the layers below it and nothing else, and the part that decides (states, manager, mapper) makes no system
-call. Both are easy to break by one convenient import, and neither shows in any other test.
+A layer knows the layers below it and nothing else, and the part that decides (states, manager,
+mapper) makes no system call. Both are easy to break by one convenient import, and neither shows in
+any other test.
 """
 
 import ast
@@ -16,8 +17,9 @@ from typing import NamedTuple
 
 import pytest
 
-# What stands directly below `ramblock`, low to high; a module that is named with its part stands higher than the part. Members of one layer are strangers to each other, except in the
-# lowest, whose members are single modules that belong together (a bitmap raises errors).
+# What stands directly below `ramblock`, low to high; a module that is named with its part stands
+# higher than the part. Members of one layer are strangers to each other, except in the lowest,
+# whose members are single modules that belong together (a bitmap raises errors).
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"bitmap", "errors", "events", "logs", "units"}),
     # Numbers and layouts of kernel interfaces; what uses them lies above.
@@ -25,7 +27,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"memory"}),
     frozenset({"dma"}),
     frozenset({"guest"}),
-    # The face that `import ramblock` shows, and the kit for other people's tests: both see all of the pure part.
+    # The face that `import ramblock` shows, and the kit for other people's tests: both see all of
+    # the pure part.
     frozenset({"__init__", "testing"}),
     frozenset({"kvm", "trace", "vfio"}),
     # Runs on a vCPU.
@@ -33,14 +36,16 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"check", "doctor", "probe", "report", "run"}),
     # Reads what a check reads, and knows of a host what the doctor knows.
     frozenset({"plan"}),
-    # The faces of the jobs: a command line, and fixtures for pytest. The plugin is for those who test their own VMM, so it
-    # is in their kit; but it is the one module there that runs a job, and only pytest loads it.
+    # The faces of the jobs: a command line, and fixtures for pytest. The plugin is for those who
+    # test their own VMM, so it is in their kit; but it is the one module there that runs a job, and
+    # only pytest loads it.
     frozenset({"cli", "testing.plugin"}),
     frozenset({"__main__"}),
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
-# The library must work without its test kit, whatever the ranks say; the jobs use it (faults on purpose).
+# The library must work without its test kit, whatever the ranks say; the jobs use it (faults on
+# purpose).
 TEST_KIT = "testing"
 FIRST_TO_USE_THE_TEST_KIT = RANKS["run"]
 
@@ -115,7 +120,8 @@ def upward_imports(modules: list[Module]) -> Iterator[str]:
             top, *below = target.split(".")
             if top != "ramblock":
                 continue
-            # `from ramblock import dma` names a part; `from ramblock import RamBlock` asks the face for it.
+            # `from ramblock import dma` names a part; `from ramblock import RamBlock` asks the face
+            # for it.
             part = below[0] if below and below[0] in parts else "__init__"
             if ".".join(below[:2]) in RANKS:
                 part = ".".join(below[:2])

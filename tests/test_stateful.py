@@ -1,10 +1,11 @@
 """
 Everything at once, in any order, against sets of pages.
 
-Blocks come, go, are placed, converted and plugged; sources and listeners of third parties come, go and refuse; devices of
-every kind are attached and detached and do DMA. After each step every book there is has to say the same: the model, the
-page states, each target's table, each mapper's counters, what each listener holds, the VM's attributes, and the bytes in
-memory. A checker at the edges looks at each single call in between.
+Blocks come, go, are placed, converted and plugged; sources and listeners of third parties come, go
+and refuse; devices of every kind are attached and detached and do DMA. After each step every book
+there is has to say the same: the model, the page states, each target's table, each mapper's
+counters, what each listener holds, the VM's attributes, and the bytes in memory. A checker at the
+edges looks at each single call in between.
 """
 
 from __future__ import annotations
@@ -85,7 +86,10 @@ class Listening(NamedTuple):
 
 @dataclass
 class Refusal:
-    """Which call, of all listeners together, is refused next: once, so that what is put back can be put back."""
+    """
+    Which call, of all listeners together, is refused next: once, so that what is put back can be
+    put back.
+    """
 
     calls_until: int | None = None
     happened: bool = False
@@ -120,7 +124,10 @@ class EverythingAgrees(RuleBasedStateMachine):
     def start(
         self, kinds: list[TargetKind], empty: bool, plugged: bool, in_place: set[str]
     ) -> None:
-        """Begin with a guest that runs, most of the time: what is interesting happens to a guest that does."""
+        """
+        Begin with a guest that runs, most of the time: what is interesting happens to a guest that
+        does.
+        """
         self.checker = GuestChecker()
         self.vm = self.checker.vm()
         self.memory = GuestMemory(self.vm)
@@ -130,8 +137,8 @@ class EverythingAgrees(RuleBasedStateMachine):
         self.iommus: list[SoftIommu | RemoteIommu] = []
         self.listening: list[Listening] = []
         self.refusal = Refusal()
-        #: By block and page, the first byte of the shared side where it is not zero; None where a page is private and
-        #: was not freed, which a later conversion around it may do.
+        #: By block and page, the first byte of the shared side where it is not zero; None where a
+        #: page is private and was not freed, which a later conversion around it may do.
         self.bytes: dict[str, dict[int, int | None]] = {}
         self.next_byte = 1
         self.in_place = in_place
@@ -175,10 +182,14 @@ class EverythingAgrees(RuleBasedStateMachine):
             assert all(attached.iommu.mappings() == [] for attached in self.attached)
             self.checker.verify()
 
-    # -- what may go wrong --------------------------------------------------------------------------------------------
+    # -- what may go wrong -------------------------------------------------------------------------
 
     def _attempt(self, call: Callable[[], object], refuse_at: int | None) -> bool:
-        """Make a call that may only fail because a listener refuses or a budget is too small; tell whether it worked."""
+        """
+        Make a call that may only fail because a listener refuses or a budget is too small.
+
+        Tell whether it worked.
+        """
         self.refusal = Refusal(refuse_at)
         try:
             call()
@@ -215,7 +226,7 @@ class EverythingAgrees(RuleBasedStateMachine):
             with pytest.raises(UsageError):
                 yield
 
-    # -- blocks and sections ------------------------------------------------------------------------------------------
+    # -- blocks and sections -----------------------------------------------------------------------
 
     @rule(place=st.sampled_from(PLACES))
     def map(self, place: ModelSection) -> None:
@@ -263,7 +274,7 @@ class EverythingAgrees(RuleBasedStateMachine):
         self.checker.private_memory.difference_update(addresses)
         self._create(name)
 
-    # -- states -------------------------------------------------------------------------------------------------------
+    # -- states ------------------------------------------------------------------------------------
 
     # More rules than one, so that most steps are conversions.
     @rule(where=page_ranges(2 * SIZE), to=page_states())
@@ -330,7 +341,8 @@ class EverythingAgrees(RuleBasedStateMachine):
         if self._attempt(call, refuse_at):
             self.model.convert(*where, to)
             if to is PRIVATE:
-                # Only where something changed was anything freed, and there all of it that is not shared any more.
+                # Only where something changed was anything freed, and there all of it that is not
+                # shared any more.
                 for gpa in changing:
                     name, offset = self.model._at(gpa)
                     if name not in self.in_place:
@@ -345,7 +357,10 @@ class EverythingAgrees(RuleBasedStateMachine):
     def state_change(
         self, name: str, where: tuple[int, int], to: PageState, refuse_at: int | None
     ) -> None:
-        """Change the states the way a VMM without ``convert`` would: with the attributes, in the right order."""
+        """
+        Change the states the way a VMM without ``convert`` would: with the attributes, in the right
+        order.
+        """
         attributes = self.edges[name].block.attributes
         assert attributes is not None
         changing = {
@@ -381,7 +396,7 @@ class EverythingAgrees(RuleBasedStateMachine):
         if worked is (to is PRIVATE):
             set_attributes(True)
 
-    # -- virtio-mem ---------------------------------------------------------------------------------------------------
+    # -- virtio-mem --------------------------------------------------------------------------------
 
     @rule(refuse_at=st.none() | st.integers(0, 4))
     @precondition(lambda self: self.edges["hotplug"].device is None)
@@ -438,7 +453,7 @@ class EverythingAgrees(RuleBasedStateMachine):
                 self.bytes["hotplug"].clear()
             plugged.clear()
 
-    # -- other people's sources ---------------------------------------------------------------------------------------
+    # -- other people's sources --------------------------------------------------------------------
 
     @rule(
         name=names,
@@ -487,7 +502,8 @@ class EverythingAgrees(RuleBasedStateMachine):
     @precondition(lambda self: any(edge.sources for edge in self.edges.values()))
     def a_source_changes(self, which: int, where: tuple[int, int], refuse_at: int | None) -> None:
         name, key, source = self._some_source(which)
-        # A source says what it changed, and only that: as much of the range as is like its first page.
+        # A source says what it changed, and only that: as much of the range as is like its first
+        # page.
         first = where[0] // PAGE
         populates = first not in source.populated
         end = first
@@ -502,7 +518,7 @@ class EverythingAgrees(RuleBasedStateMachine):
         else:
             source.populated = before
 
-    # -- listeners ----------------------------------------------------------------------------------------------------
+    # -- listeners ---------------------------------------------------------------------------------
 
     @rule(name=names, where=inside, sparse=st.booleans(), refuse_at=st.none() | st.integers(0, 2))
     @precondition(lambda self: len(self.listening) < MOST)
@@ -529,7 +545,7 @@ class EverythingAgrees(RuleBasedStateMachine):
             self.listening.remove(listening)
             assert (listening.listener.held, listening.listener.wrong) == (set(), [])
 
-    # -- devices ------------------------------------------------------------------------------------------------------
+    # -- devices -----------------------------------------------------------------------------------
 
     def make(self, kind: TargetKind) -> SoftIommu | RemoteIommu:
         return kind.make()
@@ -578,7 +594,7 @@ class EverythingAgrees(RuleBasedStateMachine):
             with pytest.raises(IommuFault):
                 iommu.write(where[0], b"x" * where[1])
 
-    # -- what has to be true after each step --------------------------------------------------------------------------
+    # -- what has to be true after each step -------------------------------------------------------
 
     @invariant()
     def every_target_maps_what_is_populated(self) -> None:

@@ -61,7 +61,7 @@ def listen(block: RamBlock, first: int = 0, count: int = COUNT) -> RecordingList
     return listener
 
 
-# -- coming and going -------------------------------------------------------------------------------------------------
+# -- coming and going ------------------------------------------------------------------------------
 
 
 def test_it_adds_itself_unplugged(block: RamBlock) -> None:
@@ -144,7 +144,7 @@ def test_the_same_twice(block: RamBlock) -> None:
         block.discard_manager.add_source(device)
 
 
-# -- plugging ---------------------------------------------------------------------------------------------------------
+# -- plugging --------------------------------------------------------------------------------------
 
 
 def test_plug_and_unplug(block: RamBlock) -> None:
@@ -282,7 +282,7 @@ def test_unplugging_frees_both_backings_whole_device_blocks_only(confidential: R
     assert block.read(UNIT, 2 * UNIT) == block.private.read(UNIT, 2 * UNIT) == bytes(2 * UNIT)
 
 
-# -- with page attributes ---------------------------------------------------------------------------------------------
+# -- with page attributes --------------------------------------------------------------------------
 
 
 def test_plug_state_and_page_state_are_independent(confidential: RamBlock) -> None:
@@ -333,7 +333,7 @@ def test_a_third_source(confidential: RamBlock) -> None:
     assert listener.take_calls() == [discard(0, 8)]
 
 
-# -- with a target ----------------------------------------------------------------------------------------------------
+# -- with a target ---------------------------------------------------------------------------------
 
 
 def test_a_budget_is_asked_before_anything_is_plugged(ordinary: RamBlock) -> None:
@@ -378,7 +378,7 @@ def test_device_blocks_smaller_than_a_targets_pages(ordinary: RamBlock) -> None:
     device.plug(0, 2 * UNIT)
 
 
-# -- any sequence -----------------------------------------------------------------------------------------------------
+# -- any sequence ----------------------------------------------------------------------------------
 
 steps = st.lists(
     st.tuples(

@@ -1,7 +1,8 @@
 """
 Memory slots by section, on a kernel that is played by a dictionary.
 
-What KVM itself says to slots is in test_vm.py; here it is what the table makes of it, and of Ctrl-C around a call.
+What KVM itself says to slots is in test_vm.py; here it is what the table makes of it, and of Ctrl-C
+around a call.
 """
 
 import errno

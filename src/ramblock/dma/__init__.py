@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DMA targets, and the mapper that drives them. Targets outside this process are imported when first asked for."""
+"""
+DMA targets, and the mapper that drives them.
+
+Targets outside this process are imported when first asked for.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -31,7 +35,8 @@ __all__ = [
     "VfioUserTarget",
 ]
 
-# They bring the kernel's structures or sockets along, which `ramblock --help` and a software IOMMU can do without.
+# They bring the kernel's structures or sockets along, which `ramblock --help` and a software IOMMU
+# can do without.
 _LATER = {
     "IommufdIoas": "iommufd",
     "IommufdMode": "iommufd",

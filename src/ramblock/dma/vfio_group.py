@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A VFIO group: the devices that an IOMMU cannot tell apart, handed to one user as a whole (drivers/vfio/group.c)."""
+"""A VFIO group: devices that an IOMMU cannot tell apart, for one user (drivers/vfio/group.c)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ __all__ = ["VfioGroup"]
 
 class VfioGroup:
     """
-    An open group. The kernel lets it be opened once, and keeps it open as long as one of its devices is.
+    An open group.
+
+    The kernel lets it be opened once, and keeps it open as long as one of its devices is.
 
     :param number: Of the IOMMU group.
     :param folder: Where the group's device file is.
@@ -46,7 +48,8 @@ class VfioGroup:
         """
         Put it into *container*.
 
-        :raises DmaError: EBUSY: it is not viable; the hint says why. Or the kernel refused. It is in no container.
+        :raises DmaError: EBUSY: it is not viable; the hint says why. Or the kernel refused. It is
+            in no container.
         """
         if not self.viable:
             raise refusal(Refused("VFIO_GROUP_GET_STATUS", errno.EBUSY, group=self.number))
@@ -68,7 +71,8 @@ class VfioGroup:
         """
         Open the device *name*, a PCI address for instance.
 
-        :raises DmaError: ENODEV: it is not in this group, or not bound to a VFIO driver. EINVAL: the group is in no container.
+        :raises DmaError: ENODEV: it is not in this group, or not bound to a VFIO driver. EINVAL:
+            the group is in no container.
         """
         argument = ctypes.create_string_buffer(os.fsencode(name))
         fd = self._fd.call(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run's guest memory: notes of every request how it ended, whoever made it."""
+"""The run's guest memory: notes the outcome of every request, from script or guest."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class CountedMemory(GuestMemory):
         self.peak_entries = 0
         #: Most pages shared at once.
         self.peak_shared_pages = 0
-        #: What the next request is about; callers say so before they make it.
+        #: Purpose of the next request; callers set it before they make the request.
         self.action = Action.HOSTILE
         #: How the latest request ended.
         self.outcome = Outcome.REFUSED
@@ -61,7 +61,7 @@ class CountedMemory(GuestMemory):
         return self.outcome
 
     def convert(self, gpa: int, size: int, to: PageState) -> ConversionResult:
-        """Convert, and count; raises what it always raises."""
+        """Convert, and count; raises as its base does."""
         clock = _Clock(self._verifier)
         try:
             result = super().convert(gpa, size, to)
@@ -107,7 +107,7 @@ class CountedMemory(GuestMemory):
 
 
 class _Clock:
-    """Times one conversion, with and without what the verifier spent meanwhile in this thread."""
+    """Times one conversion, with and without the verifier's time in this thread."""
 
     __slots__ = ("_began", "_verifier", "_watching", "own_ns", "took_ns")
 
@@ -124,7 +124,7 @@ class _Clock:
 
 
 def _classify(error: RamblockError) -> tuple[Outcome, str]:
-    """Tell what a failed conversion counts as, and why it failed, in a few words."""
+    """Return the outcome to count for a failed conversion, and the cause in a few words."""
     if isinstance(error, PoisonedError):
         return Outcome.POISONED, str(error)
     if isinstance(error, ConversionError):
