@@ -9,8 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ramblock.dma.mapper import Mapper
-from ramblock.dma.soft import Mapping
-from ramblock.dma.soft import FaultRecord, SoftIommu
+from ramblock.dma.soft import FaultRecord, Mapping, SoftIommu
 from ramblock.dma.target import DmaCapabilities, DmaTarget, HostRange, MappingPolicy
 
 if TYPE_CHECKING:

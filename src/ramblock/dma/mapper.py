@@ -25,10 +25,10 @@ import logging
 from collections.abc import Callable, Iterable
 
 from ramblock.bitmap import SavedBits, SparseBitmap
+from ramblock.discard.section import RamSection
 from ramblock.dma.target import DmaTarget, HostRange, MappingPolicy
 from ramblock.errors import DmaError, MappingLimitError, UsageError, describe_range
 from ramblock.logs import Sparingly
-from ramblock.discard.section import RamSection
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["Mapper", "SectionMapper"]

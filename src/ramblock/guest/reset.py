@@ -22,7 +22,7 @@ believes private.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 from ramblock.discard.attributes import RamBlockAttributes

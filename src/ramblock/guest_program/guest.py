@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ramblock.errors import GuestProgramError, UsageError, describe_range
+from ramblock.guest.block import RamBlock
 from ramblock.guest.memory import GuestMemory
 from ramblock.guest_program.image import build_image
 from ramblock.guest_program.long_mode import enter_long_mode
@@ -38,7 +39,6 @@ from ramblock.kvm import (
     MmioExit,
     ShutdownExit,
 )
-from ramblock.guest.block import RamBlock
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["GuestEvent", "GuestProgram", "IdleEvent"]

@@ -28,6 +28,7 @@ from __future__ import annotations
 import errno
 import logging
 
+from ramblock.discard.attributes import PageState
 from ramblock.errors import (
     ConversionError,
     MappingLimitError,
@@ -41,7 +42,6 @@ from ramblock.kvm.exits import HypercallExit, MemoryFaultExit
 from ramblock.kvm.faults import FaultGuard, StuckGuestError, StuckReason, wanted_state
 from ramblock.kvm.hypercall import HypercallResult, MapGpaRange
 from ramblock.logs import Sparingly
-from ramblock.discard.attributes import PageState
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_range
 
 __all__ = ["GuestConversions"]

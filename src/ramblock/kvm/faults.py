@@ -13,9 +13,9 @@ import os
 from enum import Enum
 from threading import Lock
 
+from ramblock.discard.attributes import PageState
 from ramblock.errors import RamblockError, describe_range
 from ramblock.kvm.exits import EHWPOISON, MemoryFaultExit
-from ramblock.discard.attributes import PageState
 from ramblock.uapi.kvm import MemoryFaultFlags
 
 __all__ = ["FaultGuard", "StuckGuestError", "StuckReason", "wanted_state"]

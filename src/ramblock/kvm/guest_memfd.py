@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from ramblock.hostmem.backing import punch_hole
 from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.page_cache import cached_bytes
-from ramblock.hostmem.backing import punch_hole
 from ramblock.process import OfOneProcess
 from ramblock.uapi.kvm import GuestMemfdFlags
 from ramblock.units import PAGE_SIZE, check_range, format_size

@@ -12,9 +12,9 @@ import errno
 from dataclasses import dataclass
 from enum import IntEnum
 
+from ramblock.discard.attributes import PageState
 from ramblock.errors import UsageError
 from ramblock.kvm.exits import HypercallExit
-from ramblock.discard.attributes import PageState
 from ramblock.uapi.kvm_para import KVM_HC_MAP_GPA_RANGE, MapGpaRangeBits
 from ramblock.units import GIB, KIB, MIB
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import errno
 
+from ramblock.discard.section import RamSection
 from ramblock.errors import UsageError, describe_range
 from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.guest_memfd import GuestMemfd
-from ramblock.discard.section import RamSection
 from ramblock.uapi.kvm import (
     KVM_SET_USER_MEMORY_REGION,
     KVM_SET_USER_MEMORY_REGION2,

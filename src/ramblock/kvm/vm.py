@@ -7,12 +7,12 @@ import errno
 from enum import IntEnum
 from types import TracebackType
 
+from ramblock.discard.section import RamSection
 from ramblock.errors import UsageError, describe_range
 from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.guest_memfd import GuestMemfd
 from ramblock.kvm.slots import SlotTable
 from ramblock.kvm.vcpu import Vcpu
-from ramblock.discard.section import RamSection
 from ramblock.uapi.kvm import (
     KVM_CHECK_EXTENSION,
     KVM_CREATE_GUEST_MEMFD,

@@ -18,11 +18,11 @@ from types import TracebackType
 import msgspec
 
 from ramblock.bitmap import SparseBitmap
+from ramblock.discard.attributes import PageState
 from ramblock.dma.mapper import Mapper
 from ramblock.dma.target import DmaCapabilities, HostRange, MappingPolicy
 from ramblock.errors import DmaError, describe_range
 from ramblock.guest import GuestMemory
-from ramblock.discard.attributes import PageState
 from ramblock.guest.block import RamBlock
 from ramblock.plan.guest import Guest
 from ramblock.plan.targets import TargetKind

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from ramblock.errors import UsageError
 from ramblock.discard.attributes import PageState
+from ramblock.errors import UsageError
 from ramblock.plan.formula import pages
 from ramblock.plan.guest import Guest
 from ramblock.plan.shares import Share, boot_shares, buffer_room, firmware

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from time import perf_counter_ns
 
+from ramblock.discard.attributes import PageState
 from ramblock.errors import (
     ConversionError,
     MappingLimitError,
@@ -16,7 +17,6 @@ from ramblock.errors import (
 from ramblock.guest.conversion import ConversionResult
 from ramblock.guest.memory import GuestMemory
 from ramblock.guest.vm import Vm
-from ramblock.discard.attributes import PageState
 from ramblock.run.guest_script import Action, Request
 from ramblock.run.tally import Outcome, Tally
 from ramblock.run.verifier import Verifier

@@ -17,13 +17,13 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
+from ramblock.discard.attributes import PageState
 from ramblock.dma.mapper import Mapper
 from ramblock.dma.target import DmaTarget, HostRange
 from ramblock.errors import RamblockError
 from ramblock.events import StateChanged
-from ramblock.discard.attributes import PageState
-from ramblock.hostmem.backend import HostMemoryBackend
 from ramblock.guest.block import RamBlock
+from ramblock.hostmem.backend import HostMemoryBackend
 from ramblock.run.counted import CountedMemory
 from ramblock.run.device import Device
 from ramblock.run.faults import FaultPlan

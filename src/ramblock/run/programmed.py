@@ -28,10 +28,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+from ramblock.discard.attributes import PageState
 from ramblock.errors import GuestProgramError, PoisonedError
 from ramblock.guest_program import Command, GuestProgram, IdleEvent, Operation, Status
 from ramblock.kvm import GuestConversions, HypercallExit
-from ramblock.discard.attributes import PageState
 from ramblock.run.counted import CountedMemory
 from ramblock.run.device import Buffer, Device
 from ramblock.run.guest_script import Action, Request

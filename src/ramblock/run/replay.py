@@ -9,8 +9,8 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from ramblock.errors import TraceError
 from ramblock.discard.attributes import PageState
+from ramblock.errors import TraceError
 from ramblock.run.guest_script import Action, Request
 from ramblock.run.layout import BlockPlace
 from ramblock.trace.writer import TRACE_VERSION

@@ -23,15 +23,15 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from ramblock.discard.section import RamSection
+from ramblock.discard.virtio_mem import VirtioMem
 from ramblock.dma.soft import Mapping
 from ramblock.dma.target import DmaCapabilities, DmaTarget, HostRange
 from ramblock.errors import describe_range
+from ramblock.guest.block import RamBlock
 from ramblock.guest.vm import MAKE_PRIVATE, MAKE_SHARED, MemorySlots, Vm
 from ramblock.hostmem.backing import PrivateBacking, SharedBacking
-from ramblock.guest.block import RamBlock
 from ramblock.hostmem.in_place import InPlaceBacking
-from ramblock.discard.section import RamSection
-from ramblock.discard.virtio_mem import VirtioMem
 from ramblock.units import PAGE_SIZE
 
 __all__ = [

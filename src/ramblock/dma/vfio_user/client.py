@@ -19,8 +19,7 @@ import socket
 import weakref
 from collections.abc import Sequence
 
-from ramblock.dma.soft import Mapping
-from ramblock.dma.soft import FaultRecord
+from ramblock.dma.soft import FaultRecord, Mapping
 from ramblock.dma.target import DmaCapabilities, HostRange
 from ramblock.dma.vfio_user.calls import Call, MapCall, UnmapCall
 from ramblock.dma.vfio_user.connection import Role

@@ -12,16 +12,15 @@ import errno
 import logging
 from collections import deque
 
-from ramblock.dma.soft import Mapping, MappingTable
-from ramblock.dma.soft import FaultRecord
+from ramblock.dma.soft import FaultRecord, Mapping, MappingTable
 from ramblock.dma.target import HostRange
 from ramblock.dma.vfio_user.layout import Message
 from ramblock.dma.vfio_user.replies import DmaReadReply, DmaWriteReply
 from ramblock.dma.vfio_user.requests import DmaRead, DmaWrite
 from ramblock.errors import DmaError, describe_range
-from ramblock.logs import Sparingly
 from ramblock.hostmem.backing import read_fd, write_fd
 from ramblock.hostmem.host_calls import read_own_memory, write_own_memory
+from ramblock.logs import Sparingly
 
 __all__ = ["ServedMemory"]
 
