@@ -10,7 +10,7 @@ The steps and their undo, as in a conversion; ordinary RAM stays as it is and st
 
     unmap       <-> map again             everything that will not be populated any more
     slot        <-> add with the old side only where a private side is replaced in the same VM
-    attribute   <-> as the states say     private; in a new VM before it has a slot
+    attribute   <-> share again           private; in a new VM before it has a slot
     slot        <-> remove                in a new VM all of them
     state       <-> flip back             everything private and unplugged
     --- committed ---
@@ -36,7 +36,14 @@ from ramblock.errors import UsageError
 from ramblock.guest.block import RamBlock
 from ramblock.guest.freeing import free_each
 from ramblock.guest.places import Place, PlaceMap
-from ramblock.guest.vm import MAKE_PRIVATE, MemorySlots, Vm, establish, set_attribute, withdraw
+from ramblock.guest.vm import (
+    MAKE_PRIVATE,
+    MAKE_SHARED,
+    MemorySlots,
+    Vm,
+    set_attribute,
+    withdraw,
+)
 from ramblock.hostmem.backing import PrivateBacking, check_private
 
 __all__ = ["check_new_parts", "reset_guest"]
@@ -100,7 +107,7 @@ def reset_guest(
         for place in places:
             if place.block.attributes is not None:
                 # An attribute of a new VM goes back to the kernel's default, which nobody sees.
-                back = withdraw if renewed and place.block.in_place is None else establish
+                back = withdraw if renewed and place.block.in_place is None else _share_again
                 undo.do(
                     "attribute",
                     partial(_make_private, new_vm, place.block, place.section),
@@ -139,6 +146,12 @@ def _resettable(block: RamBlock) -> list[RamBlockAttributes | VirtioMem]:
 
 def _make_private(vm: Vm | None, block: RamBlock, section: RamSection) -> None:
     set_attribute(vm, block, section, section.offset, section.end, private=MAKE_PRIVATE)
+
+
+def _share_again(vm: Vm | None, block: RamBlock, section: RamSection) -> None:
+    assert block.attributes is not None
+    for offset, size in block.attributes.ranges(section.offset, section.size):
+        set_attribute(vm, block, section, offset, offset + size, private=MAKE_SHARED)
 
 
 def _do_slot(undo: UndoLog, vm: object, place: Place, *, add: bool) -> None:
