@@ -980,6 +980,8 @@ class Scenario:
     """How many failures at once."""
     frees: bool = True
     """What is no longer used is freed."""
+    resets: bool = False
+    """Nothing is left on either side of a confidential block, used or not."""
     few: bool = False
     """Not every way in which a second call can fail, but one of each sort."""
 
@@ -1119,6 +1121,16 @@ def judge_committed(
         assert result.not_freed_bytes == waiting
     frees_failed = any(failed.call.kind in FREES for failed in injector.failed)
     assert (waiting > 0) == frees_failed, "the account of what is not freed"
+    if scenario.resets:
+        # Its own pages are the new guest's already: nobody but another reset may free them.
+        assert guest.memory.reset() == 0
+        for backing in [
+            *guest.in_place.values(),
+            *(side[name] for name in guest.private for side in (guest.private, guest.shared)),
+        ]:
+            assert not backing.resident, "something of the old guest is left"
+        judge_close(guest)
+        return
     assert sum(block.free_pending() for block in guest.blocks.values()) == 0
     used = scenario.used_after
     for name, private in guest.private.items():

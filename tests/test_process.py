@@ -145,9 +145,7 @@ def test_a_fork_while_another_thread_converts_does_not_hang(guest: Guest) -> Non
 
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_nothing_that_holds_memory_is_copied(
-    guest: Guest, how: Callable[[object], object]
-) -> None:
+def test_nothing_that_holds_memory_is_copied(guest: Guest, how: Callable[[object], object]) -> None:
     things = [
         guest.memory,
         guest.block,

@@ -200,7 +200,7 @@ def test_an_old_side_that_is_not_emptied_is_said(
                 raise OSError(errno.EIO, "no")
 
             monkeypatch.setattr(old.backing, "discard", refuse)
-            memory.reset(private={block: new.backing})
+            assert memory.reset(private={block: new.backing}) == SIZE
             assert block.private is new.backing
             assert "the old private side is not emptied" in caplog.text
 

@@ -270,7 +270,7 @@ class GuestMemory(OfOneProcess):
 
     def reset(
         self, vm: Vm | None = None, private: Mapping[RamBlock, PrivateBacking] | None = None
-    ) -> None:
+    ) -> int:
         """
         Reset the guest: all confidential pages private, virtio-mem unplugged, neither mapped by any
         device, and all that memory freed on both sides. All or nothing until it is committed.
@@ -278,18 +278,21 @@ class GuestMemory(OfOneProcess):
         :param vm: The VM that takes the place of the one until now, which must not run any more;
             None: it stays.
         :param private: New private backings by block, where they are recreated.
+        :return: Bytes of the old guest that could not be freed. Unless it is 0 the new guest must not
+            run: call it again.
         :raises UsageError: *vm* is no VM, or a block cannot take a new private backing; nothing has
             changed.
         :raises BaseException: What a target or VM raised; everything is as before.
         :raises PoisonedError: This memory is poisoned, or this call poisoned it.
         """
-        self._run("reset", self._reset, vm, {} if private is None else dict(private))
+        return self._run("reset", self._reset, vm, {} if private is None else dict(private))
 
-    def _reset(self, vm: Vm | None, private: Mapping[RamBlock, PrivateBacking]) -> None:
+    def _reset(self, vm: Vm | None, private: Mapping[RamBlock, PrivateBacking]) -> int:
         check_new_parts(self._places, vm, private)
-        reset_guest(self._guard, self._places, self._placer.vm, vm, private)
+        not_freed = reset_guest(self._guard, self._places, self._placer.vm, vm, private)
         if vm is not None:
             self._placer.vm = vm
+        return not_freed
 
     # -- devices ----------------------------------------------------------------------------------------------------
 

@@ -72,11 +72,12 @@ def reset_guest(
     old_vm: Vm | None,
     vm: Vm | None,
     private: Mapping[RamBlock, PrivateBacking],
-) -> None:
+) -> int:
     """
     Reset; see the module. The caller holds the lock and has checked the new parts.
 
     :param vm: The new VM; None: it stays.
+    :return: Bytes of the old guest that could not be freed.
     :raises BaseException: What a target or VM raised; everything is as before.
     :raises PoisonedError: It could not be put back.
     """
@@ -85,8 +86,7 @@ def reset_guest(
     old_sides = [(block, block.private) for block in private]
     changing = [block for block in _blocks(places) if _resettable(block)]
     farewells = [
-        Notification(block.discard_manager, 0, block.size, populate=False)
-        for block in changing
+        Notification(block.discard_manager, 0, block.size, populate=False) for block in changing
     ]
     reserve(farewells)
     flips: list[BitmapChange] = []
@@ -96,7 +96,10 @@ def reset_guest(
         # Slots of the old VM need no care where it is replaced: it does not run any more.
         again = [place for place in places if renewed or place.block in private]
         for place in [] if renewed else again:
-            _do_slot(undo, old_vm, place, add=False)
+            unmapped = farewells[changing.index(place.block)]
+            reason = "unmapped, and the VM does not take it back"
+            stuck = partial(unmapped.doubt, reason)
+            _do_slot(undo, old_vm, place, add=False, stuck=stuck)
         for block, backing in private.items():
             undo.do(
                 "private side",
@@ -104,6 +107,7 @@ def reset_guest(
                 partial(setattr, block, "private", block.private),
                 piece=block,
             )
+        # From here on, if an undo fails the pages stay private and unmapped: so the states say.
         for place in places:
             if place.block.attributes is not None:
                 # An attribute of a new VM goes back to the kernel's default, which nobody sees.
@@ -113,22 +117,23 @@ def reset_guest(
                     partial(_make_private, new_vm, place.block, place.section),
                     partial(back, new_vm, place.block, place.section),
                     piece=place.block,
+                    stuck=partial(_settle, place.block),
                 )
         for place in again:
-            _do_slot(undo, new_vm, place, add=True)
+            _do_slot(undo, new_vm, place, add=True, stuck=partial(_settle, place.block))
         for block in changing:
-            for source in _resettable(block):
-                change = source.plan(0, block.size, populate=False)
-                if change is not None:
-                    undo.do("state", change.flip, change.flip_back, piece=block)
-                    flips.append(change)
+            for change in _changes(block):
+                settle = partial(_settle, block)
+                undo.do("state", change.flip, change.flip_back, piece=block, stuck=settle)
+                flips.append(change)
     for change in flips:
         if isinstance(change.source, RamBlockAttributes):
             change.source.observe(change, 0, change.source.block.size)
+    frees = [partial(block.sides.both.free, 0, block.size) for block in changing]
     for block, old in old_sides:
         if old is not None and old is not block.private:
-            block.retire_private(old)
-    free_each(partial(block.sides.both.free, 0, block.size) for block in changing)
+            frees.append(partial(block.retire_private, old))
+    return free_each(frees)
 
 
 def _blocks(places: PlaceMap) -> list[RamBlock]:
@@ -144,6 +149,18 @@ def _resettable(block: RamBlock) -> list[RamBlockAttributes | VirtioMem]:
     ]
 
 
+def _changes(block: RamBlock) -> Iterator[BitmapChange]:
+    for source in _resettable(block):
+        change = source.plan(0, block.size, populate=False)
+        if change is not None:
+            yield change
+
+
+def _settle(block: RamBlock) -> None:
+    for change in _changes(block):
+        change.flip()
+
+
 def _make_private(vm: Vm | None, block: RamBlock, section: RamSection) -> None:
     set_attribute(vm, block, section, section.offset, section.end, private=MAKE_PRIVATE)
 
@@ -154,12 +171,14 @@ def _share_again(vm: Vm | None, block: RamBlock, section: RamSection) -> None:
         set_attribute(vm, block, section, offset, offset + size, private=MAKE_SHARED)
 
 
-def _do_slot(undo: UndoLog, vm: object, place: Place, *, add: bool) -> None:
+def _do_slot(
+    undo: UndoLog, vm: object, place: Place, *, add: bool, stuck: Callable[[], None]
+) -> None:
     if isinstance(vm, MemorySlots):
-        calls = (vm.add_memory_slot, vm.remove_memory_slot)
-        do, put_back = calls if add else reversed(calls)
+        calls = [vm.add_memory_slot, vm.remove_memory_slot]
+        do, put_back = (partial(call, place.section) for call in (calls if add else calls[::-1]))
         try:
-            undo.do("slot", do, put_back, place.section, piece=place.block)
+            undo.do("slot", do, put_back, piece=place.block, stuck=stuck)
         except Exception:
             undo.drop_last()  # a refusal: the VM did nothing
             raise
