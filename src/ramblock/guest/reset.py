@@ -22,7 +22,8 @@ believes private.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from ramblock.discard.attributes import RamBlockAttributes
@@ -47,6 +48,8 @@ from ramblock.guest.vm import (
 from ramblock.hostmem.backing import PrivateBacking, check_private
 
 __all__ = ["check_new_parts", "reset_guest"]
+
+_log = logging.getLogger(__name__)
 
 
 def check_new_parts(
@@ -110,17 +113,22 @@ def reset_guest(
         # From here on, if an undo fails the pages stay private and unmapped: so the states say.
         for place in places:
             if place.block.attributes is not None:
-                # An attribute of a new VM goes back to the kernel's default, which nobody sees.
-                back = withdraw if renewed and place.block.in_place is None else _share_again
+                # One of a new VM goes back to the kernel's default. Whoever has that VM drops it,
+                # so that it does no harm if that fails.
+                new = renewed and place.block.in_place is None
+                back = partial(
+                    withdraw if new else _share_again, new_vm, place.block, place.section
+                )
                 undo.do(
                     "attribute",
                     partial(_make_private, new_vm, place.block, place.section),
-                    partial(back, new_vm, place.block, place.section),
+                    partial(_try_to, back) if new else back,
                     piece=place.block,
                     stuck=partial(_settle, place.block),
                 )
         for place in again:
-            _do_slot(undo, new_vm, place, add=True, stuck=partial(_settle, place.block))
+            settle = None if renewed else partial(_settle, place.block)
+            _do_slot(undo, new_vm, place, add=True, stuck=settle)
         for block in changing:
             for change in _changes(block):
                 settle = partial(_settle, block)
@@ -171,13 +179,22 @@ def _share_again(vm: Vm | None, block: RamBlock, section: RamSection) -> None:
         set_attribute(vm, block, section, offset, offset + size, private=MAKE_SHARED)
 
 
+def _try_to(undo: Callable[[], None]) -> None:
+    try:
+        undo()
+    except Exception as error:
+        _log.warning("a new VM that is not taken over was not put back: %s", error)
+
+
 def _do_slot(
-    undo: UndoLog, vm: object, place: Place, *, add: bool, stuck: Callable[[], None]
+    undo: UndoLog, vm: object, place: Place, *, add: bool, stuck: Callable[[], None] | None
 ) -> None:
     if isinstance(vm, MemorySlots):
         calls = [vm.add_memory_slot, vm.remove_memory_slot]
         do, put_back = (partial(call, place.section) for call in (calls if add else calls[::-1]))
         try:
+            if stuck is None:
+                put_back = partial(_try_to, put_back)
             undo.do("slot", do, put_back, piece=place.block, stuck=stuck)
         except Exception:
             undo.drop_last()  # a refusal: the VM did nothing
