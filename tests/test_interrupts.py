@@ -89,7 +89,8 @@ def test_the_error_of_the_work_is_the_context_of_an_interrupt() -> None:
     assert isinstance(caught.value.__context__, RuntimeError)
 
 
-def test_no_signal_is_lost_and_none_keeps_another_from_its_handler() -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_signal_is_lost_and_none_keeps_another_from_its_handler(fails: bool) -> None:
     handled: list[int] = []
 
     def handle(number: int, _: FrameType | None) -> None:
@@ -100,6 +101,8 @@ def test_no_signal_is_lost_and_none_keeps_another_from_its_handler() -> None:
         strike()
         strike(signal.SIGTERM)
         strike()
+        if fails:
+            raise RuntimeError("its own")
 
     with (
         handler(signal.SIGINT, handle),
@@ -113,7 +116,7 @@ def test_no_signal_is_lost_and_none_keeps_another_from_its_handler() -> None:
     while error is not None:
         chain += error.args
         error = error.__context__
-    assert chain == [3, 2, 1]
+    assert chain == [3, 2, 1, *(["its own"] if fails else [])]
 
 
 def test_handlers_are_put_back() -> None:
