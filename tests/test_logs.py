@@ -80,5 +80,6 @@ except MappingLimitError:
 
 
 def test_a_refusal_that_the_caller_handles_is_not_printed() -> None:
-    child = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", QUIET]
+    child = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (child.stdout, child.stderr) == ("handled\n", "")
