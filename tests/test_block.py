@@ -17,8 +17,8 @@ from ramblock import (
 )
 from ramblock.dma import SoftIommu
 from ramblock.errors import DmaError, IommuFault, PoisonedError, UsageError
-from ramblock.hostmem import StandInPrivate
 from ramblock.guest import block as module
+from ramblock.hostmem import StandInPrivate
 from ramblock.testing import FaultyTarget
 from ramblock.units import MIB, TIB
 
@@ -52,7 +52,7 @@ Maker = Callable[..., RamBlock]
 both_makers = pytest.mark.parametrize("make", [RamBlock.create, from_backend])
 
 
-# -- making -----------------------------------------------------------------------------------------------------------
+# -- making ----------------------------------------------------------------------------------------
 
 
 @both_makers
@@ -128,7 +128,7 @@ def test_a_private_backing_of_its_own_is_closed_with_the_block(make: Maker) -> N
         os.fstat(fd)
 
 
-# -- reading and writing ----------------------------------------------------------------------------------------------
+# -- reading and writing ---------------------------------------------------------------------------
 
 
 @both_makers
@@ -197,7 +197,7 @@ def test_a_block_costs_what_is_used_of_it() -> None:
         assert block.read(TIB // 2, 3) == b"\0\0\0"
 
 
-# -- freeing, as a conversion does it ---------------------------------------------------------------------------------
+# -- freeing, as a conversion does it --------------------------------------------------------------
 
 
 @both_makers
@@ -226,7 +226,7 @@ def test_state_change_frees_nothing() -> None:
         assert allocated(block) == 2 * PAGE
 
 
-# -- closing ----------------------------------------------------------------------------------------------------------
+# -- closing ---------------------------------------------------------------------------------------
 
 
 @both_makers
@@ -333,7 +333,9 @@ def test_a_listener_that_cannot_let_go_does_not_stop_closing_and_poisons(
 
 
 class RaisesOnce:
-    """For ``then`` of a stand-in: raises at the call with that number, though nobody pressed Ctrl-C."""
+    """
+    For ``then`` of a stand-in: raises at the call with that number, though nobody pressed Ctrl-C.
+    """
 
     def __init__(self, number: int) -> None:
         self.left = number
@@ -371,7 +373,7 @@ def test_closing_does_not_refuse_whatever_a_listener_raises() -> None:
     assert (first.held, second.held) == (set(), set())
 
 
-# -- what a poisoned block keeps --------------------------------------------------------------------------------------
+# -- what a poisoned block keeps -------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -426,7 +428,8 @@ def test_a_closed_poisoned_block_keeps_its_pages_as_long_as_a_target_may_reach_t
     assert memory.poisoned
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(private_fd)  # no device ever reaches that side
-    # Nobody holds the block, the memory or the wrapper around the IOMMU any more; the device is still there.
+    # Nobody holds the block, the memory or the wrapper around the IOMMU any more; the device is
+    # still there.
     del memory, block, poisoned
     gc.collect()
     # It reaches this guest's page, and not somebody else's.

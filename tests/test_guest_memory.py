@@ -48,7 +48,10 @@ HIGH = LOW + COUNT * PAGE
 
 
 class Guest:
-    """Two confidential blocks side by side, ordinary RAM behind a hole, two targets, and a VM that notes everything."""
+    """
+    Two confidential blocks side by side, ordinary RAM behind a hole, two targets, and a VM that
+    notes everything.
+    """
 
     def __init__(self) -> None:
         self.vm = RecordingVm()
@@ -100,7 +103,7 @@ def guest() -> Iterator[Guest]:
     guest.close()
 
 
-# -- placing blocks ---------------------------------------------------------------------------------------------------
+# -- placing blocks --------------------------------------------------------------------------------
 
 
 def test_an_empty_memory() -> None:
@@ -134,7 +137,8 @@ def test_from_the_first_moment_attributes_are_private_before_the_slot_exists() -
     vm = RecordingVm()
     memory = GuestMemory(vm)
     with RamBlock.create("ram", 8 * PAGE, private="stand-in") as block:
-        # Shared before it was placed: made private with the rest, then shared, and only then can the guest see it.
+        # Shared before it was placed: made private with the rest, then shared, and only then can
+        # the guest see it.
         attributes_of(block).state_change(2 * PAGE, PAGE, SHARED)
         attributes_of(block).state_change(5 * PAGE, 2 * PAGE, SHARED)
         seen: list[set[int]] = []
@@ -406,7 +410,7 @@ def test_unmap_is_all_or_nothing_towards_the_targets(guest: Guest, which: int) -
     assert guest.picture() == before
 
 
-# -- devices ----------------------------------------------------------------------------------------------------------
+# -- devices ---------------------------------------------------------------------------------------
 
 
 def test_attach_and_detach(guest: Guest) -> None:
@@ -508,7 +512,7 @@ def test_detach_is_all_or_nothing(guest: Guest) -> None:
         guest.memory.detach(mapper)
 
 
-# -- conversion -------------------------------------------------------------------------------------------------------
+# -- conversion ------------------------------------------------------------------------------------
 
 
 def test_convert_there_and_back(guest: Guest) -> None:
@@ -573,7 +577,8 @@ def test_the_order(guest: Guest) -> None:
         private_used = bool(private.allocated_bytes())
         mapped = any(entry.iova == LOW for entry in guest.iommus[1].mappings())
         order.append(
-            f"{what}: {state}, {'' if mapped else 'not '}mapped, shared side {shared_used}, private {private_used}"
+            f"{what}: {state}, {'' if mapped else 'not '}mapped, shared side {shared_used},"
+            f" private {private_used}"
         )
 
     listener = RecordingListener()
@@ -796,7 +801,7 @@ def test_a_short_unmap_poisons_and_the_other_target_is_put_back(
     assert guest.memory.in_doubt()
 
 
-# -- asking -----------------------------------------------------------------------------------------------------------
+# -- asking ----------------------------------------------------------------------------------------
 
 
 def test_state(guest: Guest) -> None:
@@ -842,7 +847,7 @@ def test_ranges_of_what_is_no_state(guest: Guest, state: PageState) -> None:
         guest.memory.ranges(state)
 
 
-# -- several sources --------------------------------------------------------------------------------------------------
+# -- several sources -------------------------------------------------------------------------------
 
 
 def test_every_source_has_a_say(guest: Guest) -> None:
@@ -870,11 +875,12 @@ def test_listeners_of_a_third_party_follow_too(guest: Guest) -> None:
     assert [part.gpa for part in listener.sections] == [5 * PAGE, 6 * PAGE]
 
 
-# -- size -------------------------------------------------------------------------------------------------------------
+# -- size ------------------------------------------------------------------------------------------
 
 
 def test_the_cost_does_not_depend_on_the_size_of_the_guest() -> None:
-    # One page in the middle of 16 TiB: anything that searched the rest would be seen in the number of questions.
+    # One page in the middle of 16 TiB: anything that searched the rest would be seen in the number
+    # of questions.
     memory, target = GuestMemory(), RecordingTarget()
     with RamBlock.create("huge", 16 * TIB, private="stand-in") as block:
         memory.map(block, 0)
@@ -911,3 +917,21 @@ def test_a_private_page_is_out_of_reach(guest: Guest) -> None:
             iommu.read(LOW, 1)
     guest.memory.convert(LOW, PAGE, SHARED)
     assert guest.iommus[0].read(LOW, 1) == b"\0"  # what was freed comes back as zeros
+
+
+def test_a_conversion_over_two_sections_of_one_block() -> None:
+    """Its pieces change the same page states, one after the other."""
+    memory = GuestMemory()
+    with RamBlock.create("ram", 8 * PAGE, private="stand-in") as block:
+        attributes = attributes_of(block)
+        memory.map(block, 0, size=4 * PAGE)
+        memory.map(block, 4 * PAGE, offset=4 * PAGE)
+        iommu = SoftIommu()
+        memory.attach(iommu)
+        assert memory.convert(2 * PAGE, 4 * PAGE, SHARED).changed_bytes == 4 * PAGE
+        assert attributes.shared_bytes == 4 * PAGE
+        memory.convert(3 * PAGE, PAGE, PRIVATE)
+        assert memory.convert(0, 8 * PAGE, SHARED).changed_bytes == 5 * PAGE
+        assert attributes.shared_bytes == 8 * PAGE
+        memory.convert(0, 8 * PAGE, PRIVATE)
+        assert (attributes.shared_bytes, iommu.mappings()) == (0, [])

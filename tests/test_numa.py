@@ -39,7 +39,7 @@ def placement(address: int) -> tuple[str, dict[int, int]]:
     raise AssertionError(f"no mapping begins at {address:#x}")
 
 
-# -- what is accepted -------------------------------------------------------------------------------------------------
+# -- what is accepted ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nodes", [(), (-1,), (True,), ("0",), (0, None), (1.0,)])
@@ -100,7 +100,7 @@ def test_a_kernel_without_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
         NumaBinding(frozenset({0})).check()
 
 
-# -- what the kernel makes of it --------------------------------------------------------------------------------------
+# -- what the kernel makes of it -------------------------------------------------------------------
 
 
 @needs_numa

@@ -1,4 +1,4 @@
-"""The verifier by itself: told of calls one by one, it finds what is wrong with each, and nothing else."""
+"""The verifier by itself: told of calls one by one, it finds exactly the wrong ones."""
 
 from __future__ import annotations
 

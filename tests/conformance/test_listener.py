@@ -1,4 +1,4 @@
-"""The kit accepts listeners that do what the reference says, and tells the story of those that do not."""
+"""The kit accepts right listeners, and tells the story of wrong ones."""
 
 from __future__ import annotations
 

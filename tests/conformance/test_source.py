@@ -1,4 +1,4 @@
-"""The kit accepts sources that do what the reference says, and tells the story of those that do not."""
+"""The kit accepts right sources, and tells the story of wrong ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kit accepts targets that do what the reference says, and tells the story of those that do not."""
+"""The kit accepts right targets, and tells the story of wrong ones."""
 
 from __future__ import annotations
 

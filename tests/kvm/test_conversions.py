@@ -252,7 +252,7 @@ def test_guest_cannot_flood_the_log(guest: Guest, caplog: pytest.LogCaptureFixtu
     assert "[0x100001, 0x101001)" in caplog.records[0].message
 
 
-# -- memory faults ----------------------------------------------------------------------------------------------------
+# -- memory faults ---------------------------------------------------------------------------------
 
 
 def fault(

@@ -156,7 +156,7 @@ def test_what_was_removed_is_not_known_if_the_answer_is_lost(kernel: FakeKernel,
     assert caught.value.in_doubt
 
 
-# -- groups, lifetimes ------------------------------------------------------------------------------------------------
+# -- groups, lifetimes -----------------------------------------------------------------------------
 
 
 def test_a_group_that_is_not_viable_stays_out(kernel: FakeKernel, dev: Path) -> None:

@@ -59,7 +59,10 @@ def test_thousands_of_windows(probe: Probe) -> None:
 
 
 def test_its_device_reaches_memory_by_message(probe: Probe) -> None:
-    """Memory without descriptor: the answer to the register's write waits for what the client serves meanwhile."""
+    """
+    Memory without descriptor: the answer to the register's write waits for what the client serves
+    meanwhile.
+    """
     mapping = mmap.mmap(-1, P)
     target = VfioUserTarget(probe.path)
     target.map(BASE, HostRange(None, 0, address_of(mapping), P))

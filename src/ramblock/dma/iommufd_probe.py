@@ -2,7 +2,8 @@
 """
 Finds out, by doing it, whether this kernel's iommufd cuts mappings.
 
-No device is needed: three pages of ours go into a scratch address space, the middle one is cut out, and all of it is thrown away.
+No device is needed: three pages of ours go into a scratch address space, the middle one is cut out,
+and all of it is thrown away.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def why_not_cutting(fd: Descriptor) -> str | None:
     """
     Try a cut in an address space of its own.
 
-    :return: None: it works. Else what did not.
+    :return: None: it works. Else the obstacle.
     :raises DmaError: There is no address space to be had at all.
     """
     ioas = alloc_ioas(fd)

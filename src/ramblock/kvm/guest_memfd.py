@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from ramblock.hostmem.backing import punch_hole
 from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.page_cache import cached_bytes
-from ramblock.hostmem.backing import punch_hole
 from ramblock.process import OfOneProcess
 from ramblock.uapi.kvm import GuestMemfdFlags
 from ramblock.units import PAGE_SIZE, check_range, format_size
@@ -17,10 +17,13 @@ __all__ = ["GuestMemfd"]
 
 class GuestMemfd(OfOneProcess):
     """
-    A guest_memfd of one VM: a private backing for :class:`~ramblock.RamBlock`. Made by :meth:`KvmVm.create_guest_memfd`.
+    A guest_memfd of one VM: a private backing for :class:`~ramblock.RamBlock`.
 
-    It is the caller's to close, like every private backing. The kernel keeps the VM as long as one of its guest_memfds is
-    open, and a VM whose guest_memfd is gone answers each access to those pages with a memory fault.
+    Made by :meth:`KvmVm.create_guest_memfd`.
+
+    It is the caller's to close, like every private backing. The kernel keeps the VM as long as one
+    of its guest_memfds is open, and a VM whose guest_memfd is gone answers each access to those
+    pages with a memory fault.
     """
 
     def __init__(

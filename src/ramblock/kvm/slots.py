@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory slots of a VM: which section is where, and what to do when Ctrl-C came in the middle of a change."""
+"""The memory slots of a VM: the place of each section, and changes that Ctrl-C interrupted."""
 
 from __future__ import annotations
 
 import errno
 
+from ramblock.discard.section import RamSection
 from ramblock.errors import UsageError, describe_range
 from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.guest_memfd import GuestMemfd
-from ramblock.discard.section import RamSection
 from ramblock.uapi.kvm import (
     KVM_SET_USER_MEMORY_REGION,
     KVM_SET_USER_MEMORY_REGION2,
@@ -27,7 +27,10 @@ _MAX_SLOT_BYTES = ((1 << 31) - 1) * PAGE_SIZE
 
 class SlotTable:
     """
-    Memory slots by section. Adding what is there and removing what is not changes nothing, so that either can be an undo.
+    Memory slots by section.
+
+    Adding a present section and removing an absent one change nothing, so that either can be an
+    undo.
 
     :param vm: The descriptor of the VM.
     :param limit: How many slots it has.
@@ -42,7 +45,7 @@ class SlotTable:
         """
         Let the guest see *section*.
 
-        :param private: What serves its private pages, if anything does.
+        :param private: The backing of its private pages, if any.
         :raises OSError: Refused: the guest does not see it.
         """
         if section not in self._slots:
@@ -77,7 +80,8 @@ class SlotTable:
     def _set(self, number: int, section: RamSection, private: GuestMemfd | None) -> None:
         if section.size > _MAX_SLOT_BYTES:
             raise UsageError(
-                f"{section!r}: a memory slot has at most {_MAX_SLOT_BYTES:#x} bytes, not {section.size:#x}",
+                f"{section!r}: a memory slot has at most {_MAX_SLOT_BYTES:#x} bytes,"
+                f" not {section.size:#x}",
                 value=section.size,
                 expected="the block mapped in several sections",
             )

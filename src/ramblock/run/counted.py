@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run's guest memory: notes of every request how it ended, whoever made it."""
+"""The run's guest memory: notes the outcome of every request, from script or guest."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from time import perf_counter_ns
 
 from ramblock.discard.attributes import PageState
 from ramblock.errors import (
     ConversionError,
+    DmaError,
     MappingLimitError,
     PoisonedError,
     RamblockError,
     UsageError,
 )
+from ramblock.guest.block import RamBlock
 from ramblock.guest.conversion import ConversionResult
 from ramblock.guest.memory import GuestMemory
 from ramblock.guest.vm import Vm
+from ramblock.hostmem.backing import PrivateBacking
 from ramblock.run.guest_script import Action, Request
 from ramblock.run.tally import Outcome, Tally
 from ramblock.testing.verifier import Verifier
@@ -44,7 +48,7 @@ class CountedMemory(GuestMemory):
         self.peak_entries = 0
         #: Most pages shared at once.
         self.peak_shared_pages = 0
-        #: What the next request is about; callers say so before they make it.
+        #: Purpose of the next request; callers set it before they make the request.
         self.action = Action.HOSTILE
         #: How the latest request ended.
         self.outcome = Outcome.REFUSED
@@ -55,13 +59,16 @@ class CountedMemory(GuestMemory):
         """Make a request as the script, without a guest; raises nothing but an interrupt."""
         self.action = request.action
         try:
-            self.convert(request.gpa, request.size, request.to)
-        except (UsageError, MappingLimitError, ConversionError) as error:
+            if request.action is Action.REBOOT:
+                self.reset()
+            else:
+                self.convert(request.gpa, request.size, request.to)
+        except (UsageError, MappingLimitError, ConversionError, DmaError) as error:
             _log.debug("request refused: %s", error)  # it is counted
         return self.outcome
 
     def convert(self, gpa: int, size: int, to: PageState) -> ConversionResult:
-        """Convert, and count; raises what it always raises."""
+        """Convert, and count; raises as its base does."""
         clock = _Clock(self._verifier)
         try:
             result = super().convert(gpa, size, to)
@@ -75,6 +82,28 @@ class CountedMemory(GuestMemory):
         self._count(result)
         self._note(gpa, size, to, "", clock)
         return result
+
+    def reset(
+        self, vm: Vm | None = None, private: Mapping[RamBlock, PrivateBacking] | None = None
+    ) -> int:
+        """Reset, and count; raises what it always raises."""
+        clock = _Clock(self._verifier)
+        self._verifier.resetting = True
+        self.outcome = Outcome.ROLLED_BACK
+        try:
+            not_freed = super().reset(vm, private)
+            self.outcome = Outcome.DONE
+        except PoisonedError:
+            self.outcome = Outcome.POISONED
+            raise
+        finally:
+            self._verifier.resetting = False
+            clock.stop()
+            self.tally.note(self.action.value, 0, self.outcome, clock.own_ns)
+            self._trace.emit("reset", result=self.outcome, took=clock.took_ns)
+        # All that was shared is private.
+        self.tally.pages_to_private = self.tally.pages_to_shared
+        return not_freed
 
     def _note(self, gpa: int, size: int, to: PageState, reason: str, clock: _Clock) -> None:
         self.tally.note(self.action.value, max(size, 0), self.outcome, clock.own_ns)
@@ -107,7 +136,7 @@ class CountedMemory(GuestMemory):
 
 
 class _Clock:
-    """Times one conversion, with and without what the verifier spent meanwhile in this thread."""
+    """Times one conversion, with and without the verifier's time in this thread."""
 
     __slots__ = ("_began", "_verifier", "_watching", "own_ns", "took_ns")
 
@@ -124,7 +153,7 @@ class _Clock:
 
 
 def _classify(error: RamblockError) -> tuple[Outcome, str]:
-    """Tell what a failed conversion counts as, and why it failed, in a few words."""
+    """Return the outcome to count for a failed conversion, and the cause in a few words."""
     if isinstance(error, PoisonedError):
         return Outcome.POISONED, str(error)
     if isinstance(error, ConversionError):

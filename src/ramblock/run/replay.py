@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recorded trace as a workload: its guest, and its requests in the order in which they were made."""
+"""A recorded trace as a workload: its guest, and its requests in their order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class _Event(msgspec.Struct):
     event: str
 
 
-# What a guest of ours can look like: a trace is not trusted to describe one that would take the host's memory.
+# The bounds of a guest of ours: a trace is not trusted, and might name one that takes the host's
+# memory.
 _Address = Annotated[int, msgspec.Meta(ge=0, multiple_of=PAGE_SIZE, le=1 << 52)]
 _Size = Annotated[int, msgspec.Meta(gt=0, multiple_of=PAGE_SIZE, le=1 << 40)]
 _Hex = Annotated[str, msgspec.Meta(pattern="^-?0x[0-9a-f]{1,32}$")]
@@ -95,6 +96,9 @@ class RecordedGuest:
         """
         with self._path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if self._decode(line, number, _Event).event == "conversion":
+                event = self._decode(line, number, _Event).event
+                if event == "reset":
+                    yield Request(0, 0, PageState.PRIVATE, Action.REBOOT)
+                elif event == "conversion":
                     entry = self._decode(line, number, _Conversion)
                     yield Request(_number(entry.gpa), _number(entry.size), entry.to, entry.action)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest that is only a script: its requests are made directly, and what it would do with its pages the run does for it."""
+"""A guest that is only a script: the run makes its requests, and accesses its pages for it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ramblock.run.tally import Outcome
 from ramblock.testing.verifier import Verifier
 from ramblock.testing.violations import ViolationKind
 
-__all__ = ["Guest", "ScriptedGuest", "check_device_data", "is_converted"]
+__all__ = ["Guest", "ScriptedGuest", "check_device_data", "is_converted", "reboot"]
 
 
 class Guest(Protocol):
-    """Whatever makes the script's requests, and uses the pages as a driver does."""
+    """Makes the script's requests, and uses the pages as a driver does."""
 
     def serve(self, request: Request) -> Outcome:
-        """Do what a driver does around one request, and the request."""
+        """Make one request, with a driver's work around it."""
 
     def finish(self) -> None:
-        """Do what is left to do after the last request."""
+        """Finish the work after the last request."""
 
 
 def is_converted(outcome: Outcome) -> bool:
@@ -34,12 +34,35 @@ def is_converted(outcome: Outcome) -> bool:
 
 
 def check_device_data(buffer: Buffer, ram: GuestRam, device: Device, verifier: Verifier) -> None:
-    """Read what the device wrote last: it must be there."""
+    """Read the device's last write: it must be there."""
     for offset, data in buffer.written.items():
         if ram.read(buffer.gpa + offset, len(data)) != data:
             verifier.violation(
                 ViolationKind.LOST_WRITE, device.target, buffer.gpa + offset, len(data)
             )
+
+
+def reboot(
+    request: Request,
+    memory: CountedMemory,
+    ram: GuestRam,
+    devices: Sequence[Device],
+    verifier: Verifier,
+) -> Outcome:
+    """Take all buffers from the devices, reset the guest, and look for anything of the old one."""
+    taken = [(device, device.take_all()) for device in devices]
+    outcome = memory.ask(request)
+    for device, buffers in taken:
+        for buffer in buffers:
+            if is_converted(outcome):
+                device.taken_away(buffer)
+            else:
+                device.give(buffer)
+    if is_converted(outcome):
+        for name, size in ram.not_empty():
+            place = next(place for place in ram.places if place.name == name)
+            verifier.violation(ViolationKind.SURVIVED, "", place.gpa, size)
+    return outcome
 
 
 class ScriptedGuest:
@@ -64,7 +87,9 @@ class ScriptedGuest:
         self._verifier = verifier
 
     def serve(self, request: Request) -> Outcome:
-        """Do what a driver does around one request, and the request."""
+        """Make one request, with a driver's work around it."""
+        if request.action is Action.REBOOT:
+            return reboot(request, self._memory, self._ram, self._devices, self._verifier)
         buffer = request.buffer
         if request.action is Action.FREE and buffer is not None:
             device = self._devices[buffer.device]

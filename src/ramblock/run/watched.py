@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The parts of a run: the edges that the verifier watches, with the run's trace, accounts and faults on purpose around them.
+The parts of a run: the watched edges, with the run's trace, accounts and faults around them.
 
-Who watches, and how, is :mod:`ramblock.testing.edges`; nothing here looks at a call.
+The verifier is told by :mod:`ramblock.testing.edges`; nothing here looks at a call.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 
 class FreeAccount:
-    """Bytes that really went back to the host: the kernel's block count before and after each free."""
+    """Bytes that really went back to the host, by the kernel's block count around each free."""
 
     def __init__(self) -> None:
         self.freed_bytes = 0
@@ -57,7 +57,9 @@ class Watch(NamedTuple):
 
 class WatchedTarget(CheckedTarget):
     """
-    A DMA target whose real effects are watched. Fault injection goes around it, so the verifier sees what really happened.
+    A DMA target whose real effects are watched.
+
+    Fault injection goes around it, so the verifier sees only calls that were made.
 
     :param name: In reports and traces.
     :param inner: The target.
@@ -87,7 +89,7 @@ class WatchedTarget(CheckedTarget):
 
 
 class ReachableTarget(DmaTarget, Protocol):
-    """A target with a device behind it that reads and writes on command: :class:`~ramblock.dma.soft.SoftIommu`, for one."""
+    """A target with a device behind it that reads and writes on command, as a ``SoftIommu`` has."""
 
     def read(self, iova: int, size: int) -> bytes:
         """
@@ -171,7 +173,7 @@ class WatchedShared(CheckedShared):
         trace.emit("free", side="shared", gpa=gpa, size=size)
 
     def close(self) -> None:
-        """Give everything back, unwatched: the report is made by then, and targets may come later."""
+        """Give everything back, unwatched: the report is made by then; targets may come later."""
         self.inner.close()
 
 
@@ -213,6 +215,10 @@ class WatchedStandIn(WatchedPrivate):
     def use(self, offset: int) -> None:
         """Use a page in the guest's name, so that there is something to free."""
         self.inner.write(offset, b"private")
+
+    def allocated_bytes(self) -> int:
+        """Bytes of memory in use."""
+        return self.inner.allocated_bytes()
 
     def close(self) -> None:
         """Give it back."""

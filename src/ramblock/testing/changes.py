@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages that became private while an access of a device was under way: it may have reached them, rightly."""
+"""
+Pages that became private while an access of a device was under way.
+
+The access may have reached them before, rightly.
+"""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class GuestChecker:
         return CheckedVm(self.verifier, inner)
 
     def shared(self, inner: SharedBacking) -> CheckedShared:
-        """Watch the shared side of a block; once its ``block`` is set, frees of what is in use too."""
+        """Watch the shared side of a block; once its ``block`` is set, frees of used pages too."""
         return CheckedShared(self.verifier, inner)
 
     def private(self, inner: PrivateBacking) -> CheckedPrivate:
@@ -92,6 +92,15 @@ class GuestChecker:
     def calls(self) -> int:
         """How many calls were looked at."""
         return self.verifier.checks
+
+    @property
+    def resetting(self) -> bool:
+        """Whether the guest is being reset: private memory that it used may be freed then."""
+        return self.verifier.resetting
+
+    @resetting.setter
+    def resetting(self, resetting: bool) -> None:
+        self.verifier.resetting = resetting
 
     @property
     def private_pages(self) -> MutableSet[int]:

@@ -211,7 +211,7 @@ class CheckedPrivate(_Side):
         place, block = self._place(offset), self.block
         if place is not None:
             self.verifier.about_to_free_private(place, size)
-        elif block is not None:
+        elif block is not None and not self.verifier.resetting:
             for page in range(offset, offset + size, PAGE_SIZE):
                 if _used_privately(block, page):
                     self._lose(page, "free of the private side")
@@ -242,8 +242,8 @@ class CheckedInPlace(CheckedShared):
             self.verifier.has_made_memory_shared(address, size)
 
     def _is_used(self, block: RamBlock, offset: int) -> bool:
-        """Whether the page is plugged: in either state it is the guest's."""
-        return all(
+        """Whether the page is plugged: in either state it is the guest's, until it is reset."""
+        return not self.verifier.resetting and all(
             source.is_populated(offset, PAGE_SIZE)
             for source in block.discard_manager.sources
             if isinstance(source, VirtioMem)

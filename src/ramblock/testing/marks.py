@@ -60,7 +60,7 @@ class Marks:
         )
 
     def where(self, mark: int, start: int, end: int) -> Stretches:
-        """Yield the maximal stretches of [start, end) that have *mark*, which is not 0, ascending."""
+        """Yield the maximal stretches of [start, end) with *mark*, which is not 0, ascending."""
         return self._runs(mark, _split(start, end))
 
     def everywhere(self, mark: int) -> Stretches:

@@ -56,6 +56,8 @@ class Verifier:
     """
 
     def __init__(self, regions: Sequence[Region] = (), targets: Iterable[str] = ()) -> None:
+        #: The guest is being reset: private memory that it used is freed.
+        self.resetting = False
         self._log = ViolationLog()
         self._flag = self._log.note
         #: How often each kind happened.
@@ -171,7 +173,7 @@ class Verifier:
     # -- attributes -------------------------------------------------------------------------------
 
     def about_to_make_private(self, gpa: int, size: int) -> None:
-        """Note that an attribute becomes private, and check: no target maps it. It may still fail."""
+        """Note that an attribute becomes private, and check: no target maps it."""
         end = gpa + size
         with self._lock, self._timed():
             self._changes.add(self._attribute.elsewhere(_PRIVATE, gpa, end))
@@ -218,10 +220,11 @@ class Verifier:
             self._memory.put(0, address, address + size)
 
     def about_to_free_private(self, gpa: int, size: int) -> None:
-        """Check a free of the private side, which the guest has at *gpa*: nothing of it is private."""
+        """Check a free of the private side, which the guest has at *gpa*: nothing is private."""
         with self._lock, self._timed():
-            used = self._attribute.where(_PRIVATE, gpa, gpa + size)
-            self._flag(ViolationKind.LOST_FREE, "", used, "free of the private side", gpa, size)
+            if not self.resetting:
+                used = self._attribute.where(_PRIVATE, gpa, gpa + size)
+                self._flag(ViolationKind.LOST_FREE, "", used, "free of the private side", gpa, size)
 
     # -- devices ----------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ class ViolationKind(Enum):
     LOST_FREE = "a page in use was freed"
     DOUBLE = "a page is mapped twice"
     UNMAP_COUNT = "an unmap told a wrong number of bytes"
+    SURVIVED = "memory of the old guest is there after a reset"
     STATE = "page states and attributes differ"
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Whether a part of one's own does what the reference says: a DMA target, a discard source, a listener.
+Checks of a part of one's own against the reference: a DMA target, a discard source, a listener.
 
 Each function plays random steps (Hypothesis: ``pip install ramblock[testing]``) to the part and to
 a naive model of it, and raises ``AssertionError`` with the shortest story that it found: the steps,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole guest on a target: conversions, virtio-mem, and calls that fail; devices reach what the model says."""
+"""A whole guest on a target: conversions, virtio-mem, failing calls, beside the naive model."""
 
 from __future__ import annotations
 
@@ -167,8 +167,8 @@ class _Guest:
     def _attempt(self, call: Callable[[], object], fail_at: int | None, *, maps: bool) -> bool:
         """Make a call that may fail where a failure was planned, or a budget is too small."""
         faulty = self._faulty
-        # An operation makes one kind of call, and its undo the other. That of the undo must not fail:
-        # it would poison the guest, and that says nothing of the target.
+        # An operation makes one kind of call, and its undo the other. A call of the undo must not
+        # fail: that would poison the guest, and say nothing of the target.
         if fail_at is not None and maps:
             faulty.fail_map = {faulty.map_calls + fail_at}
         elif fail_at is not None:

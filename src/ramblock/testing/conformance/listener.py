@@ -40,10 +40,10 @@ def check_listener(
     """
     Check a listener against everything that the reference says of one.
 
-    It is registered for a part of a block, which does not begin at the block's first byte, and hears
-    random changes, some of which another listener refuses after it. After each call it holds exactly
-    what it held before and heard of; a call that it refuses itself changes nothing. Taken out, it
-    holds nothing, and it can be registered again.
+    It is registered for a part of a block, away from the block's first byte, and hears random
+    changes, some of which another listener refuses after it. After each call it holds exactly the
+    pages that it held before and heard of; a call that it refuses itself changes nothing. Taken
+    out, it holds nothing, and it can be registered again.
 
     :param make_listener: Makes one that holds nothing.
     :param held: Tells what it holds, as (offset, size) in bytes of the block, in any order.

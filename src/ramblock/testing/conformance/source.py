@@ -42,9 +42,9 @@ def check_source(
     """
     Check a discard source against everything that the reference says of one.
 
-    Its two answers agree for ranges of any alignment: ``is_populated`` of a range is that of all its
-    granules, and ``ranges``, where there are any, ascend, lie inside the range that was asked for,
-    and are just what ``is_populated`` says. Asking changes nothing. With *change*, a listener of the
+    Its two answers agree for ranges of any alignment: ``is_populated`` of a range is that of all
+    its granules, and ``ranges``, where there are any, ascend, lie inside the range that was asked
+    for, and agree with ``is_populated``. Asking changes nothing. With *change*, a listener of the
     block hears every change exactly, and a change that the listener refuses has not happened.
 
     :param make_source: Makes a source for a block, in any state. It may add itself to the block.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A naive model of a DMA target, page by page: which mapping holds each page, and where it leads."""
+"""A naive model of a DMA target: the mapping that holds each page, and where it leads."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class TargetModel:
         return len(_runs(after))
 
     def memory_of(self, page: int) -> tuple[int, bool] | None:
-        """Tell the page of memory behind *page*, and whether it may be written; None: not mapped."""
+        """Tell the page of memory behind *page*, and whether it is writable; None: not mapped."""
         mapping = self._pages.get(page)
         return None if mapping is None else (page + mapping.shift, mapping.writable)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plays steps to a target and to its model, and looks through the eyes of a device at what came of it."""
+"""Plays steps to a target and to its model, and compares through the eyes of a device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PATTERN = 8
 
 
 class Device(Protocol):
-    """A device behind a target, that reads and writes on command; a ``SoftIommu`` has one built in."""
+    """A device behind a target that reads and writes on command; a ``SoftIommu`` is its own."""
 
     def read(self, iova: int, size: int) -> bytes:
         """
