@@ -38,6 +38,7 @@ _IMPLIED_MARK = {
     "kvm": "kernel",
     "lab": "lab",
     "lab_host": "lab",
+    "qemu": "lab",
     "root": "kernel",
 }
 
