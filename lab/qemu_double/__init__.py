@@ -18,7 +18,7 @@ COM1 (``firmware.S``). ``docs/qemu-without-snp.rst`` says what this shows, and w
 
 from lab.qemu_double.double import Double
 from lab.qemu_double.faults import Call
-from lab.qemu_double.guest import ConfidentialGuest, GuestStopped, QemuEnded, Way
+from lab.qemu_double.guest import ConfidentialGuest, GuestStopped, QemuEnded, Region, Way
 from lab.qemu_double.log import QemuLog, TraceLine
 from lab.qemu_double.options import GIB, KIB, MIB, GuestOptions
 from lab.qemu_double.vfio_user import VfioUserDevice
@@ -36,6 +36,7 @@ __all__ = [
     "GuestStopped",
     "QemuEnded",
     "QemuLog",
+    "Region",
     "TraceLine",
     "VfioUserDevice",
     "VirtioMemDriver",

@@ -5,9 +5,10 @@
 # are all in it, so that the guest's RAM holds nothing but what it was ordered to put there. QEMU
 # gives the firmware of a confidential guest writable memory.
 #
-# An order has 33 bytes: a letter, then a, b, c, d with 8 bytes each, little-endian. The answer has
-# 8. At the start, and after each reset, the firmware writes "W_ready\n" once. orders.py has the
-# other side.
+# An order is a letter and four numbers a, b, c, d, each as one byte that counts the bytes that follow,
+# and those, little-endian: most orders fit into the 16 bytes that the port takes at once. The answer
+# has 8 bytes. At the start, and after each reset, the firmware writes "W_ready\n" once. orders.py has
+# the other side.
 #
 #   letter  order                                                        answer
 #   p       ping                                                         a
@@ -111,20 +112,20 @@ start64:
 
 next_order:
     call get1
-    movb %al, %bpl
-    call get8
+    movb %al, %r12b                   # letter
+    call get_number
     movq %rax, %r8                    # a
-    call get8
+    call get_number
     movq %rax, %r9                    # b
-    call get8
+    call get_number
     movq %rax, %r10                   # c
-    call get8
+    call get_number
     movq %rax, %r11                   # d
     leaq orders(%rip), %rsi
 1:  movzbl (%rsi), %eax               # letter, offset of the code from `orders`
     testb %al, %al
     jz unknown
-    cmpb %bpl, %al
+    cmpb %r12b, %al
     je 2f
     addq $5, %rsi
     jmp 1b
@@ -279,9 +280,13 @@ get1:                                 # -> al
     loop 3b
     jmp 1b
 
-get8:                                 # -> rax; changes rbx, rcx, rdx, rdi
+get_number:                           # -> rax; changes rbx, rcx, rdx, rdi
+    call get1
+    movzbl %al, %edi                  # bytes that follow
+    leal (, %edi, 8), %ebp            # bits
     xorl %ebx, %ebx
-    movl $8, %edi
+    testl %edi, %edi
+    jz 2f
 1:  call get1
     movzbl %al, %eax
     rorq $8, %rbx
@@ -289,7 +294,10 @@ get8:                                 # -> rax; changes rbx, rcx, rdx, rdi
     orq %rax, %rbx
     decl %edi
     jnz 1b
-    movq %rbx, %rax
+    movl $64, %ecx                    # the number is in the upper bytes
+    subl %ebp, %ecx
+    shrq %cl, %rbx
+2:  movq %rbx, %rax
     ret
 
 put8:                                 # rax

@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from lab.double import Programs
 from lab.qemu_double.faults import Faults
@@ -23,7 +23,7 @@ from lab.qemu_double.options import GuestOptions
 from lab.qemu_double.orders import Firmware, Order
 from lab.qemu_double.qmp import Qmp, QmpError
 
-__all__ = ["ConfidentialGuest", "Device", "GuestStopped", "QemuEnded", "Way"]
+__all__ = ["ConfidentialGuest", "Device", "GuestStopped", "QemuEnded", "Region", "Way"]
 
 _PAGE = 4096
 # KVM_HC_MAP_GPA_RANGE (include/uapi/linux/kvm_para.h, Documentation/virt/kvm/x86/hypercalls.rst).
@@ -67,6 +67,17 @@ class GuestStopped(Exception):
     def __init__(self, status: str) -> None:
         super().__init__(f"QEMU stopped the guest: {status}")
         self.status = status
+
+
+class Region(NamedTuple):
+    """A part of a RAM block or ROM, where the guest sees it."""
+
+    start: int
+    end: int
+    name: str
+    """QEMU's name for the block's memory region."""
+    offset: int
+    """Of the start, in the block."""
 
 
 class Device(Protocol):
@@ -228,18 +239,15 @@ class ConfidentialGuest:
         while self.qmp.wait_event("DEVICE_DELETED")["data"].get("device") != name:
             pass
 
-    def memory_regions(self) -> list[tuple[int, int, str]]:
-        """
-        Return the RAM and ROM that the guest sees, from QEMU's flat view.
-
-        :return: As (start, end, name of the region), ascending.
-        """
-        # One view for each address space; that of memory is the only one whose regions KVM has.
+    def memory_regions(self) -> list[Region]:
+        """Return the RAM and ROM that the guest sees, from QEMU's flat view, ascending."""
+        # One view for each address space; that of memory is the one whose regions KVM has.
         pattern = re.compile(
-            r" *([0-9a-f]{16})-([0-9a-f]{16}) \(prio \d+, (?:ram|rom)\): (\S+).* KVM"
+            r" *([0-9a-f]{16})-([0-9a-f]{16}) \(prio \d+, (?:ram|rom)\): "
+            r"(\S+)(?: @([0-9a-f]{16}))?.* KVM"
         )
         return [
-            (int(match[1], 16), int(match[2], 16) + 1, match[3])
+            Region(int(match[1], 16), int(match[2], 16) + 1, match[3], int(match[4] or "0", 16))
             for line in self.qmp.human("info mtree -f").splitlines()
             if (match := pattern.fullmatch(line))
         ]

@@ -14,7 +14,6 @@ __all__ = ["READY", "Firmware", "Order"]
 READY = b"W_ready\n"
 """What the firmware writes when it has started, and again after each reset."""
 
-_ORDER = struct.Struct("<c4Q")
 _ANSWER = struct.Struct("<Q")
 _MASK = (1 << 64) - 1
 # How often, while there is no answer, somebody looks whether there can still be one.
@@ -68,8 +67,7 @@ class Firmware:
         :raises TimeoutError: There is none within *timeout* seconds. It may still come, so nothing
             more can be asked.
         """
-        numbers = (number & _MASK for number in (a, b, c, d))
-        self._line.sendall(_ORDER.pack(order.value, *numbers))
+        self._line.sendall(order.value + b"".join(map(_number, (a, b, c, d))))
         answer: int = _ANSWER.unpack(self._receive(timeout))[0]
         return answer
 
@@ -95,3 +93,9 @@ class Firmware:
     def close(self) -> None:
         """Close COM1."""
         self._line.close()
+
+
+def _number(value: int) -> bytes:
+    value &= _MASK
+    size = (value.bit_length() + 7) // 8
+    return bytes([size]) + value.to_bytes(size, "little")

@@ -67,8 +67,7 @@ class VfioUserDevice:
 
     def refuse_maps_after(self, count: int | None) -> None:
         """
-        Let *count* more windows be, and refuse others with ENOSPC, as a container at its limit
-        does.
+        Take *count* more windows, and refuse others with ENOSPC, as a container at its limit.
 
         :param count: None: take all.
         """
