@@ -1,9 +1,10 @@
 """
-The steps of QEMU's conversions as lines of its trace, with ranges for runs of maps, and their comparison with a run.
+The steps of QEMU's conversions as lines of its trace, with ranges for runs of maps, and their
+comparison with a run.
 
 A table has one line per step. Maps and unmaps that follow each other are one line:
-``vfio_user_dma_map [0x200000, 0x210000) in 16 calls``; everything else is the line as QEMU wrote it, without host addresses and the
-numbers of descriptors.
+``vfio_user_dma_map [0x200000, 0x210000) in 16 calls``; everything else is the line as QEMU wrote
+it, without host addresses and the numbers of descriptors.
 """
 
 import re
@@ -13,7 +14,8 @@ from lab.qemu_double import TraceLine
 
 __all__ = ["compare_steps", "steps_of"]
 
-# Where the conversion is told a second time, by the hypercall's handler; and what is not about memory.
+# Where the conversion is told a second time, by the hypercall's handler; and what is not about
+# memory.
 _LEFT_OUT = ("kvm_hc_map_gpa_range", "vfio_listener_region_skip")
 _JOINED = ("vfio_user_dma_map", "vfio_user_dma_unmap")
 _HOST_ADDRESS = re.compile(r"@0x[0-9a-f]+")
