@@ -3,7 +3,8 @@
 import pytest
 
 from lab.qemu_double import TraceLine
-from qemu_steps import compare_steps, steps_of
+from lab.qemu_double.log import joined
+from qemu_steps import compare_steps
 
 
 def test_calls_that_follow_each_other_are_one_step() -> None:
@@ -15,7 +16,7 @@ def test_calls_that_follow_each_other_are_one_step() -> None:
         ("ram_block_discard_shared_range", "ram@0x7f0 + 0x1000: madvise: 1 fallocate: 1 ret: 0"),
     ]
 
-    assert steps_of(TraceLine(n, *text) for n, text in enumerate(texts, 1)) == [
+    assert joined(TraceLine(n, *text) for n, text in enumerate(texts, 1)) == [
         "vfio_user_dma_map [0x1000, 0x3000) in 2 calls",
         "vfio_user_dma_map [0x4000, 0x5000) in 1 calls",
         "ram_block_discard_shared_range ram@HVA + 0x1000: madvise: 1 fallocate: 1 ret: 0",

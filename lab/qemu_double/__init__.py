@@ -16,6 +16,7 @@ COM1 (``firmware.S``). ``docs/qemu-without-snp.rst`` says what this shows, and w
         print(device.reaches(2 * MIB), *guest.log.new())
 """
 
+from lab.qemu_double.assigned import AssignedDevice, Container, GuestTestdev
 from lab.qemu_double.double import Double
 from lab.qemu_double.faults import Call
 from lab.qemu_double.guest import ConfidentialGuest, GuestStopped, QemuEnded, Region, Way
@@ -29,11 +30,14 @@ __all__ = [
     "KIB",
     "MIB",
     "Answer",
+    "AssignedDevice",
     "Call",
     "ConfidentialGuest",
+    "Container",
     "Double",
     "GuestOptions",
     "GuestStopped",
+    "GuestTestdev",
     "QemuEnded",
     "QemuLog",
     "Region",

@@ -10,10 +10,12 @@ from pathlib import Path
 from types import TracebackType
 
 from lab.double import Programs, locate
+from lab.qemu_double.assigned import AssignedDevice, Container
 from lab.qemu_double.guest import ConfidentialGuest, Device, Way
 from lab.qemu_double.options import GuestOptions
 from lab.qemu_double.vfio_user import VfioUserDevice
 from ramblock.trace import TraceWriter
+from ramblock.vfio import bind_to_vfio, find_devices
 
 __all__ = ["WAY_VARIABLE", "Double", "way_from_environment"]
 
@@ -70,6 +72,19 @@ class Double:
         path = self.folder / f"device{self._devices}"
         self._devices += 1
         return self._stack.enter_context(VfioUserDevice(path, trace))
+
+    def assigned_device(self, vendor: int, device: int, container: Container) -> AssignedDevice:
+        """
+        Bind the one device of the host that has these IDs to vfio-pci, until the double ends.
+
+        :raises LookupError: There is none, or more than one.
+        :raises DmaError: It cannot be bound.
+        """
+        found = find_devices(vendor, device)
+        if len(found) != 1:
+            raise LookupError(f"{len(found)} PCI devices {vendor:04x}:{device:04x}, expected 1")
+        address = self._stack.enter_context(bind_to_vfio(found[0]))
+        return AssignedDevice(address, container)
 
     def close(self) -> None:
         """End all guests, then all devices, in the reverse of the order in which they were made."""

@@ -84,7 +84,7 @@ class Device(Protocol):
     """What a guest can have assigned."""
 
     def objects(self) -> list[str]:
-        """Return the arguments of QEMU that the device needs beside its own."""
+        """Return the objects of QEMU that the device needs; several devices may name the same."""
 
     def properties(self) -> dict[str, object]:
         """Return the device as QEMU's -device and device_add take it."""
@@ -115,10 +115,11 @@ class ConfidentialGuest:
         self._output = folder / "qemu.out"
         self._call = Order.VMMCALL if way is Way.REAL else Order.DOORBELL
         devices = list(devices)
+        objects = dict.fromkeys(value for device in devices for value in device.objects())
         self._command = [
             *programs.command(),
             *options.arguments(programs.firmware),
-            *(word for device in devices for word in device.objects()),
+            *(word for value in objects for word in ("-object", value)),
             *(word for device in devices for word in ("-device", json.dumps(device.properties()))),
             *self._channels(folder),
         ]

@@ -9,11 +9,11 @@ logs of other people.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["TRACED", "QemuLog", "TraceLine"]
+__all__ = ["TRACED", "QemuLog", "TraceLine", "joined"]
 
 TRACED = (
     "iommufd_*",
@@ -90,3 +90,53 @@ class QemuLog:
             # Warnings share the file and are no events.
             if match := _LINE.fullmatch(line):
                 yield TraceLine(self._lines, match[2], match[3].strip())
+
+
+# Where the conversion is told a second time, by the hypercall's handler; and what is not about
+# memory.
+_LEFT_OUT = ("kvm_hc_map_gpa_range", "vfio_listener_region_skip")
+_JOINED = (
+    "iommufd_backend_map_dma",
+    "iommufd_backend_map_file_dma",
+    "iommufd_backend_unmap_dma",
+    "vfio_user_dma_map",
+    "vfio_user_dma_unmap",
+)
+# What iommufd's say at their end where the kernel refused.
+_REFUSED = re.compile(r"\(-\d+\)$")
+_HOST_ADDRESS = re.compile(r"@0x[0-9a-f]+")
+
+
+def joined(lines: Iterable[TraceLine]) -> list[str]:
+    """
+    Return the lines as text, with maps and unmaps that follow each other as one step.
+
+    ``vfio_user_dma_map [0x200000, 0x210000) in 16 calls``; all else is as QEMU wrote it, without
+    host addresses. Lines that tell the same a second time are left out.
+    """
+    steps: list[str] = []
+    run: tuple[str, int, int, int] | None = None  # name, start, end, calls
+    for line in lines:
+        if line.name in _LEFT_OUT:
+            continue
+        joins = line.name in _JOINED and not _REFUSED.search(line.text)
+        if joins:
+            iova, size = line.numbers()[:2]
+            if run is not None and run[0] == line.name and run[2] == iova:
+                run = (line.name, run[1], iova + size, run[3] + 1)
+                continue
+        if run is not None:
+            steps.append(_text(*run))
+            run = None
+        if joins:
+            iova, size = line.numbers()[:2]
+            run = (line.name, iova, iova + size, 1)
+        else:
+            steps.append(_HOST_ADDRESS.sub("@HVA", str(line)))
+    if run is not None:
+        steps.append(_text(*run))
+    return steps
+
+
+def _text(name: str, start: int, end: int, calls: int) -> str:
+    return f"{name} [{start:#x}, {end:#x}) in {calls} calls"

@@ -32,7 +32,7 @@ class VfioUserDevice:
         self.probe.start()
 
     def objects(self) -> list[str]:
-        """Return no arguments: it needs nothing beside itself."""
+        """Return none: it needs nothing beside itself."""
         return []
 
     def properties(self) -> dict[str, object]:

@@ -21,7 +21,7 @@ from lab.qemu_double import (
     GuestStopped,
     VfioUserDevice,
 )
-from qemu_steps import steps_of
+from lab.qemu_double.log import joined
 from qemu_twin import Twin, TwinDevice
 from ramblock import MappingPolicy, PageState
 from ramblock.dma import DmaTarget, SoftIommu
@@ -69,7 +69,7 @@ def test_reset_leaves_the_mappings_of_the_guest_before(
         assert device.read(2 * MIB) == 2 * MIB + _SALT  # what the guest before has written
         # The new guest asks for a page that QEMU believes to be shared: nothing is done.
         guest.convert(2 * MIB, 4 * KIB, private=False)
-        assert steps_of(guest.log.new())[-1].endswith("from 'populated' to 'populated'")
+        assert joined(guest.log.new())[-1].endswith("from 'populated' to 'populated'")
         # Ours: nothing is mapped.
         assert [device.pages() for device in ours] == [set(), set()]
         with pytest.raises(IommuFault):

@@ -3,7 +3,7 @@
 import pytest
 
 from lab.qemu_double import KIB, MIB, Double, GuestOptions
-from qemu_steps import steps_of
+from lab.qemu_double.log import joined
 from qemu_twin import Twin
 from ramblock import MappingPolicy
 from ramblock.errors import IommuFault
@@ -43,7 +43,7 @@ def test_newest_device_hears_of_a_conversion_first(double: Double) -> None:
 
     with pytest.raises(Exception, match="internal-error"):
         guest.convert(2 * MIB, 64 * KIB, private=False)
-    steps = [step for step in steps_of(guest.log.new()) if step.startswith("vfio_user_dma_map")]
+    steps = [step for step in joined(guest.log.new()) if step.startswith("vfio_user_dma_map")]
 
     # All maps of the newest device, then the first of the oldest, which was refused.
     assert steps == [
@@ -65,7 +65,7 @@ def test_device_that_comes_later_gets_the_populated_runs_page_by_page(double: Do
             twin.convert(gpa, size, private=private)
         guest.log.skip()
         guest.plug(second, "second")
-        steps = steps_of(guest.log.new())
+        steps = joined(guest.log.new())
         ours = twin.attach(MappingPolicy.PAGE)
 
         assert [step for step in steps if step.startswith("vfio_user_dma_map")] == [
@@ -87,7 +87,7 @@ def test_device_that_goes_loses_everything_and_the_other_nothing(double: Double)
     assert second.pages() == _pages(2 * MIB, 64 * KIB)
     guest.log.skip()
     guest.unplug("second")
-    steps = steps_of(guest.log.new())
+    steps = joined(guest.log.new())
 
     assert [step for step in steps if step.startswith("vfio_user_dma_unmap")] == [
         "vfio_user_dma_unmap [0x0, 0xc0000) in 1 calls",

@@ -8,7 +8,8 @@ What our readers of traces take for QEMU's words (ramblock.trace) are these.
 from typing import NamedTuple
 
 from lab.qemu_double import KIB, MIB, Double, GuestOptions
-from qemu_steps import compare_steps, steps_of
+from lab.qemu_double.log import joined
+from qemu_steps import compare_steps
 
 
 class Row(NamedTuple):
@@ -96,7 +97,7 @@ def test_conversions_have_the_steps_and_words_of_the_table(double: Double) -> No
     differing = []
     for number, row in enumerate(TABLE, 1):
         assert guest.convert(row.gpa, row.size, private=row.private) == 0, row.title
-        if text := compare_steps(row.steps, steps_of(guest.log.new())):
+        if text := compare_steps(row.steps, joined(guest.log.new())):
             differing.append(f"row {number} ({row.title}), {text}")
 
     assert not differing, "\n".join(differing)
@@ -127,7 +128,7 @@ def test_start_unmaps_all_of_ram_though_nothing_is_mapped(double: Double) -> Non
     device = double.vfio_user_device()
     guest = double.guest(GuestOptions(), device)
 
-    steps = steps_of(guest.log.new())
+    steps = joined(guest.log.new())
     assert "vfio_user_dma_unmap [0x0, 0x4000000) in 1 calls" in steps
     assert "kvm_sev_init" in steps
     [violation] = device.probe.record.violations

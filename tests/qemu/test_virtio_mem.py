@@ -1,7 +1,7 @@
 """virtio-mem in QEMU's confidential guests: plugged, shared and mapped are three things."""
 
 from lab.qemu_double import KIB, MIB, Answer, Double, GuestOptions, VirtioMemDriver
-from qemu_steps import steps_of
+from lab.qemu_double.log import joined
 from qemu_twin import Twin
 from ramblock import MappingPolicy
 
@@ -66,7 +66,7 @@ def test_unplug_frees_the_pages_before_it_unmaps_them(double: Double) -> None:
     guest.log.skip()
     assert driver.unplug(base, 1) is Answer.ACK
 
-    steps = [step.replace("0000:00:01.0/", "") for step in steps_of(guest.log.new())]
+    steps = [step.replace("0000:00:01.0/", "") for step in joined(guest.log.new())]
     assert steps == [
         "virtio_mem_unplug_request addr=0x100000000 nb_blocks=1",
         "ram_block_discard_shared_range pluggable@HVA + 0x200000: madvise: 1 fallocate: 1 ret: 0",
