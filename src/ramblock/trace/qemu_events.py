@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ramblock.errors import TraceError
 from ramblock.trace.events import (
     Attach,
     Attributes,
@@ -26,12 +27,17 @@ from ramblock.trace.events import (
     StateChange,
     Unmap,
 )
+from ramblock.trace.reader import trace_error
 
 __all__ = ["QemuEvents"]
 
 _ACK = 0  # VIRTIO_MEM_RESP_ACK, linux/virtio_mem.h
 _WRITABLE = 2  # VFIO_USER_DMA_REGION_WRITE; bit 0 is read
 _VFIO_USER = "vfio-user"
+# system/ram-block-attributes.c: populated is shared. Only the state before can be a mixture. QEMU 11.1.3 prints these words
+# (tests/qemu/test_steps.py holds them against the program).
+_STATES = {b"populated": False, b"discarded": True}
+_MIXTURE = b"mixture"
 _NEEDS_BLOCK = "virtio-mem requests count in blocks whose size is not in the trace: what was plugged is not known (--virtio-mem-block)"
 
 
@@ -77,7 +83,11 @@ class QemuEvents:
     def translate(
         self, name: str, time: int | None, line: int, values: tuple[Any, ...]
     ) -> list[Event]:
-        """Say what one event means; nothing, for many."""
+        """
+        Say what one event means; nothing, for many.
+
+        :raises TraceError: A word of it is none of QEMU's. Taking it for one of them could turn a finding into its opposite.
+        """
         make = self._makers.get(name)
         return [] if make is None else make(time, line, *values)
 
@@ -126,10 +136,22 @@ class QemuEvents:
         return events
 
     def _state_change(
-        self, time: int | None, line: int, offset: int, size: int, _before: bytes, after: bytes
+        self, time: int | None, line: int, offset: int, size: int, before: bytes, after: bytes
     ) -> list[Event]:
-        private = after == b"private"
+        if before not in _STATES and before != _MIXTURE:
+            raise self._unknown_word(line, before, "discarded, populated or mixture")
+        private = _STATES.get(after)
+        if private is None:
+            raise self._unknown_word(line, after, "discarded or populated")
         return [StateChange(time, self._source, line, None, offset, offset + size, private)]
+
+    def _unknown_word(self, line: int, word: bytes, expected: str) -> TraceError:
+        text = word.decode(errors="backslashreplace")
+        return trace_error(
+            self._source,
+            line,
+            f"ram_block_attributes_state_change: unknown state {text!r}, expected {expected}",
+        )
 
     def _discard(
         self,
