@@ -139,13 +139,23 @@ class ConfidentialGuest:
             )
         with ExitStack() as stack:
             stack.callback(self._kill)
-            firmware_line = self._connect(folder / "com1")
-            self.qmp = Qmp(self._connect(folder / "qmp"))
-            self.firmware = Firmware(firmware_line, self._check_running)
-            # QEMU was started with -S: COM1 has to be connected before the firmware writes to it.
-            self.qmp.execute("cont")
-            self.firmware.wait_ready(_START_SECONDS)
+            try:
+                self._open(folder, stack)
+            except ConnectionError:
+                with suppress(subprocess.TimeoutExpired):
+                    self.process.wait(_END_SECONDS)
+                self._check_alive()
+                raise
             stack.pop_all()
+
+    def _open(self, folder: Path, stack: ExitStack) -> None:
+        firmware_line = stack.enter_context(self._connect(folder / "com1"))
+        qmp_line = stack.enter_context(self._connect(folder / "qmp"))
+        self.qmp = Qmp(qmp_line)
+        self.firmware = Firmware(firmware_line, self._check_running)
+        # QEMU was started with -S: COM1 has to be connected before the firmware writes to it.
+        self.qmp.execute("cont")
+        self.firmware.wait_ready(_START_SECONDS)
 
     def _channels(self, folder: Path) -> list[str]:
         events = folder / "events"
