@@ -49,6 +49,14 @@ class AssignedDevice:
             properties["iommufd"] = "iommufd0"
         return properties
 
+    def driver(self, guest: ConfidentialGuest) -> GuestTestdev:
+        """
+        Start the guest's driver, with which it does DMA; again after each reset of the guest.
+
+        :raises LookupError: The guest has no iommu-testdev.
+        """
+        return GuestTestdev(guest)
+
 
 class GuestTestdev:
     """

@@ -15,7 +15,7 @@ from lab.qemu_double.guest import ConfidentialGuest, Device, Way
 from lab.qemu_double.options import GuestOptions
 from lab.qemu_double.vfio_user import VfioUserDevice
 from ramblock.trace import TraceWriter
-from ramblock.vfio import bind_to_vfio, find_devices
+from ramblock.vfio import IommuTestdev, bind_to_vfio, find_devices
 
 __all__ = ["WAY_VARIABLE", "Double", "way_from_environment"]
 
@@ -66,6 +66,12 @@ class Double:
             self.programs, self.way, options or GuestOptions(), folder, devices
         )
         return self._stack.enter_context(guest)
+
+    def device(self) -> VfioUserDevice | AssignedDevice:
+        """Return the usual device of the way: a vfio-user one, or the lab's iommu-testdev on iommufd."""
+        if self.way is Way.PRETEND:
+            return self.vfio_user_device()
+        return self.assigned_device(IommuTestdev.VENDOR, IommuTestdev.DEVICE, Container.IOMMUFD)
 
     def vfio_user_device(self, trace: TraceWriter | None = None) -> VfioUserDevice:
         """Make a vfio-user device, served by a thread of this process."""

@@ -37,7 +37,7 @@ Events about memory, and what devices may reach; those of a device's own registe
 
 # -msg timestamp=on: the time of day, without fraction where that is zero (GLib,
 # g_date_time_format_iso8601()).
-_LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z) (\w+) ?(.*)")
+_LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z) (\w+)(?: (.*))?")
 
 
 class TraceLine(NamedTuple):
@@ -89,7 +89,7 @@ class QemuLog:
             self._lines += 1
             # Warnings share the file and are no events.
             if match := _LINE.fullmatch(line):
-                yield TraceLine(self._lines, match[2], match[3].strip())
+                yield TraceLine(self._lines, match[2], (match[3] or "").strip())
 
 
 # Where the conversion is told a second time, by the hypercall's handler; and what is not about

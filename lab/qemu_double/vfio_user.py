@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
+from lab.qemu_double.guest import ConfidentialGuest
 from ramblock.errors import IommuFault
 from ramblock.probe import Probe
 from ramblock.trace import TraceWriter
@@ -64,6 +65,10 @@ class VfioUserDevice:
         :raises IommuFault: It may not.
         """
         return int.from_bytes(self.probe.read(gpa, 8), "little")
+
+    def driver(self, guest: ConfidentialGuest) -> VfioUserDevice:
+        """Return what tells which pages it reaches: itself, whatever *guest* does."""
+        return self
 
     def refuse_maps_after(self, count: int | None) -> None:
         """

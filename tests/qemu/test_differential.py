@@ -44,3 +44,5 @@ def test_same_requests_map_the_same_pages(
         sys.stdout.writelines(f"{line}\n" for line in differential.summary())
     assert differential.counts["conversions"] > _REQUESTS // 2
     assert differential.explained["two regions"]
+    assert differential.counts["calls with PAGE"] < differential.counts["calls of QEMU"]
+    assert differential.counts["calls with RUN"] * 4 < differential.counts["calls with PAGE"]

@@ -102,29 +102,6 @@ def test_device_that_is_not_there_is_named(double: Double) -> None:
         find_device(guest, 0x1AF4, 0x1058)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"memory": 5000}, "0x1388 bytes of memory"),
-        ({"memory": 64 * MIB, "nodes": (32 * MIB, 16 * MIB)}, "the nodes have 0x3000000 bytes"),
-        ({"virtio_mem": -4096}, "expected a multiple of 4 KiB"),
-    ],
-)
-def test_options_that_contradict_each_other_are_refused(
-    options: dict[str, object], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        GuestOptions(**options)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("numbers", [{"skip": -1}, {"count": -1}, {"error": 0}])
-def test_fault_that_makes_no_sense_is_refused(double: Double, numbers: dict[str, int]) -> None:
-    guest = double.guest()
-
-    with pytest.raises(ValueError, match="expected 0 or more, and an errno"):
-        guest.faults.arm(Call.PUNCH, **numbers)
-
-
 @pytest.mark.parametrize("call", [Call.TO_SHARED, Call.TO_PRIVATE])
 def test_attribute_call_that_was_told_to_fails_and_the_others_do_not(
     double: Double, call: Call

@@ -6,18 +6,8 @@ What QEMU does when a confidential guest converts pages: each request, QEMU's st
     python -m lab qemu --real -- lab/qemu_double/scripts/conversions.py
 """
 
-from lab.qemu_double import (
-    KIB,
-    MIB,
-    ConfidentialGuest,
-    Container,
-    Double,
-    GuestOptions,
-    GuestTestdev,
-    Way,
-)
+from lab.qemu_double import KIB, MIB, ConfidentialGuest, Double
 from lab.qemu_double.log import joined
-from ramblock.vfio import IommuTestdev
 
 
 def convert(guest: ConfidentialGuest, gpa: int, size: int, *, private: bool) -> None:
@@ -30,20 +20,14 @@ def convert(guest: ConfidentialGuest, gpa: int, size: int, *, private: bool) -> 
 
 
 with Double() as double:
-    if double.way is Way.REAL:
-        ids = (IommuTestdev.VENDOR, IommuTestdev.DEVICE)
-        assigned = double.assigned_device(*ids, Container.IOMMUFD)
-        guest = double.guest(GuestOptions(), assigned)
-        reaches = GuestTestdev(guest).reaches
-    else:
-        device = double.vfio_user_device()
-        guest = double.guest(GuestOptions(), device)
-        reaches = device.reaches
+    device = double.device()
+    guest = double.guest(None, device)
+    driver = device.driver(guest)
     guest.log.skip()
     print(f"QEMU's guest, the {double.way.value} way")
     convert(guest, 2 * MIB, 64 * KIB, private=False)
-    print("a device reaches the page:", reaches(2 * MIB))
+    print("a device reaches the page:", driver.reaches(2 * MIB))
     convert(guest, 2 * MIB, 32 * KIB, private=True)
-    print("a device reaches the page:", reaches(2 * MIB))
+    print("a device reaches the page:", driver.reaches(2 * MIB))
     convert(guest, 2 * MIB, 64 * KIB, private=False)
-    print("a device reaches the page:", reaches(2 * MIB))
+    print("a device reaches the page:", driver.reaches(2 * MIB))
