@@ -138,11 +138,11 @@ SCENARIOS = {
 }
 """By the name that is in those of the recordings."""
 
-# Descriptors, addresses of the host, sockets: another number each time, or on each machine.
+# Descriptors, addresses of the host, sockets, PCI addresses: others each time, or on each machine.
 _CHANCE = re.compile(
     r"(?<=@)0x[0-9a-f]+|(?<=ua=)0x[0-9a-f]+|(?<=addr=)0x[0-9a-f]+(?= readonly)|(?<=src )0x[0-9a-f]+"
     r"|(?<=guest_memfd=)\d+|(?<=iommufd=)\d+|(?<=fd=)\d+|(?<=fd )\d+"
-    r"|/tmp/[\w./-]+"
+    r"|/tmp/[\w./-]+|\b0000:[0-9a-f]{2}:[0-9a-f]{2}\.\d"
 )
 
 

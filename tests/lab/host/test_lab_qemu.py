@@ -25,6 +25,7 @@ _SCRIPTS = "lab/qemu_double/scripts"
                 "a device reaches the page: True",
                 "[0x200000, 0x208000) to private: 0",
                 "a device reaches the page: False",
+                "[0x200000, 0x210000) to shared: 0",
                 "a device reaches the page: True",
             ],
         ),
