@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.double import locate
 from lab.qemu_double import (
     KIB,
     MIB,
@@ -118,6 +119,18 @@ def test_attribute_call_that_was_told_to_fails_and_the_others_do_not(
 
     after = guest.faults.tally(call)
     assert (after.calls - before.calls, after.failed - before.failed) == (3, 1)
+
+
+def test_another_qemu_gets_the_library_as_any_program_would(tmp_path: Path) -> None:
+    ours = locate()
+    other = tmp_path / "other-qemu"
+    other.write_text(f'#!/bin/sh\nexec "{ours.qemu}" "$@"\n')
+    other.chmod(0o755)
+    with Double(Way.PRETEND, locate(other)) as double:
+        guest = double.guest()
+
+        assert guest.convert(2 * MIB, 4 * KIB, private=False) == 0
+        assert "create_vm of type 0" in guest.shim_log.read_text()
 
 
 def test_everything_ends_with_the_double() -> None:

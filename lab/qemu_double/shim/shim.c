@@ -41,7 +41,6 @@ __attribute__((constructor)) static void start(void)
     pretending = way && !strcmp(way, "1");
     log_open(getenv("RAMBLOCK_SHIM_LOG"));
     faults_open(getenv("RAMBLOCK_SHIM_FAULTS"));
-    unsetenv("LD_PRELOAD"); /* QEMU's children have no use for it */
 }
 
 int kernel_ioctl(int fd, unsigned long request, void *argument)

@@ -3,9 +3,8 @@
  * The parts of the shim, and the numbers of the kernel's interfaces that it answers for.
  *
  * The numbers stand here rather than come from the machine's headers, which may be older than
- * guest_memfd (Linux 6.8), SEV-SNP (6.11) and IOMMU_IOAS_MAP_FILE (6.14). Names and sources:
- * include/uapi/linux/kvm.h, arch/x86/include/uapi/asm/kvm.h, include/uapi/linux/psp-sev.h, vfio.h
- * and iommufd.h.
+ * guest_memfd (Linux 6.8), SEV-SNP (6.11) and IOMMU_IOAS_MAP_FILE. Names and sources:
+ * include/uapi/linux/kvm.h, psp-sev.h, vfio.h and iommufd.h, arch/x86/include/uapi/asm/kvm.h.
  */
 #ifndef SHIM_H
 #define SHIM_H

@@ -101,7 +101,7 @@ static int device_attr(const struct kvm_device_attr *attr, bool get)
 
 static int issue_cmd(struct sev_issue_cmd *issue)
 {
-    /* 1.55 is the oldest that QEMU takes (target/i386/sev.c, sev_snp_kvm_init()). */
+    /* A version that QEMU takes for SNP. */
     const struct sev_user_data_status status = {
         .api_major = 1,
         .api_minor = 55,
