@@ -188,7 +188,7 @@ class Differential:
     def step(self) -> None:
         """Ask for one thing; compare."""
         kind = self._random.random()
-        if kind < 0.004:
+        if kind < 0.004 and self._options.resets:
             self._reset()
         elif kind < 0.010:
             self._plug_or_unplug_device()

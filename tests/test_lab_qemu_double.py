@@ -16,7 +16,7 @@ from lab.errors import LabError
 from lab.qemu_double import Call, GuestOptions, QemuLog, Way
 from lab.qemu_double.double import way_from_environment
 from lab.qemu_double.faults import Faults
-from lab.qemu_double.options import GIB, MIB
+from lab.qemu_double.options import GIB, MIB, Technology
 from lab.qemu_double.orders import READY, Firmware, Order
 from lab.qemu_double.qmp import Qmp, QmpError
 
@@ -40,6 +40,7 @@ def _values(arguments: list[str], option: str) -> list[str]:
         ({"memory": 5000}, "0x1388 bytes of memory"),
         ({"memory": 64 * MIB, "nodes": (32 * MIB, 16 * MIB)}, "the nodes have 0x3000000 bytes"),
         ({"virtio_mem": -4096}, "expected a multiple of 4 KiB"),
+        ({"technology": Technology.TDX, "resets": True}, "cannot be reset"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The lab's devices, assigned to a guest of the double by QEMU's vfio-pci: DMA through the kernel's IOMMU.
+The lab's devices, assigned to a guest by QEMU's vfio-pci: DMA through the kernel's IOMMU.
 
 iommu-testdev writes to an address of the guest when the guest's driver, which is here, tells it to. edu is only there, as a second
 device behind another listener.

@@ -68,7 +68,7 @@ class Double:
         return self._stack.enter_context(guest)
 
     def device(self) -> VfioUserDevice | AssignedDevice:
-        """Return the usual device of the way: a vfio-user one, or the lab's iommu-testdev on iommufd."""
+        """Return the way's usual device: vfio-user, or the lab's iommu-testdev on iommufd."""
         if self.way is Way.PRETEND:
             return self.vfio_user_device()
         return self.assigned_device(IommuTestdev.VENDOR, IommuTestdev.DEVICE, Container.IOMMUFD)

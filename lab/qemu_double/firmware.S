@@ -321,9 +321,31 @@ metadata:
     .long 0x1000, 0x1000, 1           # base, size, type
 metadata_end:
 
-    .org 0x10000 - 48 - 2 - (4 + 2 + 16) - (4 + 2 + 16)
+    # TDX's metadata (TDVF design guide): the firmware itself, a place for the hand-off block that nobody
+    # reads, and a page. QEMU insists on the first two.
+    .org 0xe100
+tdvf:
+    .ascii "TDVF"
+    .long tdvf_end - tdvf
+    .long 1                           # version
+    .long 3                           # sections: offset, size; address, size; type, attributes
+    .long 0, 0x10000
+    .quad BASE, 0x10000
+    .long 0, 1                        # BFV, measured
+    .long 0, 0
+    .quad 0x10000, 0x2000
+    .long 2, 0                        # TD_HOB
+    .long 0, 0
+    .quad 0x20000, 0x1000
+    .long 3, 0                        # TEMP_MEM
+tdvf_end:
+
+    .org 0x10000 - 48 - 2 - 3 * (4 + 2 + 16)
 table:
-    .long 0x10000 - 0xe000            # offset of the metadata from the end
+    .long 0x10000 - 0xe100            # offset of TDX's metadata from the end
+    .word 4 + 2 + 16
+    .byte 0x35,0x65,0x7a,0xe4,0x4a,0x98,0x98,0x47,0x86,0x5e,0x46,0x85,0xa7,0xbf,0x8e,0xc2
+    .long 0x10000 - 0xe000            # offset of SNP's metadata from the end
     .word 4 + 2 + 16
     .byte 0x66,0x65,0x88,0xdc,0x4a,0x98,0x98,0x47,0xa7,0x5e,0x55,0x85,0xa7,0xbf,0x67,0xcc
     .long BASE + 0xfff0               # where other processors start

@@ -5,11 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
-__all__ = ["GIB", "KIB", "MIB", "GuestOptions"]
+__all__ = ["GIB", "KIB", "MIB", "GuestOptions", "Technology"]
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+class Technology(Enum):
+    """What QEMU takes the host for; the value is the object that makes a guest confidential."""
+
+    # The bit of the page tables that says "encrypted" is asked of CPUID 0x8000001f, which has none: 0.
+    SNP = "sev-snp-guest,id=cgs,cbitpos=0,reduced-phys-bits=1,sev-device=/dev/null"
+    TDX = "tdx-guest,id=cgs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +30,7 @@ class GuestOptions:
         memory's.
     """
 
+    technology: Technology = Technology.SNP
     memory: int = 64 * MIB
     """Bytes of RAM at address 0."""
     nodes: tuple[int, ...] = ()
@@ -32,7 +42,7 @@ class GuestOptions:
     root_ports: int = 0
     """Slots for devices that come later."""
     resets: bool = False
-    """Whether a reset starts the guest anew; otherwise it ends QEMU."""
+    """Whether a reset starts the guest anew; otherwise it ends QEMU. Not with TDX."""
     more: tuple[str, ...] = ()
     """Other arguments of QEMU's."""
 
@@ -40,6 +50,9 @@ class GuestOptions:
         for size in (self.memory, *self.nodes, self.virtio_mem):
             if size < 0 or size % (4 * KIB):
                 raise ValueError(f"{size:#x} bytes of memory: expected a multiple of 4 KiB")
+        if self.resets and self.technology is Technology.TDX:
+            # QEMU 11.1.3 says "unable to rebuild guest" before it has asked KVM for anything.
+            raise ValueError("a TDX guest of the double cannot be reset")
         if self.nodes and sum(self.nodes) != self.memory:
             raise ValueError(
                 f"the nodes have {sum(self.nodes):#x} bytes, and the memory {self.memory:#x}"
@@ -59,10 +72,7 @@ class GuestOptions:
                 str(firmware),
             ),
             *("-nodefaults", "-no-user-config", "-display", "none"),
-            # The bit of the page tables that says "encrypted" is asked of CPUID 0x8000001f, which
-            # has none: 0.
-            "-object",
-            "sev-snp-guest,id=snp,cbitpos=0,reduced-phys-bits=1,sev-device=/dev/null",
+            *("-object", self.technology.value),
             *self._memory(),
             *([] if self.resets else ["-no-reboot"]),
             *(
@@ -74,7 +84,7 @@ class GuestOptions:
         ]
 
     def _memory(self) -> Iterator[str]:
-        machine = "q35,confidential-guest-support=snp,smm=off,kernel-irqchip=split"
+        machine = "q35,confidential-guest-support=cgs,smm=off,kernel-irqchip=split"
         # virtio-mem's region lies behind the RAM; QEMU wants to know how much there can ever be, in
         # whole GiB here.
         pluggable = f",maxmem={-(-(self.memory + self.virtio_mem) // GIB) + 1}G,slots=2"

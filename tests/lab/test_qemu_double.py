@@ -24,6 +24,7 @@ from lab.qemu_double import (
     GuestStopped,
     GuestTestdev,
     QemuEnded,
+    Technology,
     Way,
 )
 from lab_devices import Rig, entry_limit, open_rig
@@ -63,10 +64,14 @@ def _pages(start: int, size: int) -> set[int]:
 
 
 def _start(
-    double: Double, container: Container, *, resets: bool = False
+    double: Double,
+    container: Container,
+    *,
+    resets: bool = False,
+    technology: Technology = Technology.SNP,
 ) -> tuple[ConfidentialGuest, GuestTestdev]:
     assigned = double.assigned_device(*_TESTDEV, container)
-    guest = double.guest(GuestOptions(resets=resets), assigned)
+    guest = double.guest(GuestOptions(resets=resets, technology=technology), assigned)
     return guest, GuestTestdev(guest)
 
 
@@ -86,10 +91,11 @@ def _ours(container: Container) -> Iterator[tuple[GuestMemory, Rig]]:
         yield memory, rig
 
 
+@pytest.mark.parametrize("technology", Technology, ids=lambda technology: technology.name)
 def test_device_reaches_shared_pages_and_the_iommu_refuses_all_others(
-    double: Double, container: Container
+    double: Double, container: Container, technology: Technology
 ) -> None:
-    guest, testdev = _start(double, container)
+    guest, testdev = _start(double, container, technology=technology)
     base, size = 2 * MIB, 16 * KIB
 
     assert not testdev.reaches(base)

@@ -7,7 +7,9 @@ What our readers of traces take for QEMU's words (ramblock.trace) are these.
 
 from typing import NamedTuple
 
-from lab.qemu_double import KIB, MIB, Double, GuestOptions
+import pytest
+
+from lab.qemu_double import KIB, MIB, Double, GuestOptions, Technology
 from lab.qemu_double.log import joined
 from qemu_steps import compare_steps
 
@@ -91,8 +93,11 @@ TABLE = (
 )  # fmt: skip
 
 
-def test_conversions_have_the_steps_and_words_of_the_table(double: Double) -> None:
-    guest = double.guest(GuestOptions(), double.vfio_user_device())
+@pytest.mark.parametrize("technology", Technology, ids=lambda technology: technology.name)
+def test_conversions_have_the_steps_and_words_of_the_table(
+    double: Double, technology: Technology
+) -> None:
+    guest = double.guest(GuestOptions(technology=technology), double.vfio_user_device())
     guest.log.skip()
     differing = []
     for number, row in enumerate(TABLE, 1):
@@ -122,6 +127,22 @@ def test_start_names_each_block_and_its_guest_memfd(double: Double) -> None:
     # KVM_MEM_GUEST_MEMFD: private from then on.
     assert {flags for _, flags in placed.values()} == {4}
     assert [region.name for region in regions] == ["node0", "pc.rom", "node0", "node1", "pc.bios"]
+
+
+def test_tdx_guest_has_no_rom_and_its_start_unmaps_nothing(double: Double) -> None:
+    device = double.vfio_user_device()
+    guest = double.guest(GuestOptions(technology=Technology.TDX), device)
+
+    assert [(region.name, region.start) for region in guest.memory_regions()] == [
+        ("ram", 0),
+        ("pc.bios", 0xFFFF_0000),
+    ]
+    steps = joined(guest.log.new())
+    assert not [step for step in steps if step.startswith("vfio_user_dma")]
+    # QEMU frees its own copy of the firmware, which KVM has copied into private memory.
+    freed = "ram_block_discard_shared_range pc.bios@HVA + 0x10000: madvise: 1 fallocate: 0 ret: 0"
+    assert freed in steps
+    assert device.probe.record.clean
 
 
 def test_start_unmaps_all_of_ram_though_nothing_is_mapped(double: Double) -> None:

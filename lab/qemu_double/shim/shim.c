@@ -1,21 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * KVM's SEV-SNP interface, as far as QEMU uses it, on a KVM that has no SEV-SNP.
+ * KVM's SEV-SNP and TDX interfaces, as far as QEMU uses them, on a KVM that has neither.
  *
- * Preloaded into an unchanged QEMU it lets "-object sev-snp-guest" start on an ordinary machine.
- * Two ways:
+ * Preloaded into an unchanged QEMU it lets "-object sev-snp-guest" and "-object tdx-guest" start on
+ * an ordinary machine. Two ways:
  *
- *   real      The VM that QEMU asks for (KVM_X86_SNP_VM) becomes a software-protected one
- *             (KVM_X86_SW_PROTECTED_VM). guest_memfd, memory attributes, slots, hypercall exits,
- *             VFIO and iommufd are the kernel's own; snp.c answers the rest.
+ *   real      The VM that QEMU asks for becomes a software-protected one (KVM_X86_SW_PROTECTED_VM).
+ *             guest_memfd, memory attributes, slots, hypercall exits, VFIO and iommufd are the
+ *             kernel's own; confidential.c answers the rest.
  *   pretend   For any KVM: pretend.c. QEMU's own steps are the same; KVM's are not there.
  *
- * What differs from a host with SEV-SNP:
+ * What differs from a host with either:
  *   - Nothing is encrypted or measured.
- *   - A software-protected VM has no way to fill private memory before it runs. Pages that
- *     LAUNCH_UPDATE would have filled (type NORMAL: the firmware) are made shared in KVM again, so
- *     that the guest runs its firmware from QEMU's copy. QEMU takes them for private. Pages of
- *     other types stay private, and are zero.
+ *   - A software-protected VM has no way to fill private memory before it runs. The
+ *     firmware's pages are made shared in KVM again, so that the guest runs it from QEMU's copy.
+ *     QEMU takes them for private. Other pages that a launch fills stay private, and are zero.
  *
  * Environment: RAMBLOCK_SHIM_PRETEND=1, RAMBLOCK_SHIM_FAULTS=FILE (faults.c),
  * RAMBLOCK_SHIM_LOG=FILE (log.c).
@@ -93,7 +92,7 @@ int ioctl(int fd, unsigned long request, ...)
     error = fault_of_ioctl(request, argument);
     if (error)
         return fail(error);
-    if (snp_ioctl(fd, request, argument, &result))
+    if (confidential_ioctl(fd, request, argument, &result))
         return result;
     return kernel_ioctl(fd, request, argument);
 }

@@ -44,7 +44,12 @@ enum {
     KVM_CAP_GUEST_MEMFD = 234,
     KVM_CAP_VM_TYPES = 235,
 };
-enum { KVM_X86_DEFAULT_VM = 0, KVM_X86_SW_PROTECTED_VM = 1, KVM_X86_SNP_VM = 4 };
+enum {
+    KVM_X86_DEFAULT_VM = 0,
+    KVM_X86_SW_PROTECTED_VM = 1,
+    KVM_X86_SNP_VM = 4,
+    KVM_X86_TDX_VM = 5,
+};
 enum {
     KVM_MEM_GUEST_MEMFD = 1 << 2,
     KVM_MEMORY_ATTRIBUTE_PRIVATE = 1 << 3,
@@ -53,6 +58,11 @@ enum {
 
 struct kvm_memory_attributes {
     uint64_t address, size, attributes, flags;
+};
+
+struct kvm_device_attr {
+    uint32_t flags, group;
+    uint64_t attr, addr;
 };
 
 /* faults.c: calls that a test makes fail. The order is that of the table shared with faults.py. */
@@ -79,7 +89,16 @@ extern bool pretending;
 /* pretend.c: 1: *result is the answer. */
 bool pretend_ioctl(int fd, unsigned long request, void *argument, int *result);
 
-/* snp.c: answers that only a host with SEV-SNP could give. */
-bool snp_ioctl(int fd, unsigned long request, void *argument, int *result);
+/* confidential.c: answers that only a host with SEV-SNP or TDX could give. */
+bool confidential_ioctl(int fd, unsigned long request, void *argument, int *result);
+
+/* snp.c */
+int snp_command(int vm, void *argument);
+int snp_device_attr(const void *argument, bool get);
+int snp_issue_cmd(void *argument);
+
+/* tdx.c */
+int tdx_command(int kvm, int vm, void *argument);
+void tdx_note_slot(const void *region);
 
 #endif

@@ -15,7 +15,7 @@ enum {
     KVM_SEV_SNP_LAUNCH_FINISH = 102,
 };
 enum { KVM_SEV_SNP_PAGE_TYPE_NORMAL = 1 };
-enum { KVM_X86_GRP_SEV = 1, KVM_X86_SEV_VMSA_FEATURES = 0, KVM_X86_SNP_POLICY_BITS = 1 };
+enum { KVM_X86_SEV_VMSA_FEATURES = 0, KVM_X86_SNP_POLICY_BITS = 1 };
 enum { SEV_PLATFORM_STATUS = 1, SEV_STATE_INIT = 1, SEV_CONFIG_ES = 1 << 8 };
 enum { SEV_FEATURES_SNP_ACTIVE = 1 };
 
@@ -30,10 +30,6 @@ struct kvm_sev_snp_launch_update {
     uint16_t flags;
     uint32_t pad1;
     uint64_t pad2[4];
-};
-struct kvm_device_attr {
-    uint32_t flags, group;
-    uint64_t attr, addr;
 };
 struct __attribute__((packed)) sev_issue_cmd {
     uint32_t cmd;
@@ -71,27 +67,29 @@ static int launch_update(int vm, struct kvm_sev_snp_launch_update *update)
     return 0;
 }
 
-static int encrypt_op(int vm, struct kvm_sev_cmd *command)
+int snp_command(int vm, void *argument)
 {
-    if (!command) /* "is there any memory encryption?" */
-        return 0;
+    struct kvm_sev_cmd *command = argument;
+
     command->error = 0;
     switch (command->id) {
     case KVM_SEV_INIT2:
     case KVM_SEV_SNP_LAUNCH_START:
     case KVM_SEV_SNP_LAUNCH_FINISH:
-        log_call("encrypt_op %u", command->id);
+        log_call("sev command %u", command->id);
         return 0;
     case KVM_SEV_SNP_LAUNCH_UPDATE:
         return launch_update(vm, (void *)(uintptr_t)command->data);
     }
-    log_call("encrypt_op %u is unknown", command->id);
+    log_call("sev command %u is unknown", command->id);
     errno = EINVAL;
     return -1;
 }
 
-static int device_attr(const struct kvm_device_attr *attr, bool get)
+int snp_device_attr(const void *argument, bool get)
 {
+    const struct kvm_device_attr *attr = argument;
+
     if (get && attr->attr == KVM_X86_SEV_VMSA_FEATURES)
         *(uint64_t *)(uintptr_t)attr->addr = SEV_FEATURES_SNP_ACTIVE;
     if (get && attr->attr == KVM_X86_SNP_POLICY_BITS)
@@ -99,8 +97,9 @@ static int device_attr(const struct kvm_device_attr *attr, bool get)
     return 0;
 }
 
-static int issue_cmd(struct sev_issue_cmd *issue)
+int snp_issue_cmd(void *argument)
 {
+    struct sev_issue_cmd *issue = argument;
     /* A version that QEMU takes for SNP. */
     const struct sev_user_data_status status = {
         .api_major = 1,
@@ -115,43 +114,4 @@ static int issue_cmd(struct sev_issue_cmd *issue)
     if (issue->cmd == SEV_PLATFORM_STATUS)
         memcpy((void *)(uintptr_t)issue->data, &status, sizeof(status));
     return 0;
-}
-
-bool snp_ioctl(int fd, unsigned long request, void *argument, int *result)
-{
-    uintptr_t number = (uintptr_t)argument;
-
-    switch (request) {
-    case KVM_CHECK_EXTENSION:
-        if (number != KVM_CAP_VM_TYPES)
-            return false;
-        *result = kernel_ioctl(fd, request, argument);
-        if (*result >= 0)
-            *result |= 1 << KVM_X86_SNP_VM;
-        return true;
-    case KVM_CREATE_VM:
-        if (number != KVM_X86_SNP_VM)
-            return false;
-        number = pretending ? KVM_X86_DEFAULT_VM : KVM_X86_SW_PROTECTED_VM;
-        *result = kernel_ioctl(fd, request, (void *)number);
-        log_call("create_vm of type %lu: %d", (unsigned long)number, *result);
-        return true;
-    case KVM_MEMORY_ENCRYPT_OP:
-        *result = encrypt_op(fd, argument);
-        return true;
-    case KVM_MEMORY_ENCRYPT_REG_REGION:
-    case KVM_MEMORY_ENCRYPT_UNREG_REGION:
-        *result = 0;
-        return true;
-    case KVM_HAS_DEVICE_ATTR:
-    case KVM_GET_DEVICE_ATTR:
-        if (((struct kvm_device_attr *)argument)->group != KVM_X86_GRP_SEV)
-            return false;
-        *result = device_attr(argument, request == KVM_GET_DEVICE_ATTR);
-        return true;
-    case SEV_ISSUE_CMD:
-        *result = issue_cmd(argument);
-        return true;
-    }
-    return false;
 }
