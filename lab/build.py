@@ -27,7 +27,7 @@ class Lab:
     busybox: Path | None
     """What guests of the tests on this machine run; None as for the headers, which those tests need as well."""
     double: Path | None
-    """The shim and the firmware for confidential guests without confidential hardware (``lab.qemu_double``). None: not built."""
+    """The shim and the firmware of ``lab.qemu_double``; None: not built."""
     launcher: tuple[str, ...]
     """The command that boots a kernel."""
 

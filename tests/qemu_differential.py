@@ -1,9 +1,11 @@
 """
-The same random requests to QEMU, to two devices of a GuestMemory (one mapping per page, one per run), and to two sets of pages.
+The same random requests to QEMU, to two devices of a GuestMemory (one mapping per page, one per
+run), and to two sets of pages.
 
-After each request all four have to agree on the pages that a device reaches, and the calls have to be those that the sets
-predict. QEMU is wrong in places; each is a name in ``EXPLAINED``, with a count. There its pages are what the name says, ours are
-right, and QEMU is then brought back by requests that it carries out well.
+After each request all four have to agree on the pages that a device reaches, and the calls have to
+be those that the sets predict. QEMU is wrong in places; each is a name in ``EXPLAINED``, with a
+count. There its pages are what the name says, ours are right, and QEMU is then brought back by
+requests that it carries out well.
 """
 
 import random

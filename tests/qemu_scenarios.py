@@ -1,7 +1,9 @@
 """
-What the guests of the recordings do: played by the tests that make them, in the pretend way and in the real one.
+What the guests of the recordings do: played by the tests that make them, in the pretend way and in
+the real one.
 
-A scenario knows no device: the caller has one that QEMU has assigned, and says how another is plugged in.
+A scenario knows no device: the caller has one that QEMU has assigned, and says how another is
+plugged in.
 """
 
 import re
@@ -31,7 +33,7 @@ class Scenario(NamedTuple):
 
     options: GuestOptions
     play: Callable[[ConfidentialGuest, Callable[[], None]], None]
-    """Gets the guest, and a function that plugs a second device in (or whatever else the caller has for it)."""
+    """Gets the guest, and a function of the caller's: a second device comes, or maps are refused."""
     about: str
 
 

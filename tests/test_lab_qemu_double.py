@@ -1,4 +1,4 @@
-"""The QEMU double's parts that need no QEMU: options, orders, the monitor, the log, the table of faults, the command."""
+"""The QEMU double's parts that need no QEMU, among them the command."""
 
 import errno
 import itertools

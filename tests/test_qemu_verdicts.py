@@ -1,7 +1,9 @@
 """
-What the recordings of QEMU's confidential guests are, and which verdict `ramblock check` has to come to on each.
+What the recordings of QEMU's confidential guests are, and which verdict `ramblock check` has to
+come to on each.
 
-Verdicts that it does not reach are marked as expected failures, strictly: whoever repairs one has to take its mark away.
+Verdicts that it does not reach are marked as expected failures, strictly: whoever repairs one has
+to take its mark away.
 """
 
 import gzip
@@ -33,7 +35,8 @@ _RESET = "a reset is not recognised: a new VM, all of whose pages are private"
 _BORDER = "pages of the second region count as part of a conversion that goes on"
 
 Verdict = tuple[str, set[Kind], set[Kind], str | None]
-# Recording; kinds of failures that have to be found; others that may be; why it is not so (None: it is).
+# Recording; kinds of failures that have to be found; others that may be; why it is not so (None: it
+# is).
 _VERDICTS: list[Verdict] = [
     ("qemu-snp-clean.trace", set(), set(), _START),
     ("qemu-snp-hole.trace", set(), set(), _START),
@@ -51,7 +54,8 @@ _VERDICTS: list[Verdict] = [
     ("qemu-snp-border-type1.trace", set(), set(), None),
     ("ftrace-snp-clean-type1.txt", set(), set(), None),
     ("ftrace-snp-clean-iommufd.txt", set(), set(), None),
-    # The shim shares the firmware's pages in KVM, which nobody maps: missing, and of the double alone.
+    # The shim shares the firmware's pages in KVM, which nobody maps: missing, and of the double
+    # alone.
     ("ftrace-snp-reset-type1.txt", {Kind.STALE}, {Kind.MISSING}, None),
     ("ftrace-snp-reset-iommufd.txt", {Kind.STALE}, {Kind.MISSING}, None),
     ("ftrace-snp-border-type1.txt", {Kind.STALE}, {Kind.MISSING}, None),

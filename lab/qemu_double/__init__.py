@@ -4,8 +4,9 @@ QEMU's confidential-guest path on an ordinary machine: a test peer of ramblock.
 
 An unchanged QEMU runs its own conversion of pages, its own discard manager and its own VFIO
 listeners. Two things stand in for the rest: a library preloaded into QEMU that presents KVM's
-SEV-SNP and TDX interfaces on a KVM without them (``shim/``), and a firmware of 64 KiB that takes orders over
-COM1 (``firmware.S``). ``docs/qemu-without-snp.rst`` says what this shows, and what it does not.
+SEV-SNP and TDX interfaces on a KVM without them (``shim/``), and a firmware of 64 KiB that takes
+orders over COM1 (``firmware.S``). ``docs/qemu-without-snp.rst`` says what this shows, and what it
+does not.
 
     from lab.qemu_double import MIB, Double, GuestOptions
 

@@ -5,10 +5,10 @@
 # are all in it, so that the guest's RAM holds nothing but what it was ordered to put there. QEMU
 # gives the firmware of a confidential guest writable memory.
 #
-# An order is a letter and four numbers a, b, c, d, each as one byte that counts the bytes that follow,
-# and those, little-endian: most orders fit into the 16 bytes that the port takes at once. The answer
-# has 8 bytes. At the start, and after each reset, the firmware writes "W_ready\n" once. orders.py has
-# the other side.
+# An order is a letter and four numbers a, b, c, d, each as one byte that counts the bytes that
+# follow, and those, little-endian: most orders fit into the 16 bytes that the port takes at once.
+# The answer has 8 bytes. At the start, and after each reset, the firmware writes "W_ready\n" once.
+# orders.py has the other side.
 #
 #   letter  order                                                        answer
 #   p       ping                                                         a
@@ -321,8 +321,8 @@ metadata:
     .long 0x1000, 0x1000, 1           # base, size, type
 metadata_end:
 
-    # TDX's metadata (TDVF design guide): the firmware itself, a place for the hand-off block that nobody
-    # reads, and a page. QEMU insists on the first two.
+    # TDX's metadata (TDVF design guide): the firmware itself, a place for the hand-off block that
+    # nobody reads, and a page. QEMU insists on the first two.
     .org 0xe100
 tdvf:
     .ascii "TDVF"

@@ -16,7 +16,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 class Technology(Enum):
     """What QEMU takes the host for; the value is the object that makes a guest confidential."""
 
-    # The bit of the page tables that says "encrypted" is asked of CPUID 0x8000001f, which has none: 0.
+    # The position of the bit "encrypted" is held against CPUID 0x8000001f, which has none here: 0.
     SNP = "sev-snp-guest,id=cgs,cbitpos=0,reduced-phys-bits=1,sev-device=/dev/null"
     TDX = "tdx-guest,id=cgs"
 

@@ -1,8 +1,10 @@
 """
-QEMU's confidential guests on a real kernel: private memory is private, and DMA goes through the IOMMU.
+QEMU's confidential guests on a real kernel: private memory is private, and DMA goes through the
+IOMMU.
 
-Where QEMU is wrong (tests/qemu/test_defects.py) a device proves it here: it writes to a page that is private, and the guest never
-sees what it wrote. The same story on GuestMemory, with the same device, ends with a refusal.
+Where QEMU is wrong (tests/qemu/test_defects.py) a device proves it here: it writes to a page that
+is private, and the guest never sees what it wrote. The same story on GuestMemory, with the same
+device, ends with a refusal.
 """
 
 import errno
@@ -77,7 +79,7 @@ def _start(
 
 @contextmanager
 def _ours(container: Container) -> Iterator[tuple[GuestMemory, Rig]]:
-    """A software-protected VM of ours with RAM and a ROM as QEMU has them, and the same device behind it."""
+    """A software-protected VM of ours, with RAM and ROM as QEMU's, and the same device."""
     with ExitStack() as stack:
         vm = stack.enter_context(stack.enter_context(Kvm()).create_vm(VmType.SW_PROTECTED))
         memory = GuestMemory(vm)

@@ -1,8 +1,9 @@
 """
-QEMU's confidential guests on a real kernel, recorded twice: by QEMU's log and by the kernel's tracepoints.
+QEMU's confidential guests on a real kernel, recorded twice: by QEMU's log and by the kernel's
+tracepoints.
 
-With RAMBLOCK_RECORD=FOLDER each test leaves what it made there: that is how the recordings in tests/data were made. What does not
-depend on time is compared with those.
+With RAMBLOCK_RECORD=FOLDER each test leaves what it made there: that is how the recordings in
+tests/data were made. What does not depend on time is compared with those.
 """
 
 import gzip
@@ -35,7 +36,8 @@ _RECORDINGS = (
 _RAM = range(0x40000, 64 << 20)
 _KERNEL_EVENT = re.compile(
     r": (?:(?P<verb>map|unmap): IOMMU: iova=(?P<iova>0x[0-9a-f]+) - (?P<iova_end>0x[0-9a-f]+)"
-    r"|kvm_vm_set_mem_attributes: (?P<start>0x[0-9a-f]+) -- (?P<end>0x[0-9a-f]+) \[(?P<attributes>0x[0-9a-f]+)\])"
+    r"|kvm_vm_set_mem_attributes: (?P<start>0x[0-9a-f]+) -- (?P<end>0x[0-9a-f]+) "
+    r"\[(?P<attributes>0x[0-9a-f]+)\])"
 )
 
 
@@ -52,7 +54,7 @@ def _unpacked(name: str, folder: Path) -> Path:
 
 
 def _kernel_events(lines: Iterable[str]) -> list[tuple[str, int, int]]:
-    """Return maps, unmaps and attributes of the guest's RAM, in their order, as (what, start, end)."""
+    """Return maps, unmaps and attributes of the guest's RAM as (what, start, end)."""
     found = []
     for line in lines:
         match = _KERNEL_EVENT.search(line)

@@ -1,7 +1,8 @@
 """
 QEMU and GuestMemory, asked the same: 0 unexplained differences.
 
-RAMBLOCK_QEMU_REQUESTS=20000 make test ARGS='tests/qemu/test_differential.py' asks more, with another seed each time.
+RAMBLOCK_QEMU_REQUESTS=20000 make test ARGS='tests/qemu/test_differential.py' asks more, with
+another seed each time.
 """
 
 import os

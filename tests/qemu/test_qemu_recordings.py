@@ -1,7 +1,8 @@
 """
 The recordings of QEMU's confidential guests in tests/data, made again and compared.
 
-With RAMBLOCK_RECORD=FOLDER each test leaves what it made there: that is how those in tests/data were made.
+With RAMBLOCK_RECORD=FOLDER each test leaves what it made there: that is how those in tests/data
+were made.
 """
 
 import gzip

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What QEMU does when a confidential guest converts pages: each request, QEMU's steps, and what a device reaches.
+What QEMU does when a confidential guest converts pages, and what a device reaches then.
 
     python -m lab qemu -- lab/qemu_double/scripts/conversions.py
     python -m lab qemu --real -- lab/qemu_double/scripts/conversions.py

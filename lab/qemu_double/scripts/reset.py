@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A confidential guest is reset while pages are shared: they become private, and a device still reaches them.
+A confidential guest is reset: its shared pages become private, and a device still reaches them.
 
     python -m lab qemu -- lab/qemu_double/scripts/reset.py
     python -m lab qemu --real -- lab/qemu_double/scripts/reset.py

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * Answers that only a host with TDX could give: what the module supports, and the launch of a guest.
+ * Answers that only a host with TDX could give: what the module supports, and the launch of a
+ * guest.
  *
- * KVM would copy the firmware into private memory, and QEMU frees its own copy before the guest runs.
- * Here the guest has only that copy. So it is kept, and put back when the launch ends.
+ * KVM would copy the firmware into private memory, and QEMU frees its own copy before the guest
+ * runs. Here the guest has only that copy. So it is kept, and put back when the launch ends.
  */
 #include <errno.h>
 #include <stddef.h>
