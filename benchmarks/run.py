@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the benchmarks: ``make bench``, or ``python benchmarks/run.py --help``. README.md says what they mean."""
+"""Run the benchmarks; ``--help`` lists the options, README.md says what the numbers mean."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from pathlib import Path
 from types import ModuleType
 
 from cases import (
+    against,
+    attach,
     check,
     checkerboard,
     convert,
+    main_thread,
     plan,
     policy,
     replay,
+    reset,
+    sections,
     sources,
     startup,
     state_change,
@@ -28,9 +33,9 @@ from cases import (
 from harness.baselines import Baseline, build
 from harness.context import Context
 from harness.machine import Machine
-from harness.measure import Row
 from harness.ours import RecordingListener, confidential_block, expect
 from harness.requests import random_mix
+from harness.rows import Row
 from report.plot import plot
 from report.promises import Promise, promises
 from report.results import Results
@@ -44,7 +49,11 @@ CASES: dict[str, ModuleType] = {
     "sources": sources,
     "policy": policy,
     "convert": convert,
+    "sections": sections,
+    "main-thread": main_thread,
     "threads": threads,
+    "attach": attach,
+    "reset": reset,
     "translation": translation,
     "check": check,
     "plan": plan,
@@ -58,17 +67,15 @@ def main() -> int:
     """Measure, write the files that were asked for, and print the tables."""
     arguments = _parser().parse_args()
     machine = Machine.here()
-    try:
-        baselines = build(_BUILD)
-    except FileNotFoundError as error:
-        print(f"bench: error: {error}", file=sys.stderr)
-        return 1
     with tempfile.TemporaryDirectory(prefix="ramblock-bench-") as folder:
-        context = Context(arguments.quick, Path(folder), baselines)
-        _agree(context, baselines)
-        rows = list(_measure(context, arguments.case or list(CASES)))
+        try:
+            rows = _rows(arguments, Path(folder))
+        except (FileNotFoundError, RuntimeError) as error:
+            print(f"bench: error: {error}", file=sys.stderr)
+            return 1
     results = Results(rows)
-    kept = promises(results)
+    # A comparison of versions promises nothing.
+    kept = promises(results) if arguments.against is None else []
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(_as_json(machine, rows, kept, quick=arguments.quick))
@@ -81,13 +88,37 @@ def main() -> int:
     return 0
 
 
+def _rows(arguments: argparse.Namespace, folder: Path) -> list[Row]:
+    """
+    Measure what was asked for.
+
+    :raises FileNotFoundError: There is no gcc, or nothing where the other version should be.
+    :raises RuntimeError: The other version could not be measured.
+    """
+    if arguments.against is not None:
+        if not (arguments.against / "ramblock").is_dir():
+            raise FileNotFoundError(f"{arguments.against} has no package ramblock in it")
+        return list(against.run(Context(arguments.quick, folder, ()), arguments.against))
+    baselines = build(_BUILD)
+    context = Context(arguments.quick, folder, baselines)
+    _agree(context, baselines)
+    return list(_measure(context, arguments.case or list(CASES)))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="run.py", description="Measure ramblock beside the published algorithm, in one run."
     )
-    parser.add_argument("--quick", action="store_true", help="few rounds, under a minute")
-    parser.add_argument(
+    parser.add_argument("--quick", action="store_true", help="few rounds, about a minute")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--case", action="append", choices=list(CASES), help="only this; may be given several times"
+    )
+    which.add_argument(
+        "--against",
+        type=Path,
+        metavar="SRC",
+        help="compare conversions with the version whose package lies in SRC; in turn",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything for machines")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the short table")
@@ -98,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _agree(context: Context, baselines: tuple[Baseline, ...]) -> None:
-    """Let all contenders do the same random conversions; no time is worth anything if they disagree."""
+    """Let all contenders do the same random conversions: no time counts if they disagree."""
     context.say("do all contenders do the same?")
     for seed in range(context.choose(3, 20)):
         requests = random_mix(16_384, 500, seed)

@@ -5,8 +5,9 @@ Fuzz the vfio-user protocol, both roles, with what the coverage shows (atheris, 
     make fuzz                       # a minute
     make fuzz FUZZ_SECONDS=3600
 
-What has to hold is in tests/hostile_peer.py, which the tests play as well. An input that breaks it is kept in build/fuzz/ and
-can be given as an argument, to see it again: ``.venv/bin/python fuzz/vfio_user.py build/fuzz/crash-...``.
+What has to hold is in tests/hostile_peer.py, which the tests play as well. An input that breaks it
+is kept in build/fuzz/ and can be given as an argument, to see it again: ``.venv/bin/python
+fuzz/vfio_user.py build/fuzz/crash-...``.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 """
 Packages of a newer Debian than the machine has, fetched with apt-get and unpacked, never installed.
 
-apt-get works in a folder of the cache: with its own lists, its own source, and a status file that says that nothing is
-installed, so that the dependencies of a package come complete. The system's package state is neither read nor changed;
-its settings (proxies, for instance) and its archive keys count as always. Being root is not needed.
+apt-get works in a folder of the cache: with its own lists, its own source, and a status file that
+says that nothing is installed, so that the dependencies of a package come complete. The system's
+package state is neither read nor changed; its settings (proxies, for instance) and its archive keys
+count as always. Being root is not needed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from lab.shell import Shell
 __all__ = ["Archive", "Package", "mirror_from"]
 
 _SUITE = "trixie"
-# The first with a QEMU and a kernel that the lab can use; a suite's archive stays when the next one comes.
+# The first with a QEMU and a kernel that the lab can use; a suite's archive stays when the next one
+# comes.
 _BACKPORTS = f"{_SUITE}-backports"
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 # Where apt has no Debian archive of its own to take the address from.
@@ -67,7 +69,9 @@ class Archive:
 
     def newest(self, pattern: str) -> Package:
         """
-        Return the newest package whose name fits *pattern*, a regular expression with the version as its group.
+        Return the newest package whose name fits *pattern*.
+
+        It is a regular expression with the version as its group.
 
         :raises LabError: There is none.
         """
@@ -84,7 +88,9 @@ class Archive:
 
     def download(self, package: Package) -> Path:
         """
-        Fetch the package alone; return its file. One that is there already and has the right checksum is kept.
+        Fetch the package alone; return its file.
+
+        One that is there already and has the right checksum is kept.
 
         :raises CommandError: apt-get failed.
         """
@@ -114,8 +120,8 @@ class Archive:
         self._shell.run([*install, "--yes", "--download-only", name], what=f"download of {name}")
         if self._shell.dry_run:
             return []
-        # 'URL' FILE SIZE HASH, one a line. A file that is there already is no longer in the list, hence the folder
-        # without its packages.
+        # 'URL' FILE SIZE HASH, one a line. A file that is there already is no longer in the list,
+        # hence the folder without its packages.
         uris = self._shell.ask(
             [*install, "-o", "Dir::Cache::archives=empty", "--print-uris", "--yes", name]
         )
@@ -138,8 +144,8 @@ class Archive:
             "APT::Architectures": "amd64",
             # Else apt adds what every Debian system has to have.
             "pkgCacheGen::ForceEssential": "none",
-            # _apt, whom root's apt-get becomes to download, may not enter a home folder; apt would do the same after
-            # a warning for each file.
+            # _apt, whom root's apt-get becomes to download, may not enter a home folder; apt would
+            # do the same after a warning for each file.
             "APT::Sandbox::User": "root",
         }
         return [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
@@ -157,13 +163,18 @@ class Archive:
 
 
 def mirror_from(targets: str) -> str | None:
-    """Find the address of Debian's own archive in what ``apt-get indextargets`` prints; None if it is not there."""
+    """
+    Find the address of Debian's own archive in what ``apt-get indextargets`` prints.
+
+    None if it is not there.
+    """
     addresses = []
     for block in targets.split("\n\n"):
         fields = dict(line.split(": ", 1) for line in block.splitlines() if ": " in line)
         address = fields.get("Repo-URI", "").rstrip("/")
-        # Origin is known once the lists have been fetched; before that the last part of the address tells. The
-        # archive of security updates has the label Debian-Security and its own last part.
+        # Origin is known once the lists have been fetched; before that the last part of the address
+        # tells. The archive of security updates has the label Debian-Security and its own last
+        # part.
         if fields.get("Label", "Debian") == "Debian" and address.endswith("/debian"):
             addresses.append(address)
     return addresses[0] if addresses else None

@@ -25,7 +25,11 @@ class Lab:
     headers: Path | None
     """The kernel's headers for programs; None with a kernel of somebody's own."""
     busybox: Path | None
-    """What guests of the tests on this machine run; None as for the headers, which those tests need as well."""
+    """
+    What guests of the tests on this machine run.
+
+    None as for the headers, which those tests need as well.
+    """
     double: Path | None
     """The shim and the firmware of ``lab.qemu_double``; None: not built."""
     launcher: tuple[str, ...]
@@ -40,7 +44,9 @@ def provide(
     dry_run: bool = False,
 ) -> Lab:
     """
-    Return the lab; build what is not in the cache. It takes a quarter of an hour once, and no time after that.
+    Return the lab; build what is not in the cache.
+
+    It takes a quarter of an hour once, and no time after that.
 
     :param own_kernel: A bzImage to take instead of ours.
     :param own_qemu: A qemu-system-x86_64 to take instead of ours.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A shell and its commands in one static file: all that a guest of the tests on this machine has to run.
+A shell and its commands in one static file: all programs of a guest of this machine's tests.
 
-It is Debian's, from where QEMU comes, and an entry of its own in the cache: a few hundred kilobytes, with no part in the VM that the
-other tests run in.
+It is Debian's, from where QEMU comes, and an entry of its own in the cache: a few hundred
+kilobytes, with no part in the VM that the other tests run in.
 """
 
 from __future__ import annotations

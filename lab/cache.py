@@ -3,13 +3,13 @@
 The folder of what has been built: ``$XDG_CACHE_HOME/ramblock-lab`` or ``~/.cache/ramblock-lab``.
 
     kernel/KEY/  qemu/KEY/ ...   finished entries, each with a manifest.json
-    work/                        builds that go on or were interrupted, and what is downloaded for them
+    work/                        builds that go on or were interrupted, and their downloads
     logs/                        one log per run of the VM and per step of a build
     lock                         held by the one process that builds
 
-An entry is named for its inputs, so a changed input makes another entry beside the old one. It is put together under
-``work/`` and gets its place by one rename: whatever is there is whole, however the build ended. A build that was interrupted
-leaves its work, and the next one goes on from it.
+An entry is named for its inputs, so a changed input makes another entry beside the old one. It is
+put together under ``work/`` and gets its place by one rename: whatever is there is whole, however
+the build ended. A build that was interrupted leaves its work, and the next one goes on from it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MANIFEST = "manifest.json"
 
 
 def key_of(inputs: Inputs) -> str:
-    """Name the folder of what is built from *inputs*: the same in each run, another one when any of them changes."""
+    """Name the folder of a build from *inputs*: the same in each run, another for other inputs."""
     text = json.dumps(dict(inputs), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -66,7 +66,8 @@ class Cache:
         """
         Return the newest entry that was built from *inputs*, or None.
 
-        *inputs* may leave out some that entries have: a kernel is found whichever version of its source was current.
+        *inputs* may leave out some that entries have: a kernel is found whichever version of its
+        source was current.
         """
         matching = [e for e in self.entries(kind) if inputs.items() <= e.inputs.items()]
         return max(matching, key=lambda entry: entry.built, default=None)
@@ -78,7 +79,7 @@ class Cache:
             yield Entry(path=manifest.parent, inputs=fields["inputs"], built=fields["built"])
 
     def work(self, name: str) -> Path:
-        """Return the place of a build that goes on: what an interrupted build left there is still there."""
+        """Return the place of a build that goes on; an interrupted build's work is still there."""
         return self.root / "work" / name
 
     def scratch(self, name: str) -> Path:
@@ -90,7 +91,9 @@ class Cache:
 
     def publish(self, work: Path, kind: str, inputs: Inputs, *, now: float) -> Entry:
         """
-        Make the finished folder *work* an entry. Until the rename there is no entry, after it there is a whole one.
+        Make the finished folder *work* an entry.
+
+        Until the rename there is no entry, after it there is a whole one.
 
         :param now: Seconds since the epoch.
         """
@@ -112,10 +115,12 @@ class Cache:
     @contextmanager
     def lock(self) -> Iterator[int]:
         """
-        Hold the right to build; wait while another process has it. Yields a file descriptor that carries the lock.
+        Hold the right to build; wait while another process has it.
 
-        A child that inherits the descriptor keeps the lock: a compiler run that outlives a killed build is waited for
-        as well, instead of having company in its folder.
+        Yields a file descriptor that carries the lock.
+
+        A child that inherits the descriptor keeps the lock: a compiler run that outlives a killed
+        build is waited for as well, instead of having company in its folder.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

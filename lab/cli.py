@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m lab``: the commands, their exit codes, and what people see when something goes wrong."""
+"""``python -m lab``: the commands, their exit codes, and the messages of errors."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ __all__ = ["main", "make_parser"]
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # as a shell has it for SIGINT and SIGPIPE
 
 _EPILOG = f"""\
-exit codes: boot: that of the command; test: 0 all passed, 1 some failed or none ran; {EXIT_LAB} the lab itself failed (it
-could not be built, or the VM was lost), which `git bisect run` skips; 2 usage; {EXIT_INTERRUPTED} interrupted
+exit codes: boot: that of the command; test: 0 all passed, 1 some failed or none ran; {EXIT_LAB} the
+lab itself failed (it could not be built, or the VM was lost), which `git bisect run` skips;
+2 usage; {EXIT_INTERRUPTED} interrupted
 """
 
 
@@ -35,7 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Build the parser."""
     parser = argparse.ArgumentParser(
         prog="python -m lab",
-        description="A virtual machine in which KVM, IOMMU and VFIO are real, on any x86-64 machine.",
+        description="A virtual machine in which KVM, IOMMU and VFIO are real,"
+        " on any x86-64 machine.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -46,7 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
     booting = commands.add_parser(
         "boot",
         help="run one command in the VM",
-        description="Run COMMAND as root in the VM: one argument is text for a shell, several are the words of a command. "
+        description="Run COMMAND as root in the VM: one argument is text for a shell,"
+        " several are the words of a command. "
         "The VM sees the host's files, and cannot change them; its /tmp is its own.",
     )
     booting.set_defaults(start=_boot)
@@ -60,7 +63,8 @@ def make_parser() -> argparse.ArgumentParser:
         "test",
         allow_abbrev=False,  # what is not ours is pytest's
         help="run the tests of tests/lab; other arguments go to pytest",
-        usage="%(prog)s [-h] [--variant NAME]... [--kernel PATH] [--qemu PATH] [--timeout SECONDS] [--dry-run] [PYTEST ARGUMENT]...",
+        usage="%(prog)s [-h] [--variant NAME]... [--kernel PATH] [--qemu PATH] [--timeout SECONDS]"
+        " [--dry-run] [PYTEST ARGUMENT]...",
     )
     testing.set_defaults(start=_test)
     testing.add_argument(
@@ -68,7 +72,8 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         choices=(suite.HOST, *VARIANTS),
         metavar="NAME",
-        help=f"only this one; may be given several times: {suite.HOST} (the tests that need no VM), {', '.join(VARIANTS)}",
+        help=f"only this one; may be given several times: {suite.HOST} (the tests that need no VM),"
+        f" {', '.join(VARIANTS)}",
     )
     doubling = commands.add_parser(
         "qemu",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest's console and the command's output: both into one log, and what the kernel says about its own trouble."""
+"""The guest's console and the command's output, both into one log, and the kernel's own trouble."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _BROKEN = re.compile(
     r"|general protection fault.*"
     r"|Unable to handle .*"
 )
-# What it prints when something deserves a look. A stall may be no more than a busy host: the guest's clock goes on.
+# What it prints when something deserves a look. A stall may be no more than a busy host: the
+# guest's clock goes on.
 _DUBIOUS = re.compile(
     r"WARNING: CPU: .*"
     r"|WARNING: .* at .*"
@@ -46,7 +47,8 @@ class KernelWatch:
     def line(self, text: str) -> None:
         """Read one line."""
         self.last = text.strip() or self.last
-        # A soft lockup is written as a BUG, but is the host's fault under emulation as often as not.
+        # A soft lockup is written as a BUG, but is the host's fault under emulation as often as
+        # not.
         if match := _DUBIOUS.search(text):
             self.dubious.append(match[0])
         elif match := _BROKEN.search(text):

@@ -2,9 +2,9 @@
 """
 The lab's QEMU: that of Debian's backports with all the libraries it needs, unpacked into a folder.
 
-It runs through the loader of that folder, so it neither needs nor touches the machine's own libraries. The machine's own
-QEMU would often do, but with QEMU 7.2 (Debian 12's) a guest with two processors dies in patched kernel text, and
-``iommu-testdev`` came with 10.2.
+It runs through the loader of that folder, so it neither needs nor touches the machine's own
+libraries. The machine's own QEMU would often do, but with QEMU 7.2 (Debian 12's) a guest with two
+processors dies in patched kernel text, and ``iommu-testdev`` came with 10.2.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lab.shell import Shell
 __all__ = ["PROGRAM", "build", "command", "find", "has_loader"]
 
 PROGRAM = "qemu"
-"""The program of a cache entry: a script, as the loader wants to be called with the folder it is in."""
+"""The program of a cache entry: a script, since the loader is called with the folder."""
 
 _PACKAGE = "qemu-system-x86"
 _INPUTS: Inputs = {"recipe": "1", "package": _PACKAGE}
@@ -34,7 +34,8 @@ _SCRIPT = f"""\
 #!/bin/sh
 root=$(dirname "$0")/root
 libraries=$root/usr/lib/x86_64-linux-gnu
-exec "$libraries/ld-linux-x86-64.so.2" --library-path "$libraries" "$root/usr/bin/{_PACKAGE.removesuffix("-x86")}-x86_64" \\
+exec "$libraries/ld-linux-x86-64.so.2" --library-path "$libraries" \\
+    "$root/usr/bin/{_PACKAGE.removesuffix("-x86")}-x86_64" \\
     -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" "$@"
 """
 

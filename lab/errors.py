@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong with the lab itself. That a command or a test failed inside it is no error of the lab."""
+"""
+What can go wrong with the lab itself.
+
+That a command or a test failed inside it is no error of the lab.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,19 @@ __all__ = [
 
 
 EXIT_LAB = 125
-"""Exit code that no command of people's own has: the lab failed, not what ran in it. ``git bisect run`` skips on it."""
+"""
+Exit code that no command of people's own has: the lab failed, not what ran in it.
+
+``git bisect run`` skips on it.
+"""
 
 
 class LabError(Exception):
-    """The root: the lab could not do its work. What was built before is kept, and the next build goes on from there."""
+    """
+    The root: the lab could not do its work.
+
+    What was built before is kept, and the next build goes on from there.
+    """
 
 
 class CommandError(LabError):
@@ -72,7 +84,7 @@ class KernelOptionsError(LabError):
 
 class LostVmError(LabError):
     """
-    The virtual machine ended, or had to be ended, before the command did: nothing is known of the command's result.
+    The virtual machine ended, or had to be ended, before the command: its result is not known.
 
     :ivar log: The run's log: kernel messages and the command's output so far.
     """

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What runs inside the VM: a shell script around the command, and the folder through which it talks to the host.
+The VM's inside: a shell script around the command, and the folder that it shares with the host.
 
-The folder is on the host, and the guest has it as a 9p file system of its own at ``EXCHANGE``. Each write of the guest is in
-the host's file before it returns, so what was written is there even if the VM dies at once.
+The folder is on the host, and the guest has it as a 9p file system of its own at ``EXCHANGE``. Each
+write of the guest is in the host's file before it returns, so what was written is there even if the
+VM dies at once.
 
     script    what virtme-ng starts
     status    the channel for what became of the command: ``started``, then ``exit N``
@@ -28,7 +29,7 @@ _SCRIPT = """\
 exec </dev/null >{exchange}/output 2>&1
 mkdir {host} && mount --bind / {host}
 mount -t tmpfs -o mode=1777 tmpfs /tmp
-# Hidden by a file system of the guest's own (the one above, /var/tmp and others), yet needed: put back.
+# Hidden by the guest's own file systems (the one above, /var/tmp and others): put back.
 for place in {places}; do
     [ -e "$place" ] || {{ mkdir -p "$place" && mount --bind "{host}$place" "$place"; }}
 done
@@ -42,9 +43,10 @@ echo "exit $code" >>{exchange}/status
 
 
 def bootstrap() -> str:
-    """Return the command for virtme-ng, which has room for few characters: mount the folder, start the script in it."""
+    """Return the command for virtme-ng, short for its limit: mount the folder, run its script."""
     options = "trans=virtio,version=9p2000.L,msize=512000"
-    return f"mkdir {EXCHANGE} && mount -t 9p -o {options} {_TAG} {EXCHANGE} && exec sh {EXCHANGE}/script"
+    mount = f"mount -t 9p -o {options} {_TAG} {EXCHANGE}"
+    return f"mkdir {EXCHANGE} && {mount} && exec sh {EXCHANGE}/script"
 
 
 def exchange_options(folder: Path) -> list[str]:
@@ -69,7 +71,8 @@ def script(
     Return the script that runs *command*, text for a shell, and reports how it ended.
 
     :param directory: Where the command runs; the root if the guest has no such folder.
-    :param places: Folders of the host that the command needs, wherever they are: a checkout may well be in /tmp.
+    :param places: Folders of the host that the command needs, wherever they are: a checkout may
+        well be in /tmp.
     """
     return _SCRIPT.format(
         exchange=EXCHANGE,

@@ -22,7 +22,11 @@ class Counts(NamedTuple):
 
 
 def read(report: Path) -> Counts | None:
-    """Return the counts; None if there is no whole report, as when the run ended before its time."""
+    """
+    Return the counts.
+
+    None if there is no whole report, as when the run ended before its time.
+    """
     try:
         suites = ET.parse(report).getroot().iter("testsuite")
     except (FileNotFoundError, ET.ParseError):

@@ -2,9 +2,9 @@
 """
 The lab's kernel: Debian's newest source of Linux 7, with the few options that the lab needs.
 
-It starts from ``make tinyconfig``: what a machine without disks, network and graphics needs is built in ten minutes, not an
-hour. virtme-ng adds what a guest on the host's file system needs, and ``kernel.config`` beside this file what the
-project is about. Nothing is a module.
+It starts from ``make tinyconfig``: what a machine without disks, network and graphics needs is
+built in ten minutes, not an hour. virtme-ng adds what a guest on the host's file system needs, and
+``kernel.config`` beside this file what the project is about. Nothing is a module.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HEADERS = "headers"
 # Counts up when the steps below change in a way that changes what comes out.
 _RECIPE = "1"
 _PACKAGE = r"linux-source-(7\.\d+)"
-# Lines like "  CC      drivers/iommu/iommu.o" of a whole build; it varies a little with the version.
+# Lines like "  CC      drivers/iommu/iommu.o" of a whole build; about, since versions vary.
 _USUAL_STEPS = 2500
 _STEP = re.compile(rb"  [A-Z][A-Z0-9_-]+ +\S")
 # Kernel developers have the two settings in their environment, for other machines than this one.
@@ -42,7 +42,7 @@ _ANONYMOUS = {"KBUILD_BUILD_USER": "ramblock", "KBUILD_BUILD_HOST": "lab"}
 
 
 def find(cache: Cache) -> Entry | None:
-    """Return the kernel that is built already, whichever version of the source was the newest then."""
+    """Return the kernel that is built already, from any version of the source."""
     return cache.find("kernel", _inputs(FRAGMENT.read_text()))
 
 
@@ -54,7 +54,8 @@ def build(cache: Cache, shell: Shell, tools: Path) -> None:
     :raises KernelOptionsError: Options of the fragment did not come out.
     :raises CommandError: A step failed. What was downloaded, unpacked and compiled is kept.
     """
-    # Read once: the file may be edited while the build goes on, and the entry must not be named for the new text.
+    # Read once: the file may be edited while the build goes on, and the entry must not be named for
+    # the new text.
     fragment = FRAGMENT.read_text()
     archive = Archive(cache.work("apt"), shell)
     archive.update()
@@ -83,7 +84,8 @@ def build(cache: Cache, shell: Shell, tools: Path) -> None:
     shutil.copy(tree / ".config", result / "config")
     inputs = {**_inputs(fragment), "package": package.name, "version": package.version}
     cache.publish(result, "kernel", inputs, now=time.time())
-    # The tree stays: two gigabytes, but a changed kernel.config then costs a minute and not a quarter of an hour.
+    # The tree stays: two gigabytes, but a changed kernel.config then costs a minute and not a
+    # quarter of an hour.
     for other in tree.parent.glob("linux-*"):
         if other != tree:
             shutil.rmtree(other)
@@ -91,7 +93,9 @@ def build(cache: Cache, shell: Shell, tools: Path) -> None:
 
 def lost_options(fragment: str, config: str) -> list[tuple[str, str]]:
     """
-    Compare what was asked for with what came out; a make of the kernel drops an unmet option without a word.
+    Compare what was asked for with what came out.
+
+    A make of the kernel drops an unmet option without a word.
 
     :param fragment: Lines ``CONFIG_X=y`` and ``# CONFIG_X is not set``.
     :param config: The ``.config``.
@@ -143,7 +147,8 @@ def _configure(shell: Shell, tree: Path, tools: Path, fragment: str) -> None:
     custom = tree / "lab.config"
     if not shell.dry_run:
         custom.write_text(fragment)
-    # Written anew each time; make compares option by option, so equal ones cost an interrupted build nothing.
+    # Written anew each time; make compares option by option, so equal ones cost an interrupted
+    # build nothing.
     shell.run([*_MAKE, "tinyconfig"], what="kernel tinyconfig", cwd=tree)
     shell.run(virtme.configure_command(tools, custom), what="kernel options of virtme-ng", cwd=tree)
     # virtme-ng wants debug information: five times the build's size and no use to us.
@@ -160,7 +165,8 @@ def _configure(shell: Shell, tree: Path, tools: Path, fragment: str) -> None:
 
 
 class _Compiled:
-    # How much of the kernel is compiled, from make's output; an interrupted build starts where it was.
+    # How much of the kernel is compiled, from make's output; an interrupted build starts where it
+    # was.
     def __init__(self, tree: Path) -> None:
         self._tree = tree
         self._steps: int | None = None

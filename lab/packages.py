@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machine itself has to have before anything can be built: Debian packages, installed if we are root."""
+"""The Debian packages that the machine needs before a build, installed if we are root."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def check_machine() -> None:
     lacking = [name for name in ("apt-get", "dpkg-deb", "dpkg-query") if not shutil.which(name)]
     if lacking:
         raise LabError(
-            f"the lab is built from Debian's packages, and there is no {' and no '.join(lacking)} here; "
+            f"the lab is built from Debian's packages, and there is no {' and no '.join(lacking)}"
+            " here; "
             "bring your own with --kernel and --qemu"
         )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees of a long step: its name, how far it is, and for how long it has been going."""
+"""The display of a long step: its name, its progress, and its time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """The line about one step. On a terminal it is written again and again, elsewhere every half minute."""
+    """
+    The line about one step.
+
+    On a terminal it is written again and again, elsewhere every half minute.
+    """
 
     def __init__(self, what: str, stream: TextIO | None = None) -> None:
         self._what = what

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the lab runs other programs while it builds: their output goes to a log, a person sees one line per step."""
+"""Programs that the lab runs while it builds: output goes to a log, one line per step is shown."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ class Shell:
 
 
 def _environment() -> dict[str, str]:
-    # `make lab` would hand down its own options and variables, and a jobserver that is not there, to the kernel's make.
+    # `make lab` would hand down its own options and variables, and a jobserver that is not there,
+    # to the kernel's make.
     return {name: value for name, value in os.environ.items() if name not in _OF_MAKE}
 
 
@@ -135,7 +136,11 @@ def _follow(
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End *process*, which leads a group of its own, and all that it started; return when it is gone."""
+    """
+    End *process*, which leads a group of its own, and all that it started.
+
+    Return when it is gone.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The tests of ``tests/lab``: those in ``host/`` on this machine, all others inside the VM, once for each variant.
+The tests of ``tests/lab``: those in ``host/`` here, the others in the VM, once for each variant.
 
-Which variants a test is for is the test's own business (``tests/lab/conftest.py``). A run without tests is a failure.
+Which variants a test is for is the test's own business (``tests/lab/conftest.py``). A run without
+tests is a failure.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def parts(names: Sequence[str], arguments: Sequence[str]) -> list[Part]:
     """
     Divide pytest's *arguments* among the variants (and HOST) called *names*.
 
-    Paths below ``tests/lab`` choose tests, each in the part where it can run; parts for which that leaves none are left out.
+    Paths below ``tests/lab`` choose tests, each in the part where it can run; parts for which that
+    leaves none are left out.
     """
     paths, options = _divide(arguments)
     for_host = [path for path in paths if path.startswith(_HOST_TESTS)]
@@ -103,7 +105,8 @@ def parts(names: Sequence[str], arguments: Sequence[str]) -> list[Part]:
 
 
 def _divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    # Paths below tests/lab, however they are written, and everything else. The value of an option is no path.
+    # Paths below tests/lab, however they are written, and everything else. The value of an option
+    # is no path.
     paths, options = [], []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         path = (
@@ -186,7 +189,7 @@ def work_for(part: Part, timeout: float) -> Work:
 
 
 def _recording() -> dict[str, str]:
-    """Let tests leave recordings, where somebody wants them, in the folder that the host sees too."""
+    """Let tests leave recordings, if wanted, in the folder that the host sees too."""
     return {"RAMBLOCK_RECORD": guest.EXCHANGE} if os.environ.get("RAMBLOCK_RECORD") else {}
 
 
@@ -197,7 +200,7 @@ def _keep_recordings(exchange: Path) -> None:
 
 
 def places() -> list[Path]:
-    """Return the folders that the guest must see: the repository, and the Python that runs us with its environment."""
+    """Return the folders that the guest must see: repository, our Python and its environment."""
     return list(
         dict.fromkeys(
             (REPOSITORY.resolve(), Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve())
@@ -208,7 +211,8 @@ def places() -> list[Path]:
 def environment() -> dict[str, str]:
     """Return the environment for Python programs of this repository in the VM."""
     return {
-        "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "PATH": f"{Path(sys.executable).parent}"
+        ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "LANG": "C.UTF-8",
         "PYTHONDONTWRITEBYTECODE": "1",  # the host's files cannot be written to
         "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
@@ -218,7 +222,7 @@ def environment() -> dict[str, str]:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """Return the closing lines: the remarks, then one line of counts for each outcome and one for all together."""
+    """Return the closing lines: the remarks, then counts for each outcome and for all together."""
     lines = [f"{outcome.name}: {remark}" for outcome in outcomes for remark in outcome.remarks]
     lines += [f"{outcome.name}: {outcome.counts}" for outcome in outcomes]
     total = Counts(
@@ -228,7 +232,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
-    """Return 0 if all is well, 1 if a test failed or none ran, and the lab's own if a VM was lost and no test failed."""
+    """Return 0 if all is well, 1 if a test failed or none ran; the lab's own for a lost VM."""
     if any(outcome.lost for outcome in outcomes):
         return 1 if any(outcome.counts.failed for outcome in outcomes) else EXIT_LAB
     ran = any(outcome.counts.passed for outcome in outcomes)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machines that the lab can be, as data. What a test runs against inside one of them are the test's own parameters."""
+"""
+The machines that the lab can be, as data.
+
+What a test runs against inside one of them are the test's own parameters.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,8 @@ __all__ = ["VARIANTS", "Variant"]
 
 # Interrupt remapping needs the split irqchip; q35 is the machine that has an emulated IOMMU.
 _MACHINE = ("-machine", "q35,kernel-irqchip=split", "-cpu", "max")
-# edu: DMA in both directions, on a timer. iommu-testdev: DMA at once, on a register access. The mask is edu's own: IOVAs
-# above 256 MiB, its default, would be cut off.
+# edu: DMA in both directions, on a timer. iommu-testdev: DMA at once, on a register access. The
+# mask is edu's own: IOVAs above 256 MiB, its default, would be cut off.
 _DEVICES = ("-device", "edu,dma_mask=0xffffffffffff", "-device", "iommu-testdev")
 
 
@@ -49,7 +53,8 @@ VARIANTS: dict[str, Variant] = {
             about="AMD-Vi, two processors",
             iommu="amd",
             iommu_options=("-device", "amd-iommu,dma-remap=on"),
-            # The emulated AMD-Vi remaps no interrupts for VFIO; without this, attaching a device is EPERM.
+            # The emulated AMD-Vi remaps no interrupts for VFIO; without this, attaching a device is
+            # EPERM.
             kernel_arguments=(
                 "iommufd.allow_unsafe_interrupts=1",
                 "vfio_iommu_type1.allow_unsafe_interrupts=1",

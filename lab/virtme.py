@@ -2,8 +2,8 @@
 """
 virtme-ng, in a Python environment of its own: it boots a kernel on the host's file system.
 
-Its modules are started by name, not by its commands: those have the path of the environment written into them, and the
-environment is built somewhere else than where it ends up.
+Its modules are started by name, not by its commands: those have the path of the environment written
+into them, and the environment is built somewhere else than where it ends up.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def build(cache: Cache, shell: Shell) -> None:
 
 
 def configure_command(tools: Path, fragment: Path) -> list[str]:
-    """Return the command that adds virtme-ng's options and those of *fragment* to a kernel's ``.config``."""
+    """Return the command that adds the options of virtme-ng and *fragment* to ``.config``."""
     command = [str(_python(tools)), "-m", "virtme.commands.configkernel"]
     return [*command, "--arch", "x86_64", "--update", "--custom", str(fragment)]
 
@@ -53,7 +53,8 @@ def run_command(tools: Path) -> list[str]:
 
 
 def _inputs() -> Inputs:
-    # The environment points to the interpreter that it was made with; one that is gone or new needs another.
+    # The environment points to the interpreter that it was made with; one that is gone or new needs
+    # another.
     return {"virtme-ng": VERSION, "python": str(Path(sys.executable).resolve())}
 
 

@@ -2,9 +2,10 @@
 """
 One run of the VM: boot, one command, power off.
 
-Three things can come of it. The command ended: its exit code is the result, whatever happened to the VM after. The VM ended
-without the command having done so, or took too long: :class:`LostVmError`. And the kernel may have reported trouble of its own
-on the console: the result has that as well.
+Three things can come of it. The command ended: its exit code is the result, whatever happened to
+the VM after. The VM ended without the command having done so, or took too long:
+:class:`LostVmError`. And the kernel may have reported trouble of its own on the console: the result
+has that as well.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ _BOOT_TIMEOUT_S = 180.0
 # From the command's end to that of QEMU.
 _POWER_OFF_TIMEOUT_S = 60.0
 _POLL_S = 0.05
-# Fit for any host: virtme-ng's own have no caching, and then each import of the guest asks the host for every file again.
-# The guest's view is one of a moment, which is what a test run wants.
+# Fit for any host: virtme-ng's own have no caching, and then each import of the guest asks the host
+# for every file again. The guest's view is one of a moment, which is what a test run wants.
 _ROOT_FLAGS = "rootflags=version=9p2000.L,trans=virtio,access=any,msize=512000,cache=loose"
 _KERNEL_ARGUMENTS = (
     _ROOT_FLAGS,
@@ -96,7 +97,7 @@ class Machine:
     """The QEMU double, for programs in the VM that start confidential guests; with *qemu* in its cache's place."""
 
     def command(self, exchange: Path) -> list[str]:
-        """Return the command that boots the VM with *exchange* as the folder between host and guest."""
+        """Return the command that boots the VM with *exchange* as the folder shared with it."""
         arguments = (*_KERNEL_ARGUMENTS, *self.variant.kernel_arguments)
         return [
             *self.launcher,
@@ -138,14 +139,14 @@ class Machine:
         Boot, run the command, power off.
 
         :param show: Gets each line of the command's output, as it comes.
-        :param collect: Gets the folder between host and guest once the VM is gone, while the folder is still there;
-            also when the VM was lost.
+        :param collect: Gets the folder between host and guest once the VM is gone, while the folder
+            is still there; also when the VM was lost.
         :raises LostVmError: Nothing is known of the command's result. The VM is gone.
         """
         self.logs.mkdir(parents=True, exist_ok=True)
         log = (
-            self.logs
-            / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{os.getpid()}-{self.variant.name}-{_as_name(work.name)}.log"
+            self.logs / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{os.getpid()}-{self.variant.name}"
+            f"-{_as_name(work.name)}.log"
         )
         exchange = Path(tempfile.mkdtemp(prefix="ramblock-lab-"))
         try:
@@ -199,7 +200,8 @@ class _Run:
                 self._command,
                 cwd="/",
                 stdin=subprocess.DEVNULL,
-                # A pipe: QEMU opens it anew for each of its outputs, and those would write over each other in a file.
+                # A pipe: QEMU opens it anew for each of its outputs, and those would write over
+                # each other in a file.
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a group of its own, which ends as one

@@ -9,7 +9,11 @@ __all__ = ["Browser"]
 
 
 class Browser:
-    """Chromium without a window, by its driver; it may use the network, so that an attempt would show."""
+    """
+    Chromium without a window, by its driver.
+
+    It may use the network, so that an attempt would show.
+    """
 
     def __init__(self, profile: Path) -> None:
         from selenium import webdriver

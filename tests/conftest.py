@@ -18,7 +18,8 @@ settings.register_profile(
     # Both judge how busy the machine is, not whether the code is right.
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
-    # A change is judged by the same examples each time; new ones are for `thorough` and for people's own machines.
+    # A change is judged by the same examples each time; new ones are for `thorough` and for
+    # people's own machines.
     derandomize="CI" in os.environ,
 )
 settings.register_profile(
@@ -47,7 +48,8 @@ _MUST_FAIL = pytest.StashKey[bool]()
 
 def pytest_configure() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # A shell starts what it puts into the background with Ctrl-C ignored, and our children would inherit that.
+        # A shell starts what it puts into the background with Ctrl-C ignored, and our children
+        # would inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if unknown := required_names() - PROBES.keys():
         # A misspelt name would require nothing, without a word.

@@ -1,4 +1,7 @@
-"""Which descriptors this process has open: a test that expects none to be left compares before and after."""
+"""
+Which descriptors this process has open: a test that expects none to be left compares before and
+after.
+"""
 
 import gc
 import os

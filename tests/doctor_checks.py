@@ -1,5 +1,6 @@
 """
-What `ramblock doctor` says, looked up another way: by the shell's tools and bare ioctls, for this machine and for the lab's.
+What `ramblock doctor` says, looked up another way: by the shell's tools and bare ioctls, for this
+machine and for the lab's.
 
 Nothing here is shared with the doctor but the names of its lines.
 """
@@ -107,6 +108,7 @@ def _check_memory(lines: Mapping[str, Mapping[str, str]]) -> None:
             for name, line in lines.items()
         )
     shmem = _shell(
-        "sed 's/.*\\[\\(.*\\)\\].*/\\1/' /sys/kernel/mm/transparent_hugepage/shmem_enabled 2>/dev/null"
+        "sed 's/.*\\[\\(.*\\)\\].*/\\1/' /sys/kernel/mm/transparent_hugepage/shmem_enabled"
+        " 2>/dev/null"
     )
     assert lines["huge pages for memfd"]["found"] == (shmem or "not known")

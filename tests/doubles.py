@@ -1,7 +1,8 @@
 """
 Stand-ins for what other people write: listeners, discard sources, a VM, an IOMMU that pauses.
 
-Each keeps its own record of what it was told, so that a test compares two books and not one with itself.
+Each keeps its own record of what it was told, so that a test compares two books and not one with
+itself.
 """
 
 import errno
@@ -13,6 +14,7 @@ from ramblock.units import PAGE_SIZE
 
 __all__ = [
     "PAGE",
+    "CoarseSource",
     "Heard",
     "PageSource",
     "PageSourceWithRanges",
@@ -81,8 +83,9 @@ class RecordingListener:
     """
     Notes what it hears, and what it holds.
 
-    ``refuse`` decides about each call before it counts; ``then`` runs inside each call, after the decision. What a listener
-    may rely on is checked: nothing is populated twice, nothing is discarded that it does not hold, unless it is sparse.
+    ``refuse`` decides about each call before it counts; ``then`` runs inside each call, after the
+    decision. What a listener may rely on is checked: nothing is populated twice, nothing is
+    discarded that it does not hold, unless it is sparse.
     """
 
     def __init__(self, name: str = "listener", *, sparse: bool = False) -> None:
@@ -137,7 +140,10 @@ class RecordingListener:
 
 
 class PageSource:
-    """A discard source that can only be asked page by page: a set of page numbers is what it calls populated."""
+    """
+    A discard source that can only be asked page by page: a set of page numbers is what it calls
+    populated.
+    """
 
     def __init__(self, populated: Iterable[int] = (), *, granularity: int = PAGE) -> None:
         self.granularity = granularity
@@ -158,8 +164,23 @@ class PageSourceWithRanges(PageSource):
         yield from runs(inside)
 
 
+class CoarseSource(PageSource):
+    """
+    One that thinks in larger granules, and answers in whole ones whatever it is asked for.
+
+    ``populated`` has whole granules of pages.
+    """
+
+    def ranges(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
+        for start, length in runs(self.populated):
+            if start < offset + size and offset < start + length:
+                yield start, length
+
+
 class RunSource:
-    """A discard source for blocks too big for a set of pages: a few runs, as (offset, size) in bytes."""
+    """
+    A discard source for blocks too big for a set of pages: a few runs, as (offset, size) in bytes.
+    """
 
     granularity = PAGE
 
@@ -180,7 +201,9 @@ class RunSource:
 
 class RecordingVm:
     """
-    A VM that notes what it is asked, and which guest pages (by number) are private; with memory slots.
+    A VM that notes what it is asked, and which guest pages (by number) are private.
+
+    With memory slots.
 
     ``refuse`` decides about each call before it counts. The kernel's default is shared.
     """
@@ -201,7 +224,8 @@ class RecordingVm:
 
     def add_memory_slot(self, section: RamSection) -> None:
         self._hear("add", section.gpa, section.size)
-        self.slots.append(section)
+        if section not in self.slots:
+            self.slots.append(section)
 
     def remove_memory_slot(self, section: RamSection) -> None:
         if section in self.slots:

@@ -1,8 +1,9 @@
 """
 A kernel's VFIO and iommufd in a few lines, in the place of ``ramblock.uapi.ioctl.call``.
 
-What it refuses, and how far it gets before, is what Linux 7.3 does: drivers/vfio/vfio_iommu_type1.c, drivers/iommu/iommufd/
-ioas.c, io_pagetable.c and vfio_compat.c. Device files are stood in for by /dev/null.
+What it refuses, and how far it gets before, is what Linux 7.3 does:
+drivers/vfio/vfio_iommu_type1.c, drivers/iommu/iommufd/ ioas.c, io_pagetable.c and vfio_compat.c.
+Device files are stood in for by /dev/null.
 """
 
 import ctypes
@@ -110,7 +111,7 @@ class FakeKernel:
             return self.answers[name]
         return handler(fd, argument) or 0
 
-    # -- groups and containers ------------------------------------------------------------------------------------
+    # -- groups and containers ---------------------------------------------------------------------
 
     def VFIO_GET_API_VERSION(self, fd: int, argument: Any) -> int:
         return 0
@@ -135,7 +136,7 @@ class FakeKernel:
             raise OSError(errno.EINVAL, "")
         self.areas[0] = Areas()
 
-    # -- devices --------------------------------------------------------------------------------------------------
+    # -- devices -----------------------------------------------------------------------------------
 
     def VFIO_GROUP_GET_DEVICE_FD(self, fd: int, argument: Any) -> int:
         return os.open(self.device_file, os.O_RDWR | os.O_CLOEXEC)
@@ -159,7 +160,8 @@ class FakeKernel:
         info = v.RegionInfo.from_buffer(argument)
         if info.index > 8:
             raise OSError(errno.EINVAL, "")
-        # BAR 0 and config space, one behind the other; of BAR 2 nothing can be mapped into the process.
+        # BAR 0 and config space, one behind the other; of BAR 2 nothing can be mapped into the
+        # process.
         layout = {0: (BAR_SIZE, 0, 7), 2: (PAGE, 0, 3), 7: (256, BAR_SIZE, 3)}
         info.size, info.offset, info.flags = layout.get(info.index, (0, 0, 0))
 
@@ -219,7 +221,11 @@ class FakeKernel:
         argument.size = sum(areas.by_iova.pop(at)[0] for at in hit)
 
     def _remove(self, areas: Areas, start: int, size: int) -> tuple[int, int]:
-        """As iopt_unmap_iova_range(): stops at the first area that does not go; what went before is gone."""
+        """
+        As iopt_unmap_iova_range(): stops at the first area that does not go.
+
+        What went before is gone.
+        """
         removed = 0
         for at in areas.touching(start, size):
             if at in areas.locked:
@@ -229,7 +235,7 @@ class FakeKernel:
             removed += areas.by_iova.pop(at)[0]
         return removed, 0
 
-    # -- iommufd --------------------------------------------------------------------------------------------------
+    # -- iommufd -----------------------------------------------------------------------------------
 
     def IOMMU_IOAS_ALLOC(self, fd: int, argument: i.IoasAlloc) -> None:
         argument.out_ioas_id = self._next

@@ -1,8 +1,9 @@
 """
 A connection under a peer that sends what it likes, and what has to hold whatever that is.
 
-Any bytes and descriptors become events or one ``RemoteProtocolError``; no other exception, no descriptor that is closed twice
-or never, and no more memory than one message takes. Both the Hypothesis tests and the fuzzer in ``fuzz/`` play this.
+Any bytes and descriptors become events or one ``RemoteProtocolError``; no other exception, no
+descriptor that is closed twice or never, and no more memory than one message takes. Both the
+Hypothesis tests and the fuzzer in ``fuzz/`` play this.
 """
 
 from __future__ import annotations
@@ -158,7 +159,11 @@ class Victim:
         self.dead = self.dead or self.connection.closed
 
     def check(self) -> None:
-        """Everything that was given is closed once when all is over; what events hold, not before."""
+        """
+        Everything that was given is closed once when all is over.
+
+        What events hold, not before.
+        """
         held = {number for event in self.events for number in event.fds}
         assert not held & self.closed.keys()
         if self.dead:
@@ -205,7 +210,8 @@ def play_bytes(data: bytes) -> Victim:
             case 0 | 1:
                 victim.feed(source.take(source.number()), source.number() % 5)
             case 2 | 3:
-                # A whole message: the header's size is right, so that what lies behind it is looked at.
+                # A whole message: the header's size is right, so that what lies behind it is looked
+                # at.
                 command, flags, message_id = source.number(), source.number(), source.number()
                 payload = source.take(source.number())
                 header = struct.pack(

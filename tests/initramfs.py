@@ -1,4 +1,7 @@
-"""A guest's whole file system in one file: busybox, and a script as its first program (the kernel's "newc" cpio format)."""
+"""
+A guest's whole file system in one file: busybox, and a script as its first program (the kernel's
+"newc" cpio format).
+"""
 
 import gzip
 import stat
@@ -26,8 +29,9 @@ def write_initramfs(path: Path, busybox: Path, script: str) -> None:
 def _member(
     name: str, mode: int, content: bytes = b"", *, device: tuple[int, int] = (0, 0)
 ) -> bytes:
-    # Documentation/driver-api/early-userspace/buffer-format.rst: ino, mode, uid, gid, nlink, mtime, filesize, major and minor of
-    # the device it is on, those of the device it is, namesize, check; each as eight hex digits.
+    # Documentation/driver-api/early-userspace/buffer-format.rst: ino, mode, uid, gid, nlink, mtime,
+    # filesize, major and minor of the device it is on, those of the device it is, namesize, check;
+    # each as eight hex digits.
     encoded = name.encode() + b"\0"
     fields = (0, mode, 0, 0, 1, 0, len(content), 0, 0, *device, len(encoded), 0)
     header = b"070701" + b"".join(b"%08X" % field for field in fields) + encoded

@@ -1,14 +1,16 @@
 """
-A small guest in which any call at an edge can be made to fail, and the judgement of what is left afterwards.
+A small guest in which any call at an edge can be made to fail, and the judgement of what is left
+afterwards.
 
-The guest has eight pages in two blocks that lie side by side in guest addresses, one of which does not begin at its block's
-first page. Around it stand wrappers: on the outside those that fail on command, inside them the checker of
-`ramblock.testing`, which sees what really happened. `explore` runs an operation once undisturbed, then once for each call
-and each way in which that call can fail, and then again for each later call of each of those runs, most of them calls of
-the undo.
+The guest has eight pages in two blocks that lie side by side in guest addresses, one of which does
+not begin at its block's first page. Around it stand wrappers: on the outside those that fail on
+command, inside them the checker of `ramblock.testing`, which sees what really happened. `explore`
+runs an operation once undisturbed, then once for each call and each way in which that call can
+fail, and then again for each later call of each of those runs, most of them calls of the undo.
 
-After each run exactly one of three things must be true: everything is as before; the operation is done, with an account of
-what is not freed; or the memory is poisoned, and what is not known is in doubt.
+After each run exactly one of three things must be true: everything is as before; the operation is
+done, with an account of what is not freed; or the memory is poisoned, and what is not known is in
+doubt.
 """
 
 from __future__ import annotations
@@ -36,13 +38,12 @@ from ramblock.bitmap import SavedBits, SparseBitmap
 from ramblock.dma import DmaCapabilities, HostRange, SoftIommu
 from ramblock.errors import (
     ConversionError,
-    ConversionInterrupted,
     DmaError,
     MappingLimitError,
     PoisonedError,
 )
-from ramblock.memory.block import _kept
-from ramblock.memory.in_place import TRIES
+from ramblock.guest.block import _kept
+from ramblock.hostmem.in_place import TRIES
 from ramblock.testing import (
     CheckedInPlace,
     CheckedPrivate,
@@ -62,7 +63,7 @@ PRIVATE = PageState.PRIVATE
 T = TypeVar("T")
 
 
-# -- failing on command -----------------------------------------------------------------------------------------------
+# -- failing on command ----------------------------------------------------------------------------
 
 
 class Kind(Enum):
@@ -205,7 +206,10 @@ class Injector:
         assert len(self.calls) >= max(self.plan, default=0), "a call of the plan was never made"
 
     def forget(self) -> None:
-        """Let go of calls and tracebacks, which lead to the targets: else a poisoned guest never goes (Attachment)."""
+        """
+        Let go of calls and tracebacks, which lead to the targets: else a poisoned guest never goes
+        (Attachment).
+        """
         self.calls = []
         self.failed = []
 
@@ -215,7 +219,11 @@ class Injector:
 
     @property
     def lasting(self) -> list[Failed]:
-        """The failures that were not made good by trying again. The first of them is the one that decides."""
+        """
+        The failures that were not made good by trying again.
+
+        The first of them is the one that decides.
+        """
         lasting = []
         tries = last = 0
         for failed in self.failed:
@@ -239,7 +247,11 @@ class Injector:
         short: Callable[[Way], T] | None = None,
         pinned_as: object = None,
     ) -> T:
-        """Do *effect*, unless the plan says otherwise. *pinned_as* says which later calls meet the same pins."""
+        """
+        Do *effect*, unless the plan says otherwise.
+
+        *pinned_as* says which later calls meet the same pins.
+        """
         if not self.armed:
             return effect()
         self.calls.append(call)
@@ -519,7 +531,10 @@ class FaultyBits(SparseBitmap):
 
 
 class FaultyListener:
-    """A listener of somebody else's: holds exactly what it is told, and notices when it is told what cannot be."""
+    """
+    A listener of somebody else's: holds exactly what it is told, and notices when it is told what
+    cannot be.
+    """
 
     def __init__(self, injector: Injector, checker: GuestChecker, section: RamSection) -> None:
         self.injector = injector
@@ -581,7 +596,7 @@ def _offsets(section: RamSection) -> set[int]:
     return set(range(section.offset, section.end, PAGE))
 
 
-# -- the guest --------------------------------------------------------------------------------------------------------
+# -- the guest -------------------------------------------------------------------------------------
 
 
 class TargetKind(NamedTuple):
@@ -617,7 +632,11 @@ BLOCKS = {
 }
 
 Layout = Sequence[tuple[int, int, PageState]]
-"""Conversions that were made before, in order: first page, page behind the last, state. Pages count from BASE."""
+"""
+Conversions that were made before, in order: first page, page behind the last, state.
+
+Pages count from BASE.
+"""
 
 
 @dataclass(kw_only=True)
@@ -793,7 +812,7 @@ def place_in_model(model: GuestModel, name: str) -> None:
     model.map(name, placed.gpa, offset=placed.offset, size=placed.size)
 
 
-# -- what is, and what should be --------------------------------------------------------------------------------------
+# -- what is, and what should be -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -944,7 +963,7 @@ def assert_like(guest: Guest, expected: Picture) -> None:
             assert getattr(actual, name) == getattr(expected, name), name
 
 
-# -- an operation, and the judgement ----------------------------------------------------------------------------------
+# -- an operation, and the judgement ---------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -961,6 +980,8 @@ class Scenario:
     """How many failures at once."""
     frees: bool = True
     """What is no longer used is freed."""
+    resets: bool = False
+    """Nothing is left on either side of a confidential block, used or not."""
     few: bool = False
     """Not every way in which a second call can fail, but one of each sort."""
 
@@ -977,7 +998,11 @@ class Scenario:
 
 
 class Used(NamedTuple):
-    """Offsets per block, of pages whose shared, or private, side is in use; in place there are no sides."""
+    """
+    Offsets per block, of pages whose shared, or private, side is in use.
+
+    In place there are no sides.
+    """
 
     shared: dict[str, set[int]]
     private: dict[str, set[int]]
@@ -1031,7 +1056,7 @@ def run_case(scenario: Scenario, plan: Plan) -> list[Call]:
     error: BaseException | None = None
     try:
         result = scenario.act(guest)
-    except (Exception, ConversionInterrupted, InjectedInterrupt) as caught:
+    except (Exception, InjectedInterrupt) as caught:
         error = caught
     calls = guest.injector.calls
     guest.injector.disarm()
@@ -1096,6 +1121,16 @@ def judge_committed(
         assert result.not_freed_bytes == waiting
     frees_failed = any(failed.call.kind in FREES for failed in injector.failed)
     assert (waiting > 0) == frees_failed, "the account of what is not freed"
+    if scenario.resets:
+        # Its own pages are the new guest's already: nobody but another reset may free them.
+        assert guest.memory.reset() == 0
+        for backing in [
+            *guest.in_place.values(),
+            *(side[name] for name in guest.private for side in (guest.private, guest.shared)),
+        ]:
+            assert not backing.resident, "something of the old guest is left"
+        judge_close(guest)
+        return
     assert sum(block.free_pending() for block in guest.blocks.values()) == 0
     used = scenario.used_after
     for name, private in guest.private.items():
@@ -1122,11 +1157,10 @@ def judge_rolled_back(
     injector = guest.injector
     assert error is not None, "no error was raised"
     cause = first.error
-    if scenario.conversion is None:
+    if scenario.conversion is None or _is_interrupt(cause):
         assert error is cause
     else:
-        kind = ConversionInterrupted if _is_interrupt(cause) else ConversionError
-        assert type(error) is kind
+        assert type(error) is ConversionError
         judge_conversion_error(scenario, error, first)
         assert error.__cause__ is cause
     assert_like(guest, scenario.before)
@@ -1254,7 +1288,11 @@ def assert_changes_refused(guest: Guest) -> None:
 
 
 def judge_close(guest: Guest) -> None:
-    """Closing works, and leaves nothing mapped but what is in doubt; the checker sees memory that goes too early."""
+    """
+    Closing works, and leaves nothing mapped but what is in doubt.
+
+    The checker sees memory that goes too early.
+    """
     for block in guest.blocks.values():
         block.close()
     _kept.clear()  # what a poisoned block leaves allocated holds the whole guest here
@@ -1268,7 +1306,11 @@ def _is_interrupt(error: BaseException | None) -> bool:
 
 
 def refusal_for_lack_of_room(scenario: Scenario) -> int | None:
-    """Run *scenario* undisturbed; what the budget would have to be, if it refuses. Nothing must have been done then."""
+    """
+    Run *scenario* undisturbed; what the budget would have to be, if it refuses.
+
+    Nothing must have been done then.
+    """
     guest = scenario.build()
     guest.injector.arm(())
     try:

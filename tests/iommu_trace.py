@@ -1,7 +1,8 @@
 """
 The kernel's own account of what is mapped: the tracepoints iommu:map and iommu:unmap.
 
-An event says neither which address space it is of nor which device; the tests use addresses that nobody else does.
+An event says neither which address space it is of nor which device; the tests use addresses that
+nobody else does.
 """
 
 import re

@@ -1,8 +1,9 @@
 """
-Guests of a few instructions, for tests of KVM itself: flat 32-bit code, put together from single instructions.
+Guests of a few instructions, for tests of KVM itself: flat 32-bit code, put together from single
+instructions.
 
-Port I/O with EAX is how they talk. None of it makes a hypercall, except where a test says so: there are hosts on which the
-instruction hangs.
+Port I/O with EAX is how they talk. None of it makes a hypercall, except where a test says so: there
+are hosts on which the instruction hangs.
 """
 
 import struct
@@ -73,7 +74,11 @@ def _flat(kind: int, selector: int) -> KvmSegment:
 
 
 def enter_flat_32bit(vcpu: Vcpu, entry: int) -> None:
-    """Protected mode, flat segments, no paging, no stack, no interrupts; the next run begins at *entry*."""
+    """
+    Protected mode, flat segments, no paging, no stack, no interrupts.
+
+    The next run begins at *entry*.
+    """
     special = vcpu.special_registers
     special.cs = _flat(_CODE, 0x08)
     for name in ("ds", "es", "fs", "gs", "ss"):

@@ -1,4 +1,6 @@
-"""VMs around a real one: one that writes down what it is asked, one that does it in the wrong order."""
+"""
+VMs around a real one: one that writes down what it is asked, one that does it in the wrong order.
+"""
 
 import time
 from collections.abc import Callable

@@ -107,7 +107,11 @@ class Rig:
 
 @contextmanager
 def open_rig(way: Way) -> Iterator[Rig]:
-    """Bind both devices, make the target; everything is put back at the end, and no descriptor of VFIO or iommufd is left."""
+    """
+    Bind both devices, make the target.
+
+    Everything is put back at the end, and no descriptor of VFIO or iommufd is left.
+    """
     with ExitStack() as bindings:
         for address in (address_of_edu(), address_of_testdev()):
             bindings.enter_context(bind_to_vfio(address))
@@ -136,7 +140,8 @@ def entry_limit(limit: int) -> Iterator[None]:
 
 def wait_for_fault(log: FaultLog, provoke: Callable[[], object]) -> list[str]:
     """
-    Provoke a fault until the kernel's log shows one: faults of earlier tests may have used up what it prints in five seconds.
+    Provoke a fault until the kernel's log shows one: faults of earlier tests may have used up what
+    it prints in five seconds.
 
     :return: The first lines that came; what had been in the log before is thrown away.
     """

@@ -1,15 +1,17 @@
 """
 What the kernel's IOMMU driver says about faults, from its log.
 
-Both drivers limit how often they say it (ten lines in five seconds), so a test that looks for a fault makes few.
+Both drivers limit how often they say it (ten lines in five seconds), so a test that looks for a
+fault makes few.
 """
 
 import os
 
 __all__ = ["FaultLog"]
 
-# drivers/iommu/intel/dmar.c, dmar_fault_do_one(); drivers/iommu/amd/iommu.c, amd_iommu_report_page_fault() and
-# iommu_print_event(). The address in AMD's line is that of the emulated event, 0.
+# drivers/iommu/intel/dmar.c, dmar_fault_do_one(); drivers/iommu/amd/iommu.c,
+# amd_iommu_report_page_fault() and iommu_print_event(). The address in AMD's line is that of the
+# emulated event, 0.
 _FAULTS = (b"[DMA Read", b"[DMA Write", b"IO_PAGE_FAULT")
 _RECORD_BYTES = 8192
 

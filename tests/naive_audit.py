@@ -1,5 +1,6 @@
 """
-The audit of a trace with conversions' ends, as naively as it can be said: one page after the other, each event in turn.
+The audit of a trace with conversions' ends, as naively as it can be said: one page after the other,
+each event in turn.
 
 It shares nothing with the real one but the events and the kinds.
 """

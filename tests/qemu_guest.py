@@ -1,8 +1,9 @@
 """
-A QEMU of the lab as somebody else's VMM: a Linux guest with a virtio-mem device, and a vfio-user device on a probe's socket.
+A QEMU of the lab as somebody else's VMM: a Linux guest with a virtio-mem device, and a vfio-user
+device on a probe's socket.
 
-The guest writes its marker over and over into files in memory. What is plugged comes online as movable, so that is where the
-files are, as far as they fit.
+The guest writes its marker over and over into files in memory. What is plugged comes online as
+movable, so that is where the files are, as far as they fit.
 """
 
 import asyncio
@@ -71,7 +72,11 @@ def qemu_command(folder: Path, probe_socket: Path, marker: str, *more: str) -> l
 
 
 class Qmp:
-    """What the test says to QEMU and asks of it; QEMU's own protocol, its own package, one call at a time."""
+    """
+    What the test says to QEMU and asks of it.
+
+    QEMU's own protocol, its own package, one call at a time.
+    """
 
     def __init__(self, path: Path, timeout: float = 30.0) -> None:
         self._runner = asyncio.Runner()

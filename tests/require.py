@@ -6,8 +6,9 @@ What some tests need of the machine, and the decorators that ask for it.
 
     pytestmark = require_kvm  # a whole module
 
-Without the feature the test is skipped, and the reason says how to get it. Where the feature has to be there, a skip would
-hide that nothing was tested: what the environment variable RAMBLOCK_REQUIRE names (``kvm,hugetlb``) fails instead.
+Without the feature the test is skipped, and the reason says how to get it. Where the feature has to
+be there, a skip would hide that nothing was tested: what the environment variable RAMBLOCK_REQUIRE
+names (``kvm,hugetlb``) fails instead.
 
 Nothing here decides anything about a test: conftest.py acts on the mark.
 """

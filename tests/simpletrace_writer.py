@@ -1,8 +1,8 @@
 """
 Writes QEMU's binary trace, from its text.
 
-It shares nothing with the reader but QEMU's documentation of both: docs/devel/tracing.rst and trace/simple.c. Arguments are taken
-off a line by what they look like.
+It shares nothing with the reader but QEMU's documentation of both: docs/devel/tracing.rst and
+trace/simple.c. Arguments are taken off a line by what they look like.
 """
 
 import re

@@ -1,8 +1,8 @@
 """
 A naive model of a DMA target, page by page, and steps that are played to both.
 
-The same steps run on the software IOMMU, on targets over a kernel that is made up, and in the lab on the real ones, where
-a device says which pages it reaches.
+The same steps run on the software IOMMU, on targets over a kernel that is made up, and in the lab
+on the real ones, where a device says which pages it reaches.
 """
 
 import errno
@@ -80,7 +80,11 @@ class TargetModel:
         return len(removed) * PAGE_SIZE
 
     def names_one(self, step: Step) -> bool:
-        """Whether *step* does not reach beyond one mapping; what happens then to several is the target's own business."""
+        """
+        Whether *step* does not reach beyond one mapping.
+
+        What happens then to several is the target's own business.
+        """
         pages = set(range(step.first, step.first + step.count))
         touched = {self.holder[page] for page in pages if page in self.holder}
         held = {page for page in self.holder if self.holder[page] in touched}
@@ -113,7 +117,8 @@ def play(
         for page in range(PAGES):
             assert reaches(base + page * PAGE_SIZE) == model.reachable(page), page
     for holder in sorted(set(model.holder.values())):
-        # Under the same holder when pages were cut out: those are not mapped, and one call would name them too.
+        # Under the same holder when pages were cut out: those are not mapped, and one call would
+        # name them too.
         pages = [page for page in model.holder if model.holder[page] == holder]
         removed = sum(
             target.unmap(base + first * PAGE_SIZE, count * PAGE_SIZE)

@@ -11,7 +11,7 @@ from doubles import PAGE
 from ramblock import GuestMemory, PageState, RamBlock
 from ramblock.dma import SoftIommu
 from ramblock.errors import PoisonedError
-from ramblock.memory import block as module
+from ramblock.guest import block as module
 from ramblock.testing import FaultyTarget
 
 

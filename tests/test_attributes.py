@@ -46,7 +46,7 @@ def shared(attributes: RamBlockAttributes) -> list[tuple[int, int]]:
     return list(attributes.ranges(SHARED))
 
 
-# -- what it says -----------------------------------------------------------------------------------------------------
+# -- what it says ----------------------------------------------------------------------------------
 
 
 def test_two_states() -> None:
@@ -122,7 +122,7 @@ def test_is_shared_of_what_is_no_range(
         attributes.is_shared(offset, size)
 
 
-# -- changing ---------------------------------------------------------------------------------------------------------
+# -- changing --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("offset", "size"), [*BAD_RANGES, (1, PAGE), (0, PAGE + 1), (PAGE, 1)])
@@ -246,7 +246,7 @@ def test_a_budget_is_asked_before_anybody_is_told(
     assert mapper.entries == 2
 
 
-# -- events -----------------------------------------------------------------------------------------------------------
+# -- events ----------------------------------------------------------------------------------------
 
 
 def test_events(block: RamBlock, attributes: RamBlockAttributes) -> None:
@@ -281,7 +281,7 @@ def test_no_event_where_nothing_happened(block: RamBlock, attributes: RamBlockAt
     assert events == []
 
 
-# -- any sequence -----------------------------------------------------------------------------------------------------
+# -- any sequence ----------------------------------------------------------------------------------
 
 changes = st.lists(
     st.tuples(

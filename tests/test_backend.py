@@ -5,7 +5,7 @@ import pytest
 from doubles import PAGE
 from ramblock import BackendKind, HostMemoryBackend, PageState, RamBlock
 from ramblock.errors import UsageError
-from ramblock.memory import AnonymousBacking, MemfdBacking
+from ramblock.hostmem import AnonymousBacking, MemfdBacking
 from ramblock.units import GIB, MIB
 
 MEMFD, ANONYMOUS, HUGETLB = BackendKind.MEMFD, BackendKind.ANONYMOUS, BackendKind.HUGETLB

@@ -9,8 +9,8 @@ import pytest
 from doubles import PAGE
 from ramblock import RamBlock
 from ramblock.errors import UsageError
-from ramblock.memory import AnonymousBacking, MemfdBacking, StandInPrivate, backing
-from ramblock.memory.host_calls import write_own_memory
+from ramblock.hostmem import AnonymousBacking, MemfdBacking, StandInPrivate, backing
+from ramblock.hostmem.host_calls import write_own_memory
 from ramblock.units import MIB
 from require import require_hugetlb
 
@@ -57,7 +57,7 @@ def fd_of(made: MemfdBacking) -> int:
     return made.fd
 
 
-# -- memfd ------------------------------------------------------------------------------------------------------------
+# -- memfd -----------------------------------------------------------------------------------------
 
 
 def test_a_new_memfd_holds_no_memory(memfd: MemfdBacking) -> None:
@@ -93,7 +93,8 @@ def test_discard_frees_in_the_file_and_in_every_mapping(memfd: MemfdBacking) -> 
 
 
 def test_control_dontneed_on_a_shared_mapping_of_a_memfd_frees_nothing() -> None:
-    # Why discard() is more than madvise(): the obvious call succeeds, and the memory stays where it is.
+    # Why discard() is more than madvise(): the obvious call succeeds, and the memory stays where it
+    # is.
     fd = os.memfd_create("control", os.MFD_CLOEXEC)
     os.ftruncate(fd, 4 * PAGE)
     with mmap.mmap(fd, 4 * PAGE) as mapping:
@@ -178,7 +179,7 @@ def test_a_name_that_the_kernel_refuses() -> None:
         MemfdBacking("x" * 300, PAGE)
 
 
-# -- anonymous --------------------------------------------------------------------------------------------------------
+# -- anonymous -------------------------------------------------------------------------------------
 
 
 def test_anonymous_memory_has_no_descriptor_and_no_count(anonymous: AnonymousBacking) -> None:
@@ -207,7 +208,7 @@ def test_anonymous_memory_is_really_freed() -> None:
     made.close()
 
 
-# -- the stand-in for guest_memfd -------------------------------------------------------------------------------------
+# -- the stand-in for guest_memfd ------------------------------------------------------------------
 
 
 def test_the_stand_in_is_a_memory_of_its_own() -> None:
@@ -243,7 +244,7 @@ def test_the_stand_in_refuses_accesses_outside() -> None:
     stand_in.close()
 
 
-# -- huge pages -------------------------------------------------------------------------------------------------------
+# -- huge pages ------------------------------------------------------------------------------------
 
 
 @require_hugetlb
@@ -262,7 +263,8 @@ def test_huge_pages() -> None:
 
 @require_hugetlb
 def test_control_a_hole_of_less_than_a_huge_page_frees_nothing() -> None:
-    # Why only whole ones are freed: the call succeeds, zeroes what it was asked for, and the page stays.
+    # Why only whole ones are freed: the call succeeds, zeroes what it was asked for, and the page
+    # stays.
     made = MemfdBacking("ram", 2 * MIB, 2 * MIB)
     made.write(0, b"x" * (2 * MIB))
     made.discard(0, MIB)

@@ -13,8 +13,8 @@ CHUNK = module._CHUNK_BITS
 # Three chunks and a bit: a first, a middle, a last whole one, and one that the bitmap's end cuts.
 LENGTH = 3 * CHUNK + 100
 
-# The state machine below works on chunks of this many bits, because a naive set of a hundred thousand is slow; the tests
-# of single operations use the real ones.
+# The state machine below works on chunks of this many bits, because a naive set of a hundred
+# thousand is slow; the tests of single operations use the real ones.
 SMALL_SHIFT = 6
 SMALL_CHUNK = 1 << SMALL_SHIFT
 SMALL_LENGTH = 3 * SMALL_CHUNK + 10
@@ -205,7 +205,8 @@ def test_what_is_absent_is_not_walked(question: Callable[[SparseBitmap, int], ob
 
 
 def test_full_chunks_are_shared_in_the_copy_too() -> None:
-    # 16 TiB of 4 KiB pages. A copy of every chunk would be 512 MiB; a reference each is a hundredth of that.
+    # 16 TiB of 4 KiB pages. A copy of every chunk would be 512 MiB; a reference each is a hundredth
+    # of that.
     bitmap = SparseBitmap(1 << 32)
     bitmap.set(0, 1 << 32)
     saved = bitmap.save(0, 1 << 32)

@@ -7,7 +7,7 @@ import pytest
 from ramblock import GuestMemory, PageState, RamBlock, RamSection, VirtioMem
 from ramblock.dma import HostRange, SoftIommu
 from ramblock.errors import ConversionError
-from ramblock.memory import MemfdBacking, StandInPrivate
+from ramblock.hostmem import MemfdBacking, StandInPrivate
 from ramblock.testing import (
     CheckedInPlace,
     FaultyTarget,
@@ -145,7 +145,11 @@ def test_freeing_what_virtio_mem_has_unplugged_is_fine(bench: Bench) -> None:
 
 @pytest.fixture
 def in_place(bench: Bench) -> CheckedInPlace:
-    """Eight pages in place beside the others; nobody pins them, so that they can be treated wrongly."""
+    """
+    Eight pages in place beside the others.
+
+    Nobody pins them, so that they can be treated wrongly.
+    """
     memory = bench.checker.in_place(SimulatedInPlace("in-place", 8 * PAGE))
     memory.block = bench.block = RamBlock.create("in-place", 8 * PAGE, private=memory)
     return memory

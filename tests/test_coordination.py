@@ -6,7 +6,7 @@ from doubles import PAGE, RecordingListener, RefusalError, section
 from ramblock import GuestMemory, RamBlock, VirtioMem
 from ramblock.dma import HostRange, SoftIommu
 from ramblock.errors import BusyError
-from ramblock.memory import DiscardCoordinator, HoldKind
+from ramblock.discard import DiscardCoordinator, HoldKind
 
 COORDINATED = HoldKind.REQUIRE_COORDINATED
 UNCOORDINATED = HoldKind.REQUIRE_UNCOORDINATED
@@ -168,4 +168,4 @@ def test_a_virtio_mem_that_was_refused_claims_nothing() -> None:
         with pytest.raises(RefusalError):
             VirtioMem(block, PAGE)
         assert block.guard.discards.holds == ()
-        assert block.holds == []
+        assert block.discard_manager.holds == []

@@ -61,7 +61,7 @@ def offsets(parts: Iterator[RamSection]) -> list[tuple[int, int]]:
     return [(part.offset // PAGE, part.size // PAGE) for part in parts]
 
 
-# -- without sources --------------------------------------------------------------------------------------------------
+# -- without sources -------------------------------------------------------------------------------
 
 
 def test_without_sources_everything_is_populated(
@@ -77,7 +77,7 @@ def test_without_sources_everything_is_populated(
     assert listener.calls == [populate(0, COUNT)]
 
 
-# -- asking -----------------------------------------------------------------------------------------------------------
+# -- asking ----------------------------------------------------------------------------------------
 
 
 @both_sources
@@ -156,7 +156,7 @@ def test_a_section_of_another_block(
         getattr(manager, question)(section(other))
 
 
-# -- sources that come and go -----------------------------------------------------------------------------------------
+# -- sources that come and go ----------------------------------------------------------------------
 
 
 @both_sources
@@ -313,7 +313,7 @@ def test_a_source_that_cannot_answer_is_not_added(
     assert listener.held == set(range(COUNT))
 
 
-# -- sources that change ----------------------------------------------------------------------------------------------
+# -- sources that change ---------------------------------------------------------------------------
 
 
 @both_sources
@@ -497,7 +497,7 @@ def test_if_putting_back_fails_the_block_is_poisoned(
         listener.refuse_nothing()
 
 
-# -- listeners that come and go ---------------------------------------------------------------------------------------
+# -- listeners that come and go --------------------------------------------------------------------
 
 
 def test_a_new_listener_hears_what_is_populated(
@@ -627,7 +627,7 @@ def test_and_so_are_ten_runs_of_page_attributes() -> None:
         assert [(part.offset, part.size) for part in listener.sections] == populated
 
 
-# -- sparse listeners -------------------------------------------------------------------------------------------------
+# -- sparse listeners ------------------------------------------------------------------------------
 
 
 def test_one_sparse_discard_may_cover_what_the_listener_does_not_hold(
@@ -673,7 +673,7 @@ def test_a_sparse_listener_that_holds_nothing_there_hears_nothing(
     assert sparse.calls == []
 
 
-# -- budgets ----------------------------------------------------------------------------------------------------------
+# -- budgets ---------------------------------------------------------------------------------------
 
 
 def test_a_new_source_that_would_cut_too_often_is_refused(block: RamBlock) -> None:
@@ -700,7 +700,7 @@ def test_a_source_finer_than_a_targets_pages_is_refused(block: RamBlock) -> None
     block.discard_manager.add_source(PageSource(range(COUNT), granularity=4 * PAGE))
 
 
-# -- any sequence -----------------------------------------------------------------------------------------------------
+# -- any sequence ----------------------------------------------------------------------------------
 
 numbers = st.integers(0, COUNT - 1)
 steps = st.lists(
@@ -717,7 +717,11 @@ steps = st.lists(
 
 @given(steps)
 def test_any_sequence_against_sets(sequence: list[tuple[str, int, int, int, bool]]) -> None:
-    """Three sources and three listeners; what each listener holds is what all sources that are there call populated."""
+    """
+    Three sources and three listeners.
+
+    What each listener holds is what all sources that are there call populated.
+    """
     with RamBlock.create("ram", COUNT * PAGE) as block:
         manager = block.discard_manager
         sources: list[PageSource] = [

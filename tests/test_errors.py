@@ -7,7 +7,6 @@ from ramblock import PageState, errors
 from ramblock.errors import (
     BusyError,
     ConversionError,
-    ConversionInterrupted,
     DmaError,
     IommuFault,
     MappingLimitError,
@@ -38,7 +37,6 @@ def test_one_root() -> None:
         (UsageError, {RamblockError, ValueError}),
         (BusyError, {RamblockError}),
         (ConversionError, {RamblockError}),
-        (ConversionInterrupted, {ConversionError, KeyboardInterrupt}),
         (PoisonedError, {ConversionError}),
         (MappingLimitError, {RamblockError}),
         (DmaError, {RamblockError, OSError}),
@@ -70,7 +68,6 @@ def test_conversion_error() -> None:
 
 def test_poisoned_error_is_a_conversion_error_that_was_not_rolled_back() -> None:
     assert PoisonedError("no").rolled_back is False
-    assert ConversionInterrupted("no").rolled_back is True
 
 
 def test_mapping_limit_error() -> None:

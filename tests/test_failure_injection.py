@@ -1,5 +1,6 @@
 """
-Every call at an edge of a small guest fails once, in every way, and then a second one while the first is put right.
+Every call at an edge of a small guest fails once, in every way, and then a second one while the
+first is put right.
 
 What has to hold is in injection.py. Here are the operations and the guests they are done to.
 """
@@ -47,7 +48,10 @@ from ramblock.testing import pages_of
 
 @pytest.fixture(autouse=True, scope="module")
 def fast() -> Iterator[None]:
-    """Each poisoning is logged as critical, and thousands of small guests keep the garbage collector busy."""
+    """
+    Each poisoning is logged as critical, and thousands of small guests keep the garbage collector
+    busy.
+    """
     logging.disable()
     before = gc.get_threshold()
     gc.freeze()
@@ -71,7 +75,7 @@ def number_of_cases(request: pytest.FixtureRequest) -> Iterator[None]:
             reporter.write_line(f"failure injection: {counts.total()} cases ({told})")
 
 
-# -- conversions ------------------------------------------------------------------------------------------------------
+# -- conversions -----------------------------------------------------------------------------------
 
 ALL_SHARED = ((0, 8, SHARED),)
 
@@ -196,7 +200,7 @@ def test_conversion_with_virtio_mem(name: str) -> None:
     explore(conversion(*CONVERSIONS[name], setup=setup, depth=1))
 
 
-# -- in place ---------------------------------------------------------------------------------------------------------
+# -- in place --------------------------------------------------------------------------------------
 
 IN_PLACE = {"one in place, one split": ("a",), "both in place": ("a", "b")}
 each_in_place = pytest.mark.parametrize("in_place", IN_PLACE.values(), ids=IN_PLACE)
@@ -244,7 +248,7 @@ def test_conversion_in_place_with_virtio_mem(name: str) -> None:
     explore(conversion(*CONVERSIONS[name], setup=setup, depth=1))
 
 
-# -- the other operations ---------------------------------------------------------------------------------------------
+# -- the other operations --------------------------------------------------------------------------
 
 
 def explore_on(
@@ -501,7 +505,41 @@ def test_state_change_of_a_block_in_no_guest(to: PageState) -> None:
     )
 
 
-# -- the same, in place -----------------------------------------------------------------------------------------------
+def reset(guest: Guest) -> None:
+    guest.checker.resetting = True
+    guest.memory.reset()
+
+
+def is_reset(expected: Expected) -> None:
+    for block in expected.model.blocks.values():
+        if block.confidential:
+            block.shared.clear()
+        if block.plugged is not None:
+            block.plugged.clear()
+
+
+RESETS = {
+    "alone": Setup(targets=(CUT, EXACT), layout=((0, 2, SHARED), (5, 8, SHARED))),
+    "with others": Setup(
+        targets=(CUT_PAGE,),
+        layout=((1, 3, SHARED),),
+        listener=True,
+        source=HALF | {PAGES[2]},
+    ),
+    "virtio-mem": Setup(
+        targets=(CUT,), layout=ALL_SHARED, virtio_mem={PAGES[1], PAGES[2], PAGES[4]}
+    ),
+    "ordinary": Setup(targets=(CUT, NO_CUT), layout=((0, 2, SHARED),), ordinary=("b",)),
+    "in place": Setup(targets=(CUT,), layout=((0, 3, SHARED), (4, 5, SHARED)), in_place=("a",)),
+}
+
+
+@pytest.mark.parametrize("setup", RESETS.values(), ids=RESETS)
+def test_reset(setup: Setup) -> None:
+    explore(Scenario(setup=setup, act=reset, change=is_reset, few=True, resets=True))
+
+
+# -- the same, in place ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("plugged", [None, set(PAGES)])
@@ -541,7 +579,7 @@ def test_unmap_in_place(targets: Sequence[TargetKind]) -> None:
     )
 
 
-# -- what is left behind ----------------------------------------------------------------------------------------------
+# -- what is left behind ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("to", PageState)
@@ -616,11 +654,14 @@ def test_leaving_by_something_that_is_neither_error_nor_interrupt_puts_everythin
     guest.checker.verify()
 
 
-# -- budgets ----------------------------------------------------------------------------------------------------------
+# -- budgets ---------------------------------------------------------------------------------------
 
 
 def layouts(first: int, last: int) -> Iterator[Layout]:
-    """Every way to have pages [first, last) mapped: which, and which of them with the page before in one mapping."""
+    """
+    Every way to have pages [first, last) mapped: which, and which of them with the page before in
+    one mapping.
+    """
     if first == last:
         yield ()
         return
@@ -631,7 +672,8 @@ def layouts(first: int, last: int) -> Iterator[Layout]:
             yield ((first, *rest[0][1:]), *rest[1:])
 
 
-#: One failure of each sort that has the most to put back, or looks with a map of its own whether something is mapped.
+#: One failure of each sort that has the most to put back, or looks with a map of its own whether
+#: something is mapped.
 STRAINS = {
     Kind.MAP: Way.INTERRUPT_BEFORE,
     Kind.UNMAP: Way.INTERRUPT_AFTER,
@@ -642,10 +684,11 @@ STRAINS = {
 
 def try_every_limit(make: Callable[[int], Scenario], entries: int) -> None:
     """
-    From what is mapped already upwards: refused with nothing done, until the first limit that holds.
+    From what is mapped already upwards: refused with nothing done, until the first limit that
+    holds.
 
-    There it has to succeed, and to be put back after each failure that strains the budget most. The target counts too, so a
-    budget that was too small for an undo would poison.
+    There it has to succeed, and to be put back after each failure that strains the budget most. The
+    target counts too, so a budget that was too small for an undo would poison.
     """
     limit = max(entries, 1)
     while (needed := refusal_for_lack_of_room(make(limit))) is not None:

@@ -10,7 +10,7 @@ from ramblock import GuestMemory, Mapper, PageState, RamBlock, RamSection, Virti
 from ramblock.dma import DmaCapabilities, HostRange, SoftIommu
 from ramblock.errors import BusyError, ConversionError, PoisonedError, UsageError
 from ramblock.events import StateChanged
-from ramblock.memory.guard import Guard
+from ramblock.discard.guard import Guard
 from ramblock.testing import FaultyTarget
 
 SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE
@@ -302,7 +302,7 @@ def test_whoever_waits_follows_a_block_to_its_new_lock(monkeypatch: pytest.Monke
         assert before.run("something", lambda: "is free") == "is free"
 
 
-# -- poison -----------------------------------------------------------------------------------------------------------
+# -- poison ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -353,35 +353,11 @@ def test_a_block_that_leaves_a_poisoned_memory_stays_poisoned(guest: Guest) -> N
     assert guest.memory.poisoned
 
 
-@pytest.mark.parametrize("name", sorted(TAKES_AWAY))
-def test_a_transaction_that_nobody_ended_counts_as_poison(guest: Guest, name: str) -> None:
-    # Whoever opened it was killed before it could say how it ended, by a second Ctrl-C during the undo.
-    guest.block.guard.transaction_open = True
-    assert guest.memory.poisoned
-    with pytest.raises(PoisonedError, match="interrupted while it was being undone"):
-        guest.memory.convert(0, PAGE, PRIVATE)
-    # What works on a poisoned memory runs transactions of its own; their good end is not the other's.
-    CHANGES[name](guest)
-    assert guest.memory.poisoned
-    with pytest.raises(PoisonedError):
-        guest.memory.attach(SoftIommu())
-
-
 def test_a_transaction_under_way_is_no_poison(guest: Guest) -> None:
     seen: list[bool] = []
     guest.listener.then = lambda _: seen.append(guest.memory.poisoned)
     guest.memory.convert(2 * PAGE, PAGE, SHARED)
     assert seen == [False]
-
-
-def test_an_abandoned_transaction_that_is_met_first_by_a_call_that_takes_away(
-    guest: Guest,
-) -> None:
-    guest.block.guard.transaction_open = True
-    guest.memory.detach(guest.mapper)
-    assert guest.memory.poisoned
-    assert guest.memory.mappers == ()
-    assert guest.iommu.mappings() == []
 
 
 def test_the_lock_is_free_after_every_refusal() -> None:

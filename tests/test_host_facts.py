@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ramblock.memory import host_facts
+from ramblock.hostmem import host_facts
 from ramblock.units import KIB
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ramblock.memory import hugetlb
-from ramblock.memory.hugetlb import HugePagePool, describe_shortage, lacking_on
+from ramblock.hostmem import hugetlb
+from ramblock.hostmem.hugetlb import HugePagePool, describe_shortage, lacking_on
 from ramblock.units import GIB, KIB, MIB
 
 TWO = 2 * MIB

@@ -1,4 +1,6 @@
-"""What comes of one run of the lab's VM, with a program in the place of virtme-ng that plays the VM."""
+"""
+What comes of one run of the lab's VM, with a program in the place of virtme-ng that plays the VM.
+"""
 
 import re
 import sys
@@ -43,7 +45,8 @@ def _run(machine: Machine, *, timeout: float = 60) -> tuple[Result, list[str]]:
 
 def test_command_that_ended_has_its_exit_code_and_output(tmp_path: Path) -> None:
     plays = """
-status("started\\n"); output("one\\ntwo"); print("[    1.0] console", flush=True); status("exit 0\\n")
+status("started\\n"); output("one\\ntwo"); print("[    1.0] console", flush=True)
+status("exit 0\\n")
 """
     result, shown = _run(_machine(tmp_path, plays))
 

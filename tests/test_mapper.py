@@ -92,7 +92,7 @@ TARGETS: dict[str, Callable[[], SoftIommu | RemoteIommu]] = {
 }
 
 
-# -- policies ---------------------------------------------------------------------------------------------------------
+# -- policies --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_an_exact_target_gets_back_what_it_was_given(guests: list[Guest]) -> Non
     guest.check()
 
 
-# -- real accesses ----------------------------------------------------------------------------------------------------
+# -- real accesses ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", [RUN, PAGE_POLICY])
@@ -242,7 +242,7 @@ def test_read_only_sections_are_mapped_read_only() -> None:
         assert iommu.read(0, 3) == b"ram"
 
 
-# -- budgets ----------------------------------------------------------------------------------------------------------
+# -- budgets ---------------------------------------------------------------------------------------
 
 
 def test_the_smaller_limit_counts() -> None:
@@ -329,7 +329,10 @@ def test_unmapping_inside_a_mapping_needs_entries_for_it_and_for_its_undo(
 @pytest.mark.parametrize("limit", range(1, 8))
 @pytest.mark.parametrize("policy", [RUN, PAGE_POLICY])
 def test_running_out_never_poisons(guests: list[Guest], policy: MappingPolicy, limit: int) -> None:
-    """The target has no room beyond the budget either, and every undo happens: the attribute step always fails."""
+    """
+    The target has no room beyond the budget either, and every undo happens: the attribute step
+    always fails.
+    """
 
     class Refusing:
         on = False
@@ -383,7 +386,7 @@ def test_the_operator_hears_of_a_budget_before_it_refuses(
     assert "refused: 11 mappings needed, limit 10" in caplog.text
 
 
-# -- bigger pages -----------------------------------------------------------------------------------------------------
+# -- bigger pages ----------------------------------------------------------------------------------
 
 BIG = 64 * KIB
 
@@ -395,7 +398,7 @@ def test_a_target_with_bigger_pages_than_page_states_have() -> None:
         with pytest.raises(UsageError, match=r"maps pages of 0x10000 bytes, .* changes by 0x1000"):
             memory.attach(SoftIommu(page_size=BIG))
         assert memory.mappers == ()
-        assert memory.discards.holds == (block.holds[0],)
+        assert memory.discards.holds == (block.discard_manager.holds[0],)
 
 
 def test_and_one_that_is_there_before_the_block() -> None:
@@ -473,7 +476,7 @@ def test_smaller_pages_than_the_hosts_are_not_used() -> None:
         assert [entry.size for entry in iommu.mappings()] == [PAGE] * 4
 
 
-# -- IOVA ranges ------------------------------------------------------------------------------------------------------
+# -- IOVA ranges -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -521,7 +524,7 @@ def test_a_section_that_comes_later_has_to_fit_too() -> None:
         assert mapper.mapped_bytes == 4 * PAGE
 
 
-# -- several sections and targets -------------------------------------------------------------------------------------
+# -- several sections and targets ------------------------------------------------------------------
 
 
 def test_a_mapper_follows_sections_that_come_and_go() -> None:

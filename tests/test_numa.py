@@ -10,10 +10,10 @@ import pytest
 from doubles import PAGE
 from ramblock import BackendKind, GuestMemory, HostMemoryBackend, PageState, RamBlock
 from ramblock.errors import UsageError
-from ramblock.memory import NumaBinding, NumaPolicy, host_facts, numa
-from ramblock.memory.host_calls import populate, set_memory_policy
-from ramblock.memory.host_facts import nodes_with_memory
-from ramblock.memory.hugetlb import HugePagePool
+from ramblock.hostmem import NumaBinding, NumaPolicy, host_facts, numa
+from ramblock.hostmem.host_calls import populate, set_memory_policy
+from ramblock.hostmem.host_facts import nodes_with_memory
+from ramblock.hostmem.hugetlb import HugePagePool
 from ramblock.uapi.mempolicy import MempolicyMode
 from ramblock.units import MIB
 from require import require_hugetlb
@@ -39,7 +39,7 @@ def placement(address: int) -> tuple[str, dict[int, int]]:
     raise AssertionError(f"no mapping begins at {address:#x}")
 
 
-# -- what is accepted -------------------------------------------------------------------------------------------------
+# -- what is accepted ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nodes", [(), (-1,), (True,), ("0",), (0, None), (1.0,)])
@@ -100,7 +100,7 @@ def test_a_kernel_without_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
         NumaBinding(frozenset({0})).check()
 
 
-# -- what the kernel makes of it --------------------------------------------------------------------------------------
+# -- what the kernel makes of it -------------------------------------------------------------------
 
 
 @needs_numa

@@ -1,4 +1,7 @@
-"""The pytest plugin, as somebody else's tests use it: with a small program for a VMM, in a pytest of its own."""
+"""
+The pytest plugin, as somebody else's tests use it: with a small program for a VMM, in a pytest of
+its own.
+"""
 
 import sys
 from pathlib import Path
@@ -7,8 +10,8 @@ import pytest
 
 pytest_plugins = ["pytester"]
 
-# Arguments: the socket, and then what to do, one word each: map:ADDRESS:PAGES, unmap:ADDRESS:PAGES, say:TEXT, exit:CODE. At the
-# end it waits to be ended. Whatever is refused it takes no notice of.
+# Arguments: the socket, and then what to do, one word each: map:ADDRESS:PAGES, unmap:ADDRESS:PAGES,
+# say:TEXT, exit:CODE. At the end it waits to be ended. Whatever is refused it takes no notice of.
 _VMM = """\
 import os, signal, sys
 from ramblock.dma.vfio_user import Link, Role
@@ -85,9 +88,15 @@ def test_what_is_mapped(their: pytest.Pytester) -> None:
             assert probe.total() == 0x4000
             assert probe.total(0x11000, 0x10000) == 0x3000
             assert probe.read(0x11000, 14) == b"from the guest"
-            with pytest.raises(AssertionError, match=r"missing: \\[0xf000, 0x10000\\), \\[0x14000, 0x15000\\) \\(8 KiB\\)"):
+            with pytest.raises(
+                AssertionError,
+                match=r"missing: \\[0xf000, 0x10000\\), \\[0x14000, 0x15000\\) \\(8 KiB\\)",
+            ):
                 probe.assert_mapped(0xf000, 0x6000)
-            with pytest.raises(AssertionError, match=r"something is mapped: \\[0x13000, 0x14000\\) \\(4 KiB\\)"):
+            with pytest.raises(
+                AssertionError,
+                match=r"something is mapped: \\[0x13000, 0x14000\\) \\(4 KiB\\)",
+            ):
                 probe.assert_not_mapped(0x13000, 0x2000)
             vmm.stop()
             probe.wait_for(lambda: probe.client is None)

@@ -11,9 +11,9 @@ import pytest
 
 from doubles import PAGE
 from ramblock import BackendKind, GuestMemory, HostMemoryBackend, PageState, RamBlock
-from ramblock.memory import MemfdBacking, NumaBinding, NumaPolicy, backend, host_calls, prealloc
-from ramblock.memory.host_calls import populate
-from ramblock.memory.prealloc import preallocate
+from ramblock.hostmem import MemfdBacking, NumaBinding, NumaPolicy, backend, host_calls, prealloc
+from ramblock.hostmem.host_calls import populate
+from ramblock.hostmem.prealloc import preallocate
 from ramblock.units import GIB, KIB, MIB, TIB
 from require import require_hugetlb
 
@@ -117,7 +117,7 @@ def test_what_a_conversion_frees_is_free() -> None:
         assert block.allocated_bytes() == 12 * PAGE
 
 
-# -- when it fails ----------------------------------------------------------------------------------------------------
+# -- when it fails ---------------------------------------------------------------------------------
 
 
 class Stop(Exception):
@@ -205,7 +205,9 @@ def test_a_host_that_does_not_say_what_it_has_is_asked_by_trying(
 
 @pytest.fixture
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host of two nodes, of which node 0 has little left and the first pool of huge pages is empty."""
+    """
+    A host of two nodes, of which node 0 has little left and the first pool of huge pages is empty.
+    """
     monkeypatch.setattr(backend, "nodes_with_memory", lambda: frozenset({0, 1}))
     monkeypatch.setattr(backend, "available_on", lambda nodes: MIB if nodes == {0} else TIB)
     monkeypatch.setattr(NumaBinding, "check", lambda _: None)

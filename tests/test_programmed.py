@@ -1,4 +1,6 @@
-"""The run's side of a guest on a vCPU, against a guest in Python whose memory can be made to lie."""
+"""
+The run's side of a guest on a vCPU, against a guest in Python whose memory can be made to lie.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE
 
 
 class PythonGuest:
-    """What the guest program does, on two memories; the next words it reads or writes can go wrong."""
+    """
+    What the guest program does, on two memories.
+
+    The next words it reads or writes can go wrong.
+    """
 
     def __init__(self, memory: GuestMemory, block: RamBlock) -> None:
         self.memory = memory

@@ -16,8 +16,8 @@ from ramblock import (
     VirtioMem,
 )
 from ramblock.dma import SoftIommu
-from ramblock.memory import MemfdBacking, StandInPrivate
-from ramblock.memory.reclaim import Reclaimer
+from ramblock.hostmem import MemfdBacking, StandInPrivate
+from ramblock.guest.freeing import Reclaimer
 from ramblock.units import MIB
 from require import require_hugetlb
 
@@ -143,7 +143,8 @@ def test_what_is_used_again_is_not_freed_behind_the_guests_back(
 
 
 def test_the_same_through_sources_that_come_and_go(guest: Guest) -> None:
-    # Unplugged and not freed; then virtio-mem goes, and with it the reason why nobody used the pages.
+    # Unplugged and not freed; then virtio-mem goes, and with it the reason why nobody used the
+    # pages.
     device = VirtioMem(guest.block, PAGE)
     guest.memory.convert(0, 2 * PAGE, SHARED)
     device.plug(0, 2 * PAGE)
@@ -216,7 +217,7 @@ def test_unplugging_frees_both_sides_and_accounts_for_both(guest: Guest) -> None
     assert guest.private.allocated_bytes() == guest.allocated() == 0
 
 
-# -- the account itself -----------------------------------------------------------------------------------------------
+# -- the account itself ----------------------------------------------------------------------------
 
 
 class Memory:
@@ -254,7 +255,6 @@ class Memory:
         self.reclaimer.keep_used(first * PAGE, count * PAGE)
 
     def free(self, first: int, count: int) -> int:
-        self.reclaimer.expect(first * PAGE, count * PAGE)
         self.used -= pages(first * PAGE, count * PAGE)
         return self.reclaimer.free(first * PAGE, count * PAGE)
 
@@ -367,7 +367,7 @@ def test_only_whole_huge_pages_are_freed() -> None:
     assert memory.waiting == set()
 
 
-# -- huge pages for real ----------------------------------------------------------------------------------------------
+# -- huge pages for real ---------------------------------------------------------------------------
 
 
 @require_hugetlb

@@ -1,4 +1,7 @@
-"""The recordings in tests/data are what they are said to be: a probe's trace and QEMU's own one tell the same story."""
+"""
+The recordings in tests/data are what they are said to be: a probe's trace and QEMU's own one tell
+the same story.
+"""
 
 import gzip
 import json

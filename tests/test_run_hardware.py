@@ -1,4 +1,7 @@
-"""Real devices in a run, as far as they can be looked at without any: what is refused, and what their threads do."""
+"""
+Real devices in a run, as far as they can be looked at without any: what is refused, and what their
+threads do.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``ramblock run`` on devices of other processes: a probe, one that is killed, a server that nobody drives."""
+"""
+``ramblock run`` on devices of other processes: a probe, one that is killed, a server that nobody
+drives.
+"""
 
 import json
 import signal
@@ -35,7 +38,8 @@ def test_a_run_on_a_probe_is_clean_on_both_sides(
 
     assert (code, report["violations"]["count"]) == (0, 0)
     assert probe.record.clean, probe.record.violations
-    # Both counted the same calls; the probe sees those of the end, when everything is unmapped, as well.
+    # Both counted the same calls; the probe sees those of the end, when everything is unmapped, as
+    # well.
     assert probe.record.counts["map"] >= report["mappings"]["map_calls"] > 100
     assert probe.record.counts["map"] == probe.record.counts["unmap"]
     assert report["targets"]["iommu0"] == f"vfio-user server at {probe.path}, a ramblock probe"

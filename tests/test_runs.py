@@ -1,10 +1,13 @@
 from collections.abc import Iterator
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from doubles import PAGE, PageSource, PageSourceWithRanges, runs
-from ramblock.memory.runs import complement, intersect, merge_adjacent, populated_in
+from ramblock.discard.sources import joint_runs, populated_in
+from ramblock.errors import UsageError
+from ramblock.ranges import clip, complement, merge_adjacent
 
 COUNT = 24
 END = COUNT * PAGE
@@ -82,9 +85,8 @@ def test_intersection_of_several_sources(
     one: set[int], two: set[int], three: set[int], window: tuple[int, int]
 ) -> None:
     joint = iter((window,)) if window[0] < window[1] else iter(())
-    for source in (PageSource(one), PageSourceWithRanges(two), PageSource(three)):
-        joint = intersect(joint, source)
-    found = list(merge_adjacent(joint))
+    sources = (PageSource(one), PageSourceWithRanges(two), PageSource(three))
+    found = list(joint_runs(joint, sources))
     assert found == as_runs(inside(one & two & three, window))
 
 
@@ -104,8 +106,50 @@ def test_everything_is_lazy() -> None:
                 yield run
 
     source = Counting(range(0, COUNT, 2))
-    found = merge_adjacent(intersect(iter([(0, END)]), source))
+    found = joint_runs(iter([(0, END)]), (source,))
     assert asked == 0
     assert next(found) == (0, PAGE)
     # One more than was given out: whether it touches can only be told by looking at it.
     assert asked == 2
+
+
+@given(page_sets, windows)
+def test_clip(numbers: set[int], window: tuple[int, int]) -> None:
+    found = list(clip(iter(as_runs(numbers)), *window))
+    assert as_pages(found) == inside(numbers, window)
+    assert all(window[0] <= start < end <= window[1] for start, end in found)
+
+
+class Answering:
+    """A source whose answer is made up."""
+
+    granularity = PAGE
+
+    def __init__(self, *answers: tuple[int, int]) -> None:
+        self.answers = answers
+
+    def is_populated(self, offset: int, size: int) -> bool:
+        raise AssertionError("it has ranges")
+
+    def ranges(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
+        return iter(self.answers)
+
+
+def test_the_answer_of_a_source_is_clipped() -> None:
+    whole_granules = Answering((0, 4 * PAGE), (8 * PAGE, 4 * PAGE), (20 * PAGE, PAGE))
+    found = list(populated_in(whole_granules, 2 * PAGE, 9 * PAGE))
+    assert found == [(2 * PAGE, 4 * PAGE), (8 * PAGE, 9 * PAGE)]
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ((4 * PAGE, PAGE), (2 * PAGE, PAGE)),  # not ascending
+        ((2 * PAGE, 2 * PAGE), (3 * PAGE, PAGE)),  # overlapping
+        ((2 * PAGE, 0),),
+        ((2 * PAGE, -PAGE),),
+    ],
+)
+def test_an_answer_that_cannot_be_meant_is_refused(answers: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(UsageError, match="ascending|does not lie behind"):
+        list(populated_in(Answering(*answers), 0, END))

@@ -1,7 +1,8 @@
 """
 A guest of 16 TiB costs what is shared of it, not what it could share.
 
-No time is asserted here: what a conversion costs beside the size of the guest is measured in benchmarks/.
+No time is asserted here: what a conversion costs beside the size of the guest is measured in
+benchmarks/.
 """
 
 from __future__ import annotations
@@ -83,18 +84,24 @@ def test_sixteen_terabytes_with_one_gigabyte_shared_in_one_piece() -> None:
 
 
 def test_sixteen_terabytes_with_one_gigabyte_shared_in_fragments() -> None:
-    """16,384 pieces of 64 KiB, each second one of 2 GiB: what a guest's pools and rings look like."""
+    """
+    16,384 pieces of 64 KiB, each second one of 2 GiB: what a guest's pools and rings look like.
+    """
     guest = _guest(16384, 2 * GIB)
     assert guest["peak"] < 300 * MIB
     assert guest["runs"] == 16384
-    # One more page was converted beside the third piece: a mapping of its own then, and part of that run in a replay.
+    # One more page was converted beside the third piece: a mapping of its own then, and part of
+    # that run in a replay.
     assert guest["entries"] == 16385
     assert guest["late_entries"] == guest["late_calls"] == 16384
     assert guest["allocated"] == 0
 
 
 def test_sixteen_terabytes_with_one_gigabyte_shared_in_fragments_all_over() -> None:
-    """16,384 pieces of 64 KiB, one per GiB: what a guest can do on purpose costs bits, and those only where it does it."""
+    """
+    16,384 pieces of 64 KiB, one per GiB: what a guest can do on purpose costs bits, and those only
+    where it does it.
+    """
     guest = _guest(16384)
     assert guest["peak"] < 300 * MIB + 3 * 16384 * 8192, "at most the chunks of three bitmaps"
     assert guest["runs"] >= 16384

@@ -40,7 +40,7 @@ def refused(number: int) -> Iterator[pytest.ExceptionInfo[DmaError]]:
     assert caught.value.errno == number
 
 
-# -- its word ---------------------------------------------------------------------------------------------------------
+# -- its word --------------------------------------------------------------------------------------
 
 
 def test_what_it_says_it_can() -> None:
@@ -71,7 +71,7 @@ def test_a_limit_that_is_none(limit: int) -> None:
         SoftIommu(max_mappings=limit)
 
 
-# -- mapping ----------------------------------------------------------------------------------------------------------
+# -- mapping ---------------------------------------------------------------------------------------
 
 
 def test_mappings_are_listed_ascending(block: RamBlock) -> None:
@@ -176,7 +176,7 @@ def test_a_limit(block: RamBlock) -> None:
     iommu.map(0, host(block))
 
 
-# -- unmapping --------------------------------------------------------------------------------------------------------
+# -- unmapping -------------------------------------------------------------------------------------
 
 
 def test_a_cut_leaves_the_rest_where_it_was(block: RamBlock) -> None:
@@ -249,7 +249,7 @@ def test_close_unmaps_everything(block: RamBlock) -> None:
         iommu.read(0, 1)
 
 
-# -- accesses ---------------------------------------------------------------------------------------------------------
+# -- accesses --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [BackendKind.MEMFD, BackendKind.ANONYMOUS])
@@ -362,7 +362,11 @@ def test_fault_records_are_bounded_and_faults_counted() -> None:
 def test_an_unmap_returns_when_no_access_is_under_way(
     block: RamBlock, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """A device's access is stopped between translation and transfer; an unmap, and another access, have to wait."""
+    """
+    A device's access is stopped between translation and transfer.
+
+    An unmap, and another access, have to wait.
+    """
     iommu = SoftIommu()
     iommu.map(0, host(block, 0, 2))
     inside, go_on = threading.Event(), threading.Event()
@@ -432,7 +436,7 @@ def test_the_same_with_devices_that_never_stop(block: RamBlock) -> None:
     assert failures == []
 
 
-# -- against a naive model --------------------------------------------------------------------------------------------
+# -- against a naive model -------------------------------------------------------------------------
 
 
 def pages_in(model: list[tuple[int, int]]) -> int:

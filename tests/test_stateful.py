@@ -1,10 +1,11 @@
 """
 Everything at once, in any order, against sets of pages.
 
-Blocks come, go, are placed, converted and plugged; sources and listeners of third parties come, go and refuse; devices of
-every kind are attached and detached and do DMA. After each step every book there is has to say the same: the model, the
-page states, each target's table, each mapper's counters, what each listener holds, the VM's attributes, and the bytes in
-memory. A checker at the edges looks at each single call in between.
+Blocks come, go, are placed, converted and plugged; sources and listeners of third parties come, go
+and refuse; devices of every kind are attached and detached and do DMA. After each step every book
+there is has to say the same: the model, the page states, each target's table, each mapper's
+counters, what each listener holds, the VM's attributes, and the bytes in memory. A checker at the
+edges looks at each single call in between.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from doubles import (
     PAGE,
+    CoarseSource,
     Heard,
     PageSource,
     PageSourceWithRanges,
@@ -32,7 +34,7 @@ from ramblock import GuestMemory, Mapper, MappingPolicy, PageState, RamBlock, Ra
 from ramblock.dma import SoftIommu
 from ramblock.dma.vfio_user import Capabilities
 from ramblock.errors import ConversionError, IommuFault, MappingLimitError, UsageError
-from ramblock.memory import MemfdBacking, StandInPrivate
+from ramblock.hostmem import MemfdBacking, PrivateBacking, StandInPrivate
 from ramblock.testing import (
     GuestChecker,
     GuestModel,
@@ -46,7 +48,6 @@ from vfio_user_server import RemoteIommu
 SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE
 COUNT = 8
 SIZE = COUNT * PAGE
-UNIT = 2 * PAGE
 CONFIDENTIAL = ("low", "high", "hotplug")
 NAMES = (*CONFIDENTIAL, "ordinary")
 MOST = 3  # listeners, targets, sources: enough to be several
@@ -59,6 +60,9 @@ PLACES = [
     ModelSection(block="high", offset=0, size=SIZE, gpa=SIZE),
     ModelSection(block="high", offset=2 * PAGE, size=4 * PAGE, gpa=SIZE),
     ModelSection(block="hotplug", offset=0, size=SIZE, gpa=3 * SIZE),
+    # Whose borders cut blocks of a virtio-mem device, and granules of other people's sources.
+    ModelSection(block="hotplug", offset=PAGE, size=5 * PAGE, gpa=3 * SIZE),
+    ModelSection(block="hotplug", offset=3 * PAGE, size=2 * PAGE, gpa=3 * SIZE),
     ModelSection(block="ordinary", offset=0, size=SIZE, gpa=2 * SIZE),
     ModelSection(block="ordinary", offset=PAGE, size=2 * PAGE, gpa=5 * SIZE),
 ]
@@ -85,7 +89,10 @@ class Listening(NamedTuple):
 
 @dataclass
 class Refusal:
-    """Which call, of all listeners together, is refused next: once, so that what is put back can be put back."""
+    """
+    Which call, of all listeners together, is refused next: once, so that what is put back can be
+    put back.
+    """
 
     calls_until: int | None = None
     happened: bool = False
@@ -107,6 +114,8 @@ class Edge:
     """None for ordinary RAM, and in place."""
     in_place: SimulatedInPlace | None = None
     device: VirtioMem | None = None
+    removed: VirtioMem | None = None
+    """A device that was taken out, and may come back."""
     sources: dict[int, PageSource] = field(default_factory=dict)
 
 
@@ -120,7 +129,10 @@ class EverythingAgrees(RuleBasedStateMachine):
     def start(
         self, kinds: list[TargetKind], empty: bool, plugged: bool, in_place: set[str]
     ) -> None:
-        """Begin with a guest that runs, most of the time: what is interesting happens to a guest that does."""
+        """
+        Begin with a guest that runs, most of the time: what is interesting happens to a guest that
+        does.
+        """
         self.checker = GuestChecker()
         self.vm = self.checker.vm()
         self.memory = GuestMemory(self.vm)
@@ -130,8 +142,8 @@ class EverythingAgrees(RuleBasedStateMachine):
         self.iommus: list[SoftIommu | RemoteIommu] = []
         self.listening: list[Listening] = []
         self.refusal = Refusal()
-        #: By block and page, the first byte of the shared side where it is not zero; None where a page is private and
-        #: was not freed, which a later conversion around it may do.
+        #: By block and page, the first byte of the shared side where it is not zero; None where a
+        #: page is private and was not freed, which a later conversion around it may do.
         self.bytes: dict[str, dict[int, int | None]] = {}
         self.next_byte = 1
         self.in_place = in_place
@@ -143,7 +155,7 @@ class EverythingAgrees(RuleBasedStateMachine):
             for kind in kinds:
                 self.attach(kind)
         if plugged:
-            self.add_virtio_mem(None)
+            self.add_virtio_mem(2, None)
             self.plug_or_unplug("plug", (0, SIZE), None)
 
     def _create(self, name: str) -> None:
@@ -175,10 +187,14 @@ class EverythingAgrees(RuleBasedStateMachine):
             assert all(attached.iommu.mappings() == [] for attached in self.attached)
             self.checker.verify()
 
-    # -- what may go wrong --------------------------------------------------------------------------------------------
+    # -- what may go wrong -------------------------------------------------------------------------
 
     def _attempt(self, call: Callable[[], object], refuse_at: int | None) -> bool:
-        """Make a call that may only fail because a listener refuses or a budget is too small; tell whether it worked."""
+        """
+        Make a call that may only fail because a listener refuses or a budget is too small.
+
+        Tell whether it worked.
+        """
         self.refusal = Refusal(refuse_at)
         try:
             call()
@@ -215,7 +231,7 @@ class EverythingAgrees(RuleBasedStateMachine):
             with pytest.raises(UsageError):
                 yield
 
-    # -- blocks and sections ------------------------------------------------------------------------------------------
+    # -- blocks and sections -----------------------------------------------------------------------
 
     @rule(place=st.sampled_from(PLACES))
     def map(self, place: ModelSection) -> None:
@@ -263,7 +279,7 @@ class EverythingAgrees(RuleBasedStateMachine):
         self.checker.private_memory.difference_update(addresses)
         self._create(name)
 
-    # -- states -------------------------------------------------------------------------------------------------------
+    # -- states ------------------------------------------------------------------------------------
 
     # More rules than one, so that most steps are conversions.
     @rule(where=page_ranges(2 * SIZE), to=page_states())
@@ -330,7 +346,8 @@ class EverythingAgrees(RuleBasedStateMachine):
         if self._attempt(call, refuse_at):
             self.model.convert(*where, to)
             if to is PRIVATE:
-                # Only where something changed was anything freed, and there all of it that is not shared any more.
+                # Only where something changed was anything freed, and there all of it that is not
+                # shared any more.
                 for gpa in changing:
                     name, offset = self.model._at(gpa)
                     if name not in self.in_place:
@@ -345,7 +362,10 @@ class EverythingAgrees(RuleBasedStateMachine):
     def state_change(
         self, name: str, where: tuple[int, int], to: PageState, refuse_at: int | None
     ) -> None:
-        """Change the states the way a VMM without ``convert`` would: with the attributes, in the right order."""
+        """
+        Change the states the way a VMM without ``convert`` would: with the attributes, in the right
+        order.
+        """
         attributes = self.edges[name].block.attributes
         assert attributes is not None
         changing = {
@@ -381,15 +401,15 @@ class EverythingAgrees(RuleBasedStateMachine):
         if worked is (to is PRIVATE):
             set_attributes(True)
 
-    # -- virtio-mem ---------------------------------------------------------------------------------------------------
+    # -- virtio-mem --------------------------------------------------------------------------------
 
-    @rule(refuse_at=st.none() | st.integers(0, 4))
+    @rule(unit=st.sampled_from([1, 2, 4, 8]), refuse_at=st.none() | st.integers(0, 4))
     @precondition(lambda self: self.edges["hotplug"].device is None)
-    def add_virtio_mem(self, refuse_at: int | None) -> None:
+    def add_virtio_mem(self, unit: int, refuse_at: int | None) -> None:
         edge = self.edges["hotplug"]
 
         def call() -> None:
-            edge.device = VirtioMem(edge.block, UNIT)
+            edge.device = VirtioMem(edge.block, unit * PAGE)
 
         if self._attempt(call, refuse_at):
             self.model.add_virtio_mem("hotplug")
@@ -403,17 +423,40 @@ class EverythingAgrees(RuleBasedStateMachine):
         assert device is not None
         if self._attempt(lambda: edge.block.discard_manager.remove_source(device), refuse_at):
             edge.device = None
+            edge.removed = device
             self.model.blocks["hotplug"].plugged = None
+
+    @rule(refuse_at=st.none() | st.integers(0, 4))
+    @precondition(lambda self: self.edges["hotplug"].removed is not None)
+    @precondition(lambda self: self.edges["hotplug"].device is None)
+    def virtio_mem_comes_back(self, refuse_at: int | None) -> None:
+        """It keeps what was plugged; the rest, which the guest could use meanwhile, is freed."""
+        edge = self.edges["hotplug"]
+        device = edge.removed
+        assert device is not None
+        if self._attempt(lambda: edge.block.discard_manager.add_source(device), refuse_at):
+            edge.device, edge.removed = device, None
+            plugged = {
+                page
+                for offset, size in device.ranges(0, SIZE)
+                for page in range(offset, offset + size, PAGE)
+            }
+            self.model.blocks["hotplug"].plugged = plugged
+            for page in set(range(COUNT)) - {page // PAGE for page in plugged}:
+                self.bytes["hotplug"].pop(page, None)
 
     @rule(
         verb=st.sampled_from(["plug", "unplug"]),
-        where=page_ranges(SIZE, granularity=UNIT),
+        where=inside,
         refuse_at=st.none() | st.integers(0, 4),
     )
     @precondition(lambda self: self.edges["hotplug"].device is not None)
     def plug_or_unplug(self, verb: str, where: tuple[int, int], refuse_at: int | None) -> None:
         device = self.edges["hotplug"].device
         assert device is not None
+        unit = device.block_size
+        start, end = where[0] // unit * unit, -(-sum(where) // unit) * unit
+        where = start, end - start
         plugged = self.model.blocks["hotplug"].plugged
         assert plugged is not None
         touched = set(range(where[0], sum(where), PAGE))
@@ -438,12 +481,13 @@ class EverythingAgrees(RuleBasedStateMachine):
                 self.bytes["hotplug"].clear()
             plugged.clear()
 
-    # -- other people's sources ---------------------------------------------------------------------------------------
+    # -- other people's sources --------------------------------------------------------------------
 
     @rule(
         name=names,
         key=index,
-        kind=st.sampled_from([PageSource, PageSourceWithRanges]),
+        kind=st.sampled_from([PageSource, PageSourceWithRanges, CoarseSource]),
+        granule=st.sampled_from([1, 2, 4, 8]),
         withheld=st.sets(st.integers(0, COUNT - 1), max_size=COUNT // 2),
         refuse_at=st.none() | st.integers(0, 4),
     )
@@ -452,13 +496,19 @@ class EverythingAgrees(RuleBasedStateMachine):
         name: str,
         key: int,
         kind: type[PageSource],
+        granule: int,
         withheld: set[int],
         refuse_at: int | None,
     ) -> None:
         edge = self.edges[name]
         if key in edge.sources:
             return
-        source = kind(set(range(COUNT)) - withheld)
+        withheld = {
+            page + more
+            for page in (number // granule * granule for number in withheld)
+            for more in range(granule)
+        }
+        source = kind(set(range(COUNT)) - withheld, granularity=granule * PAGE)
         if self._attempt(lambda: edge.block.discard_manager.add_source(source), refuse_at):
             edge.sources[key] = source
             self._tell_model(name, key)
@@ -487,12 +537,14 @@ class EverythingAgrees(RuleBasedStateMachine):
     @precondition(lambda self: any(edge.sources for edge in self.edges.values()))
     def a_source_changes(self, which: int, where: tuple[int, int], refuse_at: int | None) -> None:
         name, key, source = self._some_source(which)
-        # A source says what it changed, and only that: as much of the range as is like its first page.
-        first = where[0] // PAGE
+        # A source says what it changed, and only that: as much of the range as is like its first
+        # page.
+        unit = source.granularity // PAGE
+        first = where[0] // PAGE // unit * unit
         populates = first not in source.populated
         end = first
-        while end < sum(where) // PAGE and (end in source.populated) is not populates:
-            end += 1
+        while end * PAGE < sum(where) and (end in source.populated) is not populates:
+            end += unit
         before = source.populated.copy()
         source.populated ^= set(range(first, end))
         manager = self.edges[name].block.discard_manager
@@ -502,7 +554,7 @@ class EverythingAgrees(RuleBasedStateMachine):
         else:
             source.populated = before
 
-    # -- listeners ----------------------------------------------------------------------------------------------------
+    # -- listeners ---------------------------------------------------------------------------------
 
     @rule(name=names, where=inside, sparse=st.booleans(), refuse_at=st.none() | st.integers(0, 2))
     @precondition(lambda self: len(self.listening) < MOST)
@@ -529,7 +581,46 @@ class EverythingAgrees(RuleBasedStateMachine):
             self.listening.remove(listening)
             assert (listening.listener.held, listening.listener.wrong) == (set(), [])
 
-    # -- devices ------------------------------------------------------------------------------------------------------
+    # -- a reboot ----------------------------------------------------------------------------------
+
+    @rule(refuse_at=st.none() | st.integers(0, 4), new_vm=st.booleans(), new_sides=st.booleans())
+    def reset(self, refuse_at: int | None, new_vm: bool, new_sides: bool) -> None:
+        """Of the old guest's confidential memory nothing is left, on either side."""
+        private: dict[RamBlock, PrivateBacking] = {}
+        made: dict[str, StandInPrivate] = {}
+        placed = {section.block for section in self.model.sections}
+        for name in sorted(placed & set(CONFIDENTIAL) - self.in_place) if new_sides else ():
+            edge = self.edges[name]
+            assert edge.private is not None
+            edge.private.write(0, b"old")
+            made[name] = StandInPrivate(name, SIZE)
+            watched = self.checker.private(made[name])
+            watched.block = edge.block
+            private[edge.block] = watched
+        vm = self.checker.vm() if new_vm else None
+        self.checker.resetting = True
+        worked = self._attempt(lambda: self.memory.reset(vm, private), refuse_at)
+        self.checker.resetting = False
+        if not worked:
+            for backing in made.values():
+                backing.close()
+            return
+        self.vm = self.vm if vm is None else vm
+        for name, backing in made.items():
+            edge = self.edges[name]
+            assert edge.private is not None
+            assert edge.private.allocated_bytes() == 0
+            edge.private.close()
+            edge.private = backing
+        for name in placed:
+            if name in CONFIDENTIAL or self.model.blocks[name].plugged is not None:
+                self.bytes[name].clear()
+            if name in CONFIDENTIAL:
+                self.model.blocks[name].shared.clear()
+            if self.model.blocks[name].plugged is not None:
+                self.model.blocks[name].plugged = set()
+
+    # -- devices -----------------------------------------------------------------------------------
 
     def make(self, kind: TargetKind) -> SoftIommu | RemoteIommu:
         return kind.make()
@@ -578,7 +669,7 @@ class EverythingAgrees(RuleBasedStateMachine):
             with pytest.raises(IommuFault):
                 iommu.write(where[0], b"x" * where[1])
 
-    # -- what has to be true after each step --------------------------------------------------------------------------
+    # -- what has to be true after each step -------------------------------------------------------
 
     @invariant()
     def every_target_maps_what_is_populated(self) -> None:

@@ -1,4 +1,7 @@
-"""The software IOMMU beside the naive model that the kernel's targets are compared with in tests/vfio and in the lab."""
+"""
+The software IOMMU beside the naive model that the kernel's targets are compared with in tests/vfio
+and in the lab.
+"""
 
 from functools import partial
 

@@ -1,7 +1,9 @@
 """
-Eight threads convert and four do DMA over a small range, with the interpreter switching as often as it can.
+Eight threads convert and four do DMA over a small range, with the interpreter switching as often as
+it can.
 
-A checker inside the target and the attribute setter looks at each call; a watchdog says if anybody waits forever.
+A checker inside the target and the attribute setter looks at each call; a watchdog says if anybody
+waits forever.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from ramblock import GuestMemory, PageState, RamBlock
 from ramblock.dma import DmaCapabilities, HostRange, SoftIommu
 from ramblock.errors import IommuFault
 from ramblock.events import StateChanged
-from ramblock.memory import MemfdBacking, StandInPrivate
+from ramblock.hostmem import MemfdBacking, StandInPrivate
 from ramblock.units import PAGE_SIZE
 from vfio_user_server import RemoteIommu
 
@@ -203,7 +205,8 @@ def test_conversions_and_dma_on_many_threads() -> None:
         touched = set(range(gpa, gpa + event.size, P))
         replayed = replayed | touched if event.after == "shared" else replayed - touched
     assert replayed == shared
-    # No write of a device arrived after the memory was freed, and nothing that is private was forgotten.
+    # No write of a device arrived after the memory was freed, and nothing that is private was
+    # forgotten.
     for page in set(range(0, _PAGES * P, P)) - shared:
         assert blocks[page // half].read(page % half, P) == bytes(P)
     for block in blocks:

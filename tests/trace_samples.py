@@ -89,7 +89,10 @@ ramblock-vfio unmap 4000 77 78 0x0 0x0 0x400000 0 qemu kvm
 
 
 def sample(name: str, lines: int | None = None) -> bytes:
-    """Return a trace of each format: real ones, but for bpftrace's, and the binary one, which is made from QEMU's text."""
+    """
+    Return a trace of each format: real ones, but for bpftrace's, and the binary one, which is made
+    from QEMU's text.
+    """
     if name == "bpftrace":
         return _BPFTRACE
     if name == "simpletrace":

@@ -1,9 +1,11 @@
 """
-Compares a module of ``ramblock.uapi`` with the header it is named for, by a C program made from the module.
+Compares a module of ``ramblock.uapi`` with the header it is named for, by a C program made from the
+module.
 
-What is compared: each public integer and each member of an enumeration, under its own name, which is the C name; each
-structure or union with ``C_NAME``: its size, and offset and size of each member. ``C_FIELDS`` has the C name of a member whose Python
-name differs. A member of a type without ``C_NAME``, which has no name in C either, is compared member by member.
+What is compared: each public integer and each member of an enumeration, under its own name, which
+is the C name; each structure or union with ``C_NAME``: its size, and offset and size of each
+member. ``C_FIELDS`` has the C name of a member whose Python name differs. A member of a type
+without ``C_NAME``, which has no name in C either, is compared member by member.
 """
 
 import ctypes

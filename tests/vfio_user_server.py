@@ -1,8 +1,9 @@
 """
-A small vfio-user server for tests of the client: keeps windows as libvfio-user does, and misbehaves on request.
+A small vfio-user server for tests of the client: keeps windows as libvfio-user does, and misbehaves
+on request.
 
-It runs on a thread of its own on the other end of a socket pair. Memory that came without a descriptor it reads and writes
-by message, from that thread.
+It runs on a thread of its own on the other end of a socket pair. Memory that came without a
+descriptor it reads and writes by message, from that thread.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from ramblock.dma import DmaCapabilities, HostRange
-from ramblock.dma.mapping_table import Mapping
+from ramblock.dma.soft import Mapping
 from ramblock.dma.vfio_user import (
     OWN_CAPABILITIES,
     Capabilities,
@@ -64,7 +65,8 @@ __all__ = ["RemoteIommu", "Server", "Window", "served"]
 #: Bytes of region 0.
 REGION_SIZE = 0x1000
 
-#: Looks at a request before the server does: the answer to give instead, an errno, or None to go on as usual.
+#: Looks at a request before the server does: the answer to give instead, an errno, or None to go on
+#: as usual.
 Hook = Callable[["Server", Request], Message | int | Outgoing | None]
 
 
@@ -107,7 +109,7 @@ class Server:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    # -- other threads --------------------------------------------------------------------------------------------
+    # -- other threads -----------------------------------------------------------------------------
 
     def ask(self, message: Message) -> Message | ErrorReply:
         """Have the client asked, and wait for its answer."""
@@ -130,7 +132,7 @@ class Server:
             os.close(self._bell)
         self._bell = -1
 
-    # -- its thread -----------------------------------------------------------------------------------------------
+    # -- its thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
@@ -227,7 +229,7 @@ class Server:
             )
         return DmaMapReply()
 
-    # -- its device ------------------------------------------------------------------------------------------------
+    # -- its device --------------------------------------------------------------------------------
 
     def read(self, iova: int, size: int) -> bytes:
         with self._lock:
@@ -253,7 +255,11 @@ class Server:
             raise IommuFault(os.strerror(answer.errno), iova=iova, size=len(data), write=True)
 
     def _find(self, iova: int, size: int, *, write: bool) -> list[tuple[int, int, int]] | None:
-        """Where the bytes are, as (descriptor, offset, size); None: some window has no descriptor."""
+        """
+        Where the bytes are, as (descriptor, offset, size).
+
+        None: some window has no descriptor.
+        """
         parts, position, end = [], iova, iova + size
         by_message = False
         for start, window in sorted(self.windows.items()):
@@ -269,7 +275,10 @@ class Server:
 
 
 class RemoteIommu:
-    """A server and the target that drives it, with the face of a SoftIommu, so that the same tests can run on both."""
+    """
+    A server and the target that drives it, with the face of a SoftIommu, so that the same tests can
+    run on both.
+    """
 
     def __init__(
         self,

@@ -4,8 +4,9 @@ Break the core on purpose, one line at a time, and see that the tests notice.
 
     python tools/mutants.py [NAME ...]
 
-Each mutant is a textual change in a copy of ``src/``; the tests that should kill it run against the copy. Exit code 1 if one
-survives, or if the text to change is not in the source any more (then the list here has to follow the code).
+Each mutant is a textual change in a copy of ``src/``; the tests that should kill it run against the
+copy. Exit code 1 if one survives, or if the text to change is not in the source any more (then the
+list here has to follow the code).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
-    # -- order --------------------------------------------------------------------------------------
+    # -- order -------------------------------------------------------------------------------------
     Mutant(
         "to private: attribute before unmap",
         "guest/conversion.py",
@@ -89,7 +90,7 @@ MUTANTS = [
         '    Step("attribute", PlacedSection.set_attributes, PlacedSection.unset_attributes),\n',
         (GUEST, INJECTION),
     ),
-    # -- in place -----------------------------------------------------------------------------------
+    # -- in place ----------------------------------------------------------------------------------
     Mutant(
         "in place, to private: attribute before unmap",
         "guest/conversion.py",
@@ -121,7 +122,8 @@ MUTANTS = [
     Mutant(
         "in place, unplugging frees nothing",
         "memory/sides.py",
-        "            self.both = Side(Reclaimer(name, size, unit, shared.discard, self._plugged))\n",
+        "            self.both = Side(Reclaimer(name, size, unit, shared.discard,"
+        " self._plugged))\n",
         "            self.both = Side()\n",
         (IN_PLACE, INJECTION),
     ),
@@ -170,11 +172,13 @@ MUTANTS = [
     Mutant(
         "in place, unmapping makes all shared",
         "guest/page_attributes.py",
-        "    if section.block.in_place is None:\n        set_attribute(vm, section, section.offset, section.size, private=MAKE_SHARED)\n",
-        "    if True:\n        set_attribute(vm, section, section.offset, section.size, private=MAKE_SHARED)\n",
+        "    if section.block.in_place is None:\n        set_attribute(vm, section, section.offset,"
+        " section.size, private=MAKE_SHARED)\n",
+        "    if True:\n        set_attribute(vm, section, section.offset, section.size,"
+        " private=MAKE_SHARED)\n",
         (IN_PLACE,),
     ),
-    # -- closing ------------------------------------------------------------------------------------
+    # -- closing -----------------------------------------------------------------------------------
     Mutant(
         "closing goes on by force after Ctrl-C",
         "guest/memory.py",
@@ -189,7 +193,7 @@ MUTANTS = [
         "",
         (BLOCK,),
     ),
-    # -- undo ---------------------------------------------------------------------------------------
+    # -- undo --------------------------------------------------------------------------------------
     Mutant(
         "undo of unmap and map left out",
         "guest/conversion.py",
@@ -253,7 +257,7 @@ MUTANTS = [
         "    except Exception as cause:\n",
         (INJECTION, INTERRUPTS),
     ),
-    # -- telling listeners --------------------------------------------------------------------------
+    # -- telling listeners -------------------------------------------------------------------------
     Mutant(
         "an interrupted listener counts as one that refused",
         "memory/notification.py",
@@ -282,7 +286,7 @@ MUTANTS = [
         "        if not registration.sparse:\n",
         (INJECTION, MANAGER, GUEST),
     ),
-    # -- the mapper ---------------------------------------------------------------------------------
+    # -- the mapper --------------------------------------------------------------------------------
     Mutant(
         "a short unmap believed",
         "dma/mapper.py",
@@ -301,7 +305,8 @@ MUTANTS = [
         "no second witness",
         "dma/mapper.py",
         "        if removed:\n            return f",
-        "        if not removed:\n            return None\n        if removed:\n            return f",
+        "        if not removed:\n            return None\n        if removed:\n            return"
+        " f",
         (INJECTION,),
     ),
     Mutant(
@@ -339,7 +344,7 @@ MUTANTS = [
         "        if True:\n",
         (MAPPER, INJECTION),
     ),
-    # -- lock and poison ----------------------------------------------------------------------------
+    # -- lock and poison ---------------------------------------------------------------------------
     Mutant(
         "the lock removed",
         "memory/guard.py",
@@ -368,7 +373,7 @@ MUTANTS = [
         '        str(\n            f"{describe_range(section.gpa',
         ("tests/test_attachment.py", MAPPER, BLOCK),
     ),
-    # -- freeing ------------------------------------------------------------------------------------
+    # -- freeing -----------------------------------------------------------------------------------
     Mutant(
         "a failed free forgotten",
         "memory/reclaim.py",
@@ -383,7 +388,7 @@ MUTANTS = [
         "        for first, last in ():\n",
         (RECLAIM,),
     ),
-    # -- the software IOMMU -------------------------------------------------------------------------
+    # -- the software IOMMU ------------------------------------------------------------------------
     Mutant(
         "an access does not hold off an unmap",
         "dma/soft.py",

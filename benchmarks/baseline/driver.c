@@ -9,12 +9,16 @@
  *     requests: start, end, flags (bit 0: to shared, bit 1: timed)
  *     windows:  start, end
  *
+ * Times are CPU times of this thread. Timed requests of one direction that follow each other are a
+ * group with one reading of the clock before and one after it: the clock is a system call and costs
+ * more than a small request.
+ *
  * Afterwards everything that is shared is told to a new listener REPLAYS times, as when a device is plugged. On stdout,
  * one fact per line:
- *     clock NS               what reading the clock costs (median)
+ *     clock NS               what reading the clock costs (best decile, as all that is reported)
  *     calls MAPS UNMAPS      for the requests
  *     run START END          what is shared inside the windows at the end
- *     time NS                one per timed request, in order
+ *     time NS COUNT          one per timed group, in order, and how many requests it had
  *     replay NS              one per replay
  */
 #include <errno.h>
@@ -41,6 +45,10 @@ struct header {
 
 struct request {
 	uint64_t start, end, flags;
+};
+
+struct time {
+	uint64_t elapsed, count;
 };
 
 struct window {
@@ -100,7 +108,7 @@ static uint64_t now(void)
 {
 	struct timespec time;
 
-	clock_gettime(CLOCK_MONOTONIC, &time);
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
 	return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
 }
 
@@ -121,7 +129,7 @@ static uint64_t clock_cost(void)
 		samples[index] = now() - before;
 	}
 	qsort(samples, CLOCK_SAMPLES, sizeof(samples[0]), by_value);
-	return samples[CLOCK_SAMPLES / 2];
+	return samples[CLOCK_SAMPLES / 10];
 }
 
 /* -- the program ------------------------------------------------------------------------------------------------- */
@@ -152,6 +160,18 @@ static void replay(const struct tracker *tracker, uint64_t pages, struct listene
 	}
 }
 
+/* Makes the requests at the beginning that are one group; returns how many they were. */
+static uint64_t change_group(struct tracker *tracker, const struct request *requests, uint64_t count)
+{
+	uint64_t index = 0, flags = requests[0].flags;
+
+	do {
+		tracker_change(tracker, requests[index].start, requests[index].end, flags & TO_SHARED);
+		index++;
+	} while (index < count && requests[index].flags == flags);
+	return index;
+}
+
 int main(int argc, char **argv)
 {
 	if (argc != 4) {
@@ -168,22 +188,23 @@ int main(int argc, char **argv)
 		.unmap = system_call ? syscall_unmap : count_unmap,
 	};
 	struct tracker *tracker = tracker_new(header->pages, &listener);
-	uint64_t *times = calloc(header->requests + 1, sizeof(uint64_t));
+	struct time *times = calloc(header->requests + 1, sizeof(*times));
 
 	if (times == NULL)
 		die("calloc");
-	for (uint64_t index = 0; index < header->requests; index++) {
-		struct request request = requests[index];
+	for (uint64_t index = 0; index < header->requests;) {
+		bool is_timed = requests[index].flags & TIMED;
 		uint64_t before = now();
+		uint64_t count = change_group(tracker, requests + index, header->requests - index);
 
-		tracker_change(tracker, request.start, request.end, request.flags & TO_SHARED);
-		if (request.flags & TIMED)
-			times[timed++] = now() - before;
+		if (is_timed)
+			times[timed++] = (struct time){now() - before, count};
+		index += count;
 	}
 	printf("clock %" PRIu64 "\n", clock_cost());
 	printf("calls %" PRIu64 " %" PRIu64 "\n", listener.maps, listener.unmaps);
 	for (uint64_t index = 0; index < timed; index++)
-		printf("time %" PRIu64 "\n", times[index]);
+		printf("time %" PRIu64 " %" PRIu64 "\n", times[index].elapsed, times[index].count);
 	for (uint64_t index = 0; index < replays; index++) {
 		uint64_t before = now();
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured, one module per question. Each has ``run(context)``, which yields the rows of its table."""
+"""The questions, one per module. Each has ``run(context)``, which yields the rows of its table."""

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The whole conversion, ``GuestMemory.convert``: with no, one and four targets, and with memory that is really freed.
+``GuestMemory.convert``: with no to four targets, and with memory that is really freed.
 
-The targets of the first table map nothing. The second is about the backings: the side that is no longer used was written
-to, so freeing it costs what it costs the kernel, which is measured beside it.
+The targets of the first table map nothing. The second is about the backings: the side that is no
+longer used was written to, so freeing it costs what it costs the kernel, which is measured beside
+it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Protocol, cast
 
 from harness.context import Context
-from harness.measure import Row, Summary, timed
-from harness.ours import OURS, IdleTarget, confidential_block
-from ramblock import GuestMemory, PageState
+from harness.loop import DIRECTIONS, ConvertLoop, spread_places
+from harness.measure import timed
+from harness.ours import OURS, confidential_block, confidential_guest
+from harness.rows import Row, Samples
+from ramblock import GuestMemory, PageState, RamBlock
 from ramblock.dma import SoftIommu
-from ramblock.memory import StandInPrivate
 from ramblock.units import GIB, KIB, MIB, format_size
 
 __all__ = ["FREEING_CASE", "TARGETS_CASE", "run"]
@@ -25,7 +29,7 @@ FREEING_CASE = "convert with one software IOMMU, memory really freed"
 
 KERNEL = "the kernel alone"
 
-_TARGETS = {"no target": 0, "1 target": 1, "4 targets": 4}
+_TARGETS = {"no target": 0, "1 target": 1, "2 targets": 2, "4 targets": 4}
 
 
 def run(context: Context) -> Iterator[Row]:
@@ -42,55 +46,52 @@ def run(context: Context) -> Iterator[Row]:
 
 
 def _targets(context: Context, size: int) -> Iterator[Row]:
-    to_shared: dict[str, list[float]] = {}
-    to_private: dict[str, list[float]] = {}
-    for _ in range(context.rounds):
+    samples = [Samples() for _ in DIRECTIONS]
+    with ExitStack() as stack:
+        loops = {}
         for name, count in _TARGETS.items():
-            with confidential_block(64 * GIB) as block:
-                memory = GuestMemory()
-                memory.map(block, 0)
-                for _ in range(count):
-                    memory.attach(IdleTarget())
-                for _ in range(50):
-                    for to, times in (
-                        (PageState.SHARED, to_shared),
-                        (PageState.PRIVATE, to_private),
-                    ):
-                        times.setdefault(name, []).append(timed(memory.convert, 0, size, to))
-    yield from _both(TARGETS_CASE, size, to_shared, to_private)
+            memory = stack.enter_context(confidential_guest(64 * GIB, count))
+            loops[name] = ConvertLoop(memory, spread_places(size), size)
+            loops[name].turn(1)
+        for _ in range(context.choose(60, 300)):
+            for name, loop in loops.items():
+                loop.turn_into(samples, name, 2)
+    yield from _both(TARGETS_CASE, size, samples)
 
 
-def _freeing(size: int, samples: int) -> Iterator[Row]:
-    to_shared: dict[str, list[float]] = {OURS: [], KERNEL: []}
-    to_private: dict[str, list[float]] = {OURS: [], KERNEL: []}
+def _freeing(size: int, count: int) -> Iterator[Row]:
+    samples = [Samples() for _ in DIRECTIONS]
     data = b"\xa5" * size
-    with confidential_block(size) as block:
+    with confidential_block(size) as block, confidential_block(size) as compared:
         memory = GuestMemory()
         memory.map(block, 0)
         memory.attach(SoftIommu())
-        private = block.private
-        assert isinstance(private, StandInPrivate)
-        other = StandInPrivate("compared", size)
-        for _ in range(samples):
+        private, other = _stand_in(block), _stand_in(compared)
+        for _ in range(count):
             private.write(0, data)
-            to_shared[OURS].append(timed(memory.convert, 0, size, PageState.SHARED))
+            samples[0].add(OURS, [timed(memory.convert, 0, size, PageState.SHARED)])
             assert private.allocated_bytes() == 0
             block.write(0, data)
-            to_private[OURS].append(timed(memory.convert, 0, size, PageState.PRIVATE))
+            samples[1].add(OURS, [timed(memory.convert, 0, size, PageState.PRIVATE)])
             assert block.allocated_bytes() == 0
-            for times in (to_shared, to_private):
+            for entry in samples:
                 other.write(0, data)
-                times[KERNEL].append(timed(other.discard, 0, size))
-        other.close()
-    yield from _both(FREEING_CASE, size, to_shared, to_private)
+                entry.add(KERNEL, [timed(other.discard, 0, size)])
+    yield from _both(FREEING_CASE, size, samples)
 
 
-def _both(
-    case: str, size: int, to_shared: dict[str, list[float]], to_private: dict[str, list[float]]
-) -> Iterator[Row]:
-    for to, times in (("shared", to_shared), ("private", to_private)):
-        yield Row(
-            case=case,
-            parameters={"size": format_size(size), "to": to},
-            results={name: Summary.of(samples) for name, samples in times.items()},
-        )
+class _StandIn(Protocol):
+    """The private side of a block, on a host without KVM: its bytes can be written from here."""
+
+    def write(self, offset: int, data: bytes) -> None: ...
+    def discard(self, offset: int, size: int) -> None: ...
+    def allocated_bytes(self) -> int: ...
+
+
+def _stand_in(block: RamBlock) -> _StandIn:
+    return cast(_StandIn, block.private)
+
+
+def _both(case: str, size: int, samples: list[Samples]) -> Iterator[Row]:
+    for to, entry in zip(DIRECTIONS, samples, strict=True):
+        yield entry.row(case, {"size": format_size(size), "to": to.value})

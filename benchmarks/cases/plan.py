@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ramblock plan``: guests per second by formula, on one core, and conversions per second in a simulation."""
+"""``ramblock plan``: guests per second by formula, conversions per second in a simulation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from time import perf_counter_ns
+from time import thread_time_ns
 
 from harness.context import Context
-from harness.measure import Row, Summary
+from harness.rows import Row, Samples
 from ramblock.plan import Guest, Limits, Profile, Sweep, simulate
 from ramblock.units import GIB, MIB
 
@@ -32,34 +32,32 @@ def _sweep(guests: int) -> Row:
     base = Guest(memory=GIB, devices=(Profile.GPU_CC, Profile.NIC))
     sweep = Sweep(guest=base, limits=Limits(), axes=(("memory", values),))
     points = list(sweep.points())
-    rates = []
+    samples = Samples()
     for first in range(0, guests, _CHUNK):
-        before = perf_counter_ns()
+        before = thread_time_ns()
         rows = sweep.rows(first, points[first : first + _CHUNK])
-        rates.append(_CHUNK * _SECOND / (perf_counter_ns() - before))
+        samples.add(_PLAN, [_CHUNK * _SECOND / (thread_time_ns() - before)])
         if len(rows) != 10 * _CHUNK:
             raise RuntimeError(f"{len(rows)} rows for {_CHUNK} guests")
-    return Row(
-        case=CASE,
-        parameters={"what": "guests by formula", "size": f"{guests:,} guests, 10 rows each"},
-        results={_PLAN: Summary.of(rates)},
+    return samples.row(
+        CASE,
+        {"what": "guests by formula", "size": f"{guests:,} guests, 10 rows each"},
         unit="/s",
     )
 
 
 def _simulation(rounds: int) -> Row:
     guest = Guest(memory=16 * GIB, devices=(Profile.GPU_CC,))
-    rates = []
+    samples = Samples()
     calls = 0
     for _ in range(rounds):
-        before = perf_counter_ns()
+        before = thread_time_ns()
         simulated = simulate(guest)
-        rates.append(simulated.conversions * _SECOND / (perf_counter_ns() - before))
+        samples.add(_PLAN, [simulated.conversions * _SECOND / (thread_time_ns() - before)])
         calls = sum(counts.maps + counts.unmaps for counts in simulated.final.values())
-    return Row(
-        case=CASE,
-        parameters={"what": "conversions simulated", "size": "16 GiB guest with a GPU"},
-        results={_PLAN: Summary.of(rates)},
+    return samples.row(
+        CASE,
+        {"what": "conversions simulated", "size": "16 GiB guest with a GPU"},
         facts={"calls of the three mappers": calls},
         unit="/s",
     )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-One mapping per page against one per run: calls to the target, and what they cost on the software IOMMU.
+One mapping per page against one per run: calls to the target, and their cost.
 
 On a real iommufd this is a matter of the lab, which is not there yet.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from harness.context import Context
-from harness.measure import Row, Summary, timed
-from harness.ours import IdleTarget, checkerboard_states, confidential_block
+from harness.measure import timed
+from harness.ours import IdleTarget, confidential_block, share_checkerboard
+from harness.rows import Row, Samples
 from ramblock import ConversionResult, GuestMemory, MappingPolicy, PageState
 from ramblock.dma import SoftIommu
 from ramblock.units import GIB, MIB, format_size
@@ -43,7 +44,7 @@ def run(context: Context) -> Iterator[Row]:
 def _uniform(
     context: Context, size: int, name: str, kind: type[SoftIommu] | type[IdleTarget]
 ) -> Iterator[Row]:
-    times: dict[PageState, dict[str, list[float]]] = {state: {} for state in _STATES}
+    samples = {state: Samples() for state in _STATES}
     calls: dict[PageState, dict[str, int]] = {state: {} for state in _STATES}
     for policy, value in _POLICIES.items():
         with confidential_block(size) as block:
@@ -54,35 +55,33 @@ def _uniform(
                 calls[to][policy] = _calls(memory.convert(0, size, to))
             for _ in range(context.choose(1, 9)):
                 for to in _STATES:
-                    samples = times[to].setdefault(policy, [])
-                    samples.append(timed(memory.convert, 0, size, to))
+                    samples[to].add(policy, [timed(memory.convert, 0, size, to)])
     for to in _STATES:
-        yield Row(
-            case=CASE,
-            parameters={"what": format_size(size), "target": name, "to": to.value},
-            results={policy: Summary.of(samples) for policy, samples in times[to].items()},
+        yield samples[to].row(
+            CASE,
+            {"what": format_size(size), "target": name, "to": to.value},
             facts={f"{policy} calls": count for policy, count in calls[to].items()},
         )
 
 
 def _board(context: Context) -> Row:
     """Convert a checkerboard to private under one mapping per run."""
-    times: list[float] = []
+    samples = Samples()
     calls = 0
     with confidential_block(GIB) as block:
         memory = GuestMemory()
         memory.map(block, 0)
         for _ in range(context.choose(1, 9)):
-            checkerboard_states().restore(block)
+            # Before there is a target, and as states alone: the board is not measured.
+            share_checkerboard(block, GIB)
             mapper = memory.attach(IdleTarget(), MappingPolicy.RUN)
             before = mapper.unmap_calls
-            times.append(timed(memory.convert, 0, GIB, PageState.PRIVATE))
+            samples.add("run", [timed(memory.convert, 0, GIB, PageState.PRIVATE)])
             calls = mapper.unmap_calls - before
             memory.detach(mapper)
-    return Row(
-        case=CASE,
-        parameters={"what": BOARD, "target": "idle", "to": "private"},
-        results={"run": Summary.of(times)},
+    return samples.row(
+        CASE,
+        {"what": BOARD, "target": "idle", "to": "private"},
         facts={"run calls": calls},
     )
 

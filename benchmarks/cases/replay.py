@@ -2,24 +2,27 @@
 """
 A device is plugged: a new listener is told what is shared in 16 TiB, in ten runs or in 131,072.
 
-Told with it: what memory becomes resident by making such a block, by sharing the runs, and by the replay.
+Told with it: what memory becomes resident by making such a block, by sharing the runs, and by the
+replay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from harness.context import Context
-from harness.measure import Row, Summary, resident_bytes, timed
+from harness.measure import resident_bytes, timed
 from harness.ours import (
     OURS,
     RecordingListener,
-    checkerboard_states,
     confidential_block,
     expect_shared,
+    share_checkerboard,
     whole,
 )
 from harness.requests import RequestList, shared_runs
+from harness.rows import Row, Samples
 from ramblock import PageState, RamBlock
 from ramblock.units import GIB, MIB, PAGE_SIZE, TIB
 
@@ -46,7 +49,7 @@ def run(context: Context) -> Iterator[Row]:
     # Highest first: so the programs in C find the next set bit at once while the board is made.
     board = [(page, page + 1) for page in range(GIB // PAGE_SIZE - 2, -1, -2)]
     requests = shared_runs(_SIZE // PAGE_SIZE, board)
-    yield _row(context, FRAGMENTED, checkerboard_states().restore, requests)
+    yield _row(context, FRAGMENTED, partial(share_checkerboard, size=GIB), requests)
 
 
 def _share_ten(block: RamBlock) -> None:
@@ -59,8 +62,8 @@ def _row(
     context: Context, name: str, prepare: Callable[[RamBlock], None], requests: RequestList
 ) -> Row:
     file = requests.write(context.folder / "replay")
-    times: dict[str, list[float]] = {OURS: []}
-    facts: dict[str, int] = {}
+    samples = Samples()
+    facts: dict[str, float] = {}
     # The board takes its time, most of all with bytes in C.
     for _ in range(1 if context.quick and name == FRAGMENTED else context.rounds):
         before = resident_bytes()
@@ -69,23 +72,17 @@ def _row(
             prepare(block)
             shared = resident_bytes()
             expected = expect_shared(block, requests)
-            times[OURS] += _replays(context, block, facts)
+            samples.add(OURS, _replays(context, block, facts))
         facts.setdefault("resident by creation", created - before)
         facts.setdefault("resident by sharing", shared - created)
         for baseline in context.baselines:
             outcome = baseline.run(file, replays=1)
             expected.compare(outcome, baseline, requests)
-            times.setdefault(baseline.name, []).extend(outcome.replays)
-    return Row(
-        case=CASE,
-        parameters={"shared": name},
-        results={name: Summary.of(samples) for name, samples in times.items()},
-        facts=facts,
-        note=_WHY_SLOWER,
-    )
+            samples.add(baseline.name, outcome.replays)
+    return samples.row(CASE, {"shared": name}, facts=facts, note=_WHY_SLOWER)
 
 
-def _replays(context: Context, block: RamBlock, facts: dict[str, int]) -> list[float]:
+def _replays(context: Context, block: RamBlock, facts: dict[str, float]) -> list[float]:
     manager, section = block.discard_manager, whole(block)
     times = []
     before = resident_bytes()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A discard source is added and removed: a transaction over the whole block, told to its listener."""
+"""A discard source comes and goes: a transaction over the whole block, told to its listener."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from cases.replay import ten_runs
 from harness.context import Context
-from harness.measure import Row, Summary, timed
+from harness.measure import timed
 from harness.ours import OURS, RecordingListener, confidential_block
+from harness.rows import Row, Samples
 from ramblock import PageState, RamBlock, VirtioMem
-from ramblock.memory import Source
 from ramblock.units import GIB, MIB, TIB
 
 __all__ = ["CASE", "run"]
@@ -52,7 +52,7 @@ def _rows(context: Context, name: str, size: int, kind: type[AskedSource]) -> It
     added, removed = [], []
     with confidential_block(size, RecordingListener()) as block:
         _share(block)
-        source: Source = kind(size)
+        source = kind(size)
         manager = block.discard_manager
         for _ in range(context.choose(20, 100)):
             added.append(timed(manager.add_source, source))
@@ -84,13 +84,14 @@ def _share(block: RamBlock) -> None:
 
 def _row(name: str, size: int, operation: str, times: list[float]) -> Row:
     shared = "ten runs" if size > GIB else "all"
-    return Row(
-        case=CASE,
-        parameters={
+    samples = Samples()
+    samples.add(OURS, times)
+    return samples.row(
+        CASE,
+        {
             "source": name,
             "block": "16 TiB" if size > GIB else "1 GiB",
             "shared": shared,
             "operation": operation,
         },
-        results={OURS: Summary.of(times)},
     )

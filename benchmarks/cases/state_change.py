@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from harness.context import Context
-from harness.measure import Row, Summary
 from harness.ours import (
     OURS,
     RecordingListener,
@@ -20,6 +19,7 @@ from harness.ours import (
     replay,
 )
 from harness.requests import Pattern, RequestList, conversions
+from harness.rows import Row, Samples
 from ramblock.units import GIB, KIB, MIB, PAGE_SIZE, TIB, format_size
 
 __all__ = ["CASE", "SIZES", "SYSTEM_CALLS_CASE", "VM_SIZES", "run"]
@@ -29,30 +29,46 @@ SYSTEM_CALLS_CASE = "state change, each map and unmap a system call"
 
 SIZES = (4 * KIB, 64 * KIB, 2 * MIB, GIB)
 
-# Pairs of conversions per run of a program: the search of the bitmap takes milliseconds in the big ones.
-VM_SIZES = {GIB: 100, 64 * GIB: 40, TIB: 10, 16 * TIB: 3}
-_SYSTEM_CALLS_VM = {64 * GIB: 10}
+# Pairs of conversions per run of a program: the search of the bitmap takes milliseconds in the big
+# ones.
+VM_SIZES = {GIB: 64, 64 * GIB: 32, TIB: 16, 16 * TIB: 8}
+_SYSTEM_CALLS_VM = {64 * GIB: 24}
 
 _WHY_SLOWER = (
-    "the search finds something at once, or there is none: what is left is a few instructions of C against the"
-    " interpreted code of a transaction that can be undone"
+    "the search finds something at once, or there is none: what is left is a few instructions of C"
+    " against the interpreted code of a transaction that can be undone"
 )
 
-# How many requests ours makes in the same time.
-_OUR_REQUESTS = 240
+# Ours takes short turns, and several for one of a program in C, which has to be started for each
+# and to read its bitmap.
+_OUR_TURNS = 3
+_OUR_REQUESTS = 160
 
 
 def run(context: Context) -> Iterator[Row]:
-    """Yield a row per size, guest, pattern and direction."""
-    for pattern in Pattern:
-        for size in SIZES:
-            context.say(f"state change of {format_size(size)}, else shared: {pattern.value}")
-            lists = _lists(VM_SIZES, size, pattern)
-            yield from _rows(context, CASE, lists, size, pattern)
-    for size in SIZES:
-        context.say(f"state change of {format_size(size)} with system calls")
-        lists = _lists(_SYSTEM_CALLS_VM, size, Pattern.NOTHING)
-        yield from _rows(context, SYSTEM_CALLS_CASE, lists, size, Pattern.NOTHING)
+    """
+    Yield a row per size, guest, pattern and direction.
+
+    All of them take turns: a machine's moods last for seconds, longer than all turns of one row.
+    """
+    kinds = [
+        *((CASE, pattern, size, VM_SIZES) for pattern in Pattern for size in SIZES),
+        *((SYSTEM_CALLS_CASE, Pattern.NOTHING, size, _SYSTEM_CALLS_VM) for size in SIZES),
+    ]
+    contenders = [
+        _Contenders(context, case, pattern, size, requests)
+        for case, pattern, size, vm_sizes in kinds
+        for requests in _lists(vm_sizes, size, pattern)
+    ]
+    for index in range(context.rounds):
+        context.say(f"{CASE}, round {index + 1} of {context.rounds}")
+        for _ in range(_OUR_TURNS):
+            for contender in contenders:
+                contender.measure_ours()
+        for contender in contenders:
+            contender.measure_baselines()
+    for contender in contenders:
+        yield from contender.rows()
 
 
 def _lists(vm_sizes: dict[int, int], size: int, pattern: Pattern) -> list[RequestList]:
@@ -63,60 +79,48 @@ def _lists(vm_sizes: dict[int, int], size: int, pattern: Pattern) -> list[Reques
     return [requests for requests in made if requests is not None]
 
 
-def _rows(
-    context: Context, case: str, lists: list[RequestList], size: int, pattern: Pattern
-) -> Iterator[Row]:
-    """
-    Measure the lists and yield their rows.
-
-    Guests of all sizes and all contenders take turns: a slow minute of the machine is everybody's.
-    """
-    contenders = [
-        _Contenders(context, requests, system_calls=case == SYSTEM_CALLS_CASE) for requests in lists
-    ]
-    for _ in range(context.rounds):
-        for contender in contenders:
-            contender.measure()
-    for contender in contenders:
-        for to, results in contender.summaries():
-            yield Row(
-                case=case,
-                parameters={
-                    "size": format_size(size),
-                    "VM": format_size(contender.requests.pages * PAGE_SIZE),
-                    "else shared": pattern.value,
-                    "to": to,
-                },
-                results=results,
-                note=_WHY_SLOWER,
-            )
-
-
 class _Contenders:
     """Ours and the baselines on one list of requests."""
 
-    def __init__(self, context: Context, requests: RequestList, *, system_calls: bool) -> None:
-        self.requests = requests
+    def __init__(
+        self, context: Context, case: str, pattern: Pattern, size: int, requests: RequestList
+    ) -> None:
+        self._case = case
+        self._parameters = {
+            "size": format_size(size),
+            "VM": format_size(requests.pages * PAGE_SIZE),
+            "else shared": pattern.value,
+        }
+        self._requests = requests
         self._baselines = context.baselines
-        self._system_calls = system_calls
+        self._system_calls = case == SYSTEM_CALLS_CASE
         self._expected = expect(requests)
-        self._file = requests.write(context.folder / f"requests-{requests.pages}")
-        self._times: dict[str, list[float]] = {OURS: []}
+        name = f"requests-{self._system_calls}-{pattern.name}-{size}-{requests.pages}"
+        self._file = requests.write(context.folder / name)
+        self._samples = {"shared": Samples(), "private": Samples()}
 
-    def measure(self) -> None:
-        """Let each have a turn."""
-        requests = self.requests
+    def measure_ours(self) -> None:
+        """Let ours have a turn."""
+        requests = self._requests
         listener = SystemCallListener() if self._system_calls else RecordingListener()
         with confidential_block(requests.pages * PAGE_SIZE, listener) as block:
             passes = max(1, _OUR_REQUESTS // len(requests.requests))
-            self._times[OURS] += replay(block, requests, passes=passes)
+            self._add(OURS, replay(block, requests, passes=passes))
+
+    def measure_baselines(self) -> None:
+        """Let each program in C have a turn, and check what it did."""
+        requests = self._requests
         for baseline in self._baselines:
             outcome = baseline.run(self._file, system_calls=self._system_calls)
             self._expected.compare(outcome, baseline, requests)
-            self._times.setdefault(baseline.name, []).extend(outcome.times)
+            self._add(baseline.name, outcome.times)
 
-    def summaries(self) -> Iterator[tuple[str, dict[str, Summary]]]:
-        """Yield the two directions, and what each contender needed."""
-        sides = {name: self.requests.split(times) for name, times in self._times.items()}
-        for index, to in enumerate(("shared", "private")):
-            yield to, {name: Summary.of(side[index]) for name, side in sides.items()}
+    def _add(self, contender: str, times: list[float]) -> None:
+        sides = self._requests.split(times)
+        for samples, side in zip(self._samples.values(), sides, strict=True):
+            samples.add(contender, side)
+
+    def rows(self) -> Iterator[Row]:
+        """Yield a row for each direction."""
+        for to, samples in self._samples.items():
+            yield samples.row(self._case, {**self._parameters, "to": to}, note=_WHY_SLOWER)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The programs in C that ours is measured against: built here, run on recorded requests, results read back."""
+"""The programs in C: built here, run on recorded requests, results read back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Outcome:
     unmaps: int = 0
     runs: list[tuple[int, int]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
-    """Of the timed requests, in order; in nanoseconds, without the cost of the clock."""
+    """Of the timed groups, in order; CPU time in nanoseconds per request, without the clock."""
     replays: list[float] = field(default_factory=list)
 
     @classmethod
@@ -40,8 +40,8 @@ class Outcome:
                     outcome.maps, outcome.unmaps = int(maps), int(unmaps)
                 case ["run", start, end]:
                     outcome.runs.append((int(start), int(end)))
-                case ["time", elapsed]:
-                    outcome.times.append(max(float(elapsed) - outcome.clock, 0))
+                case ["time", elapsed, count]:
+                    outcome.times.append(max(float(elapsed) - outcome.clock, 0) / int(count))
                 case ["replay", elapsed]:
                     outcome.replays.append(float(elapsed))
                 case _:
@@ -63,7 +63,8 @@ class Baseline:
         """
         Run it on recorded requests.
 
-        :param system_calls: Whether each map and unmap goes to the kernel and back; otherwise they only count.
+        :param system_calls: Whether each map and unmap goes to the kernel and back; otherwise they
+            only count.
         :param replays: How often what is shared at the end is told to a new listener.
         """
         callbacks = "syscall" if system_calls else "noop"

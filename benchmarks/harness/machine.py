@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from time import thread_time
 from timeit import repeat
 
 from harness.baselines import FLAGS
@@ -41,7 +42,7 @@ class Machine:
     load: tuple[float, float, float]
     """Before the run, over 1, 5 and 15 minutes."""
     clock_ns: float
-    """What reading the clock costs in Python; subtracted everywhere."""
+    """What reading the clock of CPU time costs in Python; subtracted everywhere."""
     call_ns: float
     """What a call of an empty Python function costs."""
 
@@ -74,13 +75,19 @@ class Machine:
     def lines(self) -> Iterator[str]:
         """Describe it for people."""
         yield f"date      {self.date}, commit {self.commit or 'unknown'}"
-        yield f"machine   {self.cpu}, {self.cores} cores, {self.memory_bytes / (1 << 30):.0f} GiB, huge pages: {self.huge_pages}"
+        yield (
+            f"machine   {self.cpu}, {self.cores} cores, {self.memory_bytes / (1 << 30):.0f} GiB,"
+            f" huge pages: {self.huge_pages}"
+        )
         yield f"system    {self.kernel}, {self.python}, {self.gcc}"
         yield "packages  " + ", ".join(
             f"{name} {version}" for name, version in self.packages.items()
         )
         yield f"load      {', '.join(f'{load:.2f}' for load in self.load)} before"
-        yield f"speed     a call of an empty Python function: {self.call_ns:.0f} ns; reading the clock: {self.clock_ns:.0f} ns, subtracted"
+        yield (
+            f"speed     a call of an empty Python function: {self.call_ns:.0f} ns;"
+            f" reading the clock of CPU time: {self.clock_ns:.0f} ns, subtracted"
+        )
 
 
 def _packages() -> dict[str, str]:
@@ -103,8 +110,8 @@ def _nothing() -> None:
 
 
 def _call_cost() -> float:
-    """Tell what a call of a Python function costs: how fast this build of Python is on this machine, in a number."""
-    return min(repeat(_nothing, number=20_000, repeat=9)) / 20_000 * 1e9
+    """Tell what a call of a Python function costs: how fast this Python is on this machine."""
+    return min(repeat(_nothing, timer=thread_time, number=20_000, repeat=9)) / 20_000 * 1e9
 
 
 def _chosen(file: Path) -> str:

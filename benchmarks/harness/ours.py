@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our side of a comparison: a block with a listener, replayed requests, and what the baselines have to agree with."""
+"""Our side of a comparison: a block with a listener, replayed requests, expected answers."""
 
 from __future__ import annotations
 
@@ -7,36 +7,44 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from time import perf_counter_ns
+from typing import Protocol
 
 from harness.baselines import Baseline, Outcome
-from harness.measure import CLOCK
+from harness.measure import timed_each
 from harness.requests import RequestList
-from ramblock import PageState, RamBlock, RamSection
-from ramblock.bitmap import SavedBits
+from ramblock import GuestMemory, PageState, RamBlock, RamSection
 from ramblock.dma import DmaCapabilities, HostRange
-from ramblock.memory import Listener
-from ramblock.units import GIB, PAGE_SIZE
+from ramblock.units import PAGE_SIZE
 
 __all__ = [
     "OURS",
     "Expected",
     "IdleTarget",
+    "Listener",
     "RecordingListener",
-    "Snapshot",
     "SparseListener",
     "SystemCallListener",
-    "checkerboard_states",
     "confidential_block",
+    "confidential_guest",
     "expect",
     "expect_shared",
     "replay",
+    "share_checkerboard",
     "whole",
 ]
 
 #: Our name in the tables.
 OURS = "ramblock"
+
+
+class Listener(Protocol):
+    """What a discard manager tells."""
+
+    def notify_populate(self, section: RamSection) -> None:
+        """Hear that *section* becomes usable."""
+
+    def notify_discard(self, section: RamSection) -> None:
+        """Hear that *section* is usable no more."""
 
 
 class RecordingListener:
@@ -61,7 +69,7 @@ class RecordingListener:
 
 
 class SparseListener(RecordingListener):
-    """The same, content with one discard for all of a mixed range: as a mapper on a target that cuts."""
+    """Content with one discard for all of a mixed range, as a mapper on a target that cuts."""
 
     sparse_discard = True
 
@@ -111,33 +119,40 @@ def confidential_block(size: int, *listeners: Listener) -> Iterator[RamBlock]:
         yield block
 
 
+@contextmanager
+def confidential_guest(size: int, targets: int = 1) -> Iterator[GuestMemory]:
+    """Make a guest of one all-private block at address 0, with *targets* idle targets."""
+    with confidential_block(size) as block:
+        memory = GuestMemory()
+        memory.map(block, 0)
+        for _ in range(targets):
+            memory.attach(IdleTarget())
+        yield memory
+
+
 def replay(block: RamBlock, requests: RequestList, *, passes: int = 1) -> list[float]:
-    """Make the requests; return what the timed ones took, in order, in nanoseconds."""
+    """Make the requests; list the times of the timed groups, in nanoseconds per request."""
     assert block.attributes is not None
-    calls = [
-        (
-            request.start * PAGE_SIZE,
-            (request.end - request.start) * PAGE_SIZE,
-            PageState.SHARED if request.shared else PageState.PRIVATE,
-            request.timed,
-        )
-        for request in requests.requests
-    ] * passes
     change = block.attributes.state_change
-    clock = perf_counter_ns
+    groups = [
+        (group.timed, [(*request.span, _state(request.shared)) for request in group.requests])
+        for group in requests.groups
+    ] * passes
     times = []
-    for offset, size, to, timed in calls:
-        before = clock()
-        change(offset, size, to)
-        after = clock()
+    for timed, calls in groups:
+        elapsed = timed_each(change, calls)
         if timed:
-            times.append(max(after - before - CLOCK, 0))
+            times.append(elapsed)
     return times
+
+
+def _state(shared: bool) -> PageState:  # noqa: FBT001
+    return PageState.SHARED if shared else PageState.PRIVATE
 
 
 @dataclass(slots=True)
 class Expected:
-    """What a program must answer that does the same as ours. Calls are those of one mapping per page."""
+    """The answers of a program that does the same. Calls are those of one mapping per page."""
 
     maps: int = 0
     joined_unmaps: int = 0
@@ -154,7 +169,9 @@ class Expected:
         :raises AssertionError: It differs; then no time means anything.
         """
         unmaps = self.joined_unmaps if baseline.joins_unmaps else self.page_unmaps
+        timed = sum(group.timed for group in requests.groups)
         for what, theirs, ours in (
+            ("timed groups", len(outcome.times), timed),
             ("map calls", outcome.maps, self.maps),
             ("unmap calls", outcome.unmaps, unmaps),
             ("shared runs", outcome.runs, self.runs),
@@ -162,7 +179,8 @@ class Expected:
             if theirs != ours:
                 raise AssertionError(
                     f"{baseline.name} and ramblock disagree on {what} after"
-                    f" {len(requests.requests)} requests in {requests.pages} pages: {theirs} != {ours}"
+                    f" {len(requests.requests)} requests in {requests.pages} pages:"
+                    f" {theirs} != {ours}"
                 )
 
 
@@ -173,9 +191,9 @@ def expect(requests: RequestList) -> Expected:
     with confidential_block(requests.pages * PAGE_SIZE, listener) as block:
         attributes = block.attributes
         assert attributes is not None
-        for start, end, shared, _ in requests.requests:
-            to = PageState.SHARED if shared else PageState.PRIVATE
-            attributes.state_change(start * PAGE_SIZE, (end - start) * PAGE_SIZE, to)
+        for request in requests.requests:
+            start, end, shared, _ = request
+            attributes.state_change(*request.span, _state(shared))
             told = listener.populated if shared else listener.discarded
             pages = sum(section.size for section in told) // PAGE_SIZE
             if shared:
@@ -204,32 +222,8 @@ def _shared_runs(block: RamBlock, requests: RequestList) -> list[tuple[int, int]
     ]
 
 
-class Snapshot:
-    """
-    The page states of a block, to be put into another without telling anybody.
-
-    For states that take a hundred thousand conversions to make. It reaches below the public interface, and only between
-    measurements.
-    """
-
-    def __init__(self, block: RamBlock) -> None:
-        assert block.attributes is not None
-        self._pages = block.size // PAGE_SIZE
-        self._bits: SavedBits = block.attributes.bits.save(0, self._pages)
-        self._shared_bytes = block.attributes.shared_bytes
-
-    def restore(self, block: RamBlock) -> None:
-        """Make the first states of *block* those that were taken; all behind them is private."""
-        assert block.attributes is not None
-        block.attributes.bits.restore(0, self._pages, self._bits)
-        block.attributes.populated_bytes = self._shared_bytes
-
-
-@cache
-def checkerboard_states() -> Snapshot:
-    """Make 1 GiB of which every other page is shared."""
-    with confidential_block(GIB) as block:
-        assert block.attributes is not None
-        for offset in range(0, GIB, 2 * PAGE_SIZE):
-            block.attributes.state_change(offset, PAGE_SIZE, PageState.SHARED)
-        return Snapshot(block)
+def share_checkerboard(block: RamBlock, size: int) -> None:
+    """Share every other page of the first *size* bytes of *block*, the first page too."""
+    assert block.attributes is not None
+    for offset in range(0, size, 2 * PAGE_SIZE):
+        block.attributes.state_change(offset, PAGE_SIZE, PageState.SHARED)

@@ -2,7 +2,10 @@
 """
 Recorded requests: the same list goes to ours and to the programs in C, which read it from a file.
 
-What is timed leaves the guest in the state that the setup made, so a list can be replayed any number of times.
+What is timed leaves the guest in the state that the setup made, so a list can be replayed any
+number of times. Timed requests of one direction that follow each other are a group: one reading of
+the clock for all of them, in Python and in C, because one conversion in C takes less than the
+reading.
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 from ramblock.units import GIB, MIB, PAGE_SIZE
 
 __all__ = [
+    "Group",
     "Pattern",
     "Request",
     "RequestList",
@@ -34,7 +39,8 @@ _REQUEST = struct.Struct("<QQQ")
 _WINDOW = struct.Struct("<QQ")
 _TO_SHARED, _TIMED = 1, 2
 
-# The state is compared inside every request and this far around it: what is written next to it by mistake shows.
+# The state is compared inside every request and this far around it: what is written next to it by
+# mistake shows.
 _MARGIN = 64
 
 
@@ -46,6 +52,19 @@ class Request(NamedTuple):
     shared: bool
     timed: bool = True
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Offset and size, in bytes."""
+        return self.start * PAGE_SIZE, (self.end - self.start) * PAGE_SIZE
+
+
+class Group(NamedTuple):
+    """Requests that are timed together, or not timed."""
+
+    shared: bool
+    timed: bool
+    requests: tuple[Request, ...]
+
 
 @dataclass(frozen=True)
 class RequestList:
@@ -55,8 +74,14 @@ class RequestList:
     requests: tuple[Request, ...]
 
     @cached_property
+    def groups(self) -> list[Group]:
+        """Cut the requests into groups; ../baseline/driver.c cuts them in the same way."""
+        cut = groupby(self.requests, key=lambda request: (request.shared, request.timed))
+        return [Group(*key, tuple(requests)) for key, requests in cut]
+
+    @cached_property
     def windows(self) -> list[tuple[int, int]]:
-        """Where the state is compared: all that a request touches, and a margin. Ascending and disjoint."""
+        """List where the state is compared: around each request. Ascending and disjoint."""
         windows: list[tuple[int, int]] = []
         for start, end in sorted({(request.start, request.end) for request in self.requests}):
             low, high = max(start - _MARGIN, 0), min(end + _MARGIN, self.pages)
@@ -77,8 +102,8 @@ class RequestList:
         return path
 
     def split(self, times: list[float]) -> tuple[list[float], list[float]]:
-        """Sort *times*, of any number of passes, into those to shared and those to private."""
-        directions = [request.shared for request in self.requests if request.timed]
+        """Sort the *times* of groups, of any number of passes: to shared, to private."""
+        directions = [group.shared for group in self.groups if group.timed]
         sides: tuple[list[float], list[float]] = [], []
         for index, time in enumerate(times):
             sides[not directions[index % len(directions)]].append(time)
@@ -107,15 +132,19 @@ class Pattern(Enum):
         return (end - pool) // PAGE_SIZE, end // PAGE_SIZE
 
 
-# How many places are converted in turn; a small conversion always meets some state that is new to it.
-_PLACES = 13
+# How many places are converted by one reading of the clock; a small conversion always meets some
+# state that is new to it.
+_PLACES = 8
 
 
 def conversions(pages: int, size: int, pattern: Pattern, pairs: int) -> RequestList | None:
     """
-    Convert ranges of *size* bytes at the start of a guest to shared and back, one after the other.
+    Convert ranges of *size* bytes at the start of a guest to shared and back, *pairs* of times.
 
-    The first pair is not timed: it makes memory resident that the next ones only read.
+    Upwards to shared and downwards back to private: so nothing that is shared lies between a range
+    that is converted and the end of the guest, besides what the pattern puts there, and the
+    bitmap's search goes as far as it would for one range alone. The first group there and back is
+    not timed: it makes memory resident that the next ones only read.
 
     :return: None where the ranges do not fit beside what else is shared.
     """
@@ -125,10 +154,13 @@ def conversions(pages: int, size: int, pattern: Pattern, pairs: int) -> RequestL
     if unit * places > (pages if other is None else other[0]):
         return None
     requests = [] if other is None else [Request(*other, shared=True, timed=False)]
-    for index in range(pairs + 1):
-        start = index * 7 % places * unit
-        requests.append(Request(start, start + unit, shared=True, timed=index > 0))
-        requests.append(Request(start, start + unit, shared=False, timed=index > 0))
+    starts = range(0, places * unit, unit)
+    for index in range(max(pairs // places, 1) + 1):
+        timed = index > 0
+        requests += [Request(start, start + unit, shared=True, timed=timed) for start in starts]
+        requests += [
+            Request(start, start + unit, shared=False, timed=timed) for start in reversed(starts)
+        ]
     return RequestList(pages, tuple(requests))
 
 

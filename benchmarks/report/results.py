@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from cases import state_change
-from harness.measure import Row
 from harness.requests import Pattern
+from harness.rows import Row
 from ramblock.units import format_size
 
 __all__ = ["Results"]
@@ -35,27 +35,31 @@ class Results:
             None,
         )
 
-    def median(self, case: str, parameters: dict[str, str], contender: str) -> float | None:
-        """Find a median; None: it was not measured."""
+    def figure(self, case: str, parameters: dict[str, str], contender: str) -> float | None:
+        """Find a best decile; None: it was not measured."""
         row = self.find(case, parameters)
         if row is None or contender not in row.results:
             return None
-        return row.results[contender].median
+        return row.results[contender].best
+
+    def fact(self, case: str, parameters: dict[str, str], name: str) -> float | None:
+        """Find a fact; None: it was not measured."""
+        row = self.find(case, parameters)
+        return None if row is None else row.facts.get(name)
+
+    def both_ways(self, case: str, parameters: dict[str, str], contender: str) -> float | None:
+        """Find the mean of there and back: half the sum of the best deciles of both directions."""
+        figures = [
+            self.figure(case, {**parameters, "to": to}, contender) for to in ("shared", "private")
+        ]
+        known = [value for value in figures if value is not None]
+        return sum(known) / 2 if len(known) == 2 else None
 
     def conversion(self, size: int, vm_size: int, contender: str) -> float | None:
-        """
-        Find what a conversion of *size* bytes takes in a guest of *vm_size* where nothing else is shared.
-
-        On average, when it goes there and back: half the sum of the medians of both directions.
-        """
+        """Find the time of a state change, both ways, where nothing else is shared."""
         where = {
             "size": format_size(size),
             "VM": format_size(vm_size),
             "else shared": Pattern.NOTHING.value,
         }
-        medians = [
-            self.median(state_change.CASE, {**where, "to": to}, contender)
-            for to in ("shared", "private")
-        ]
-        known = [value for value in medians if value is not None]
-        return sum(known) / 2 if len(known) == 2 else None
+        return self.both_ways(state_change.CASE, where, contender)

@@ -17,7 +17,7 @@ BASELINES = ("C bitmap", "C bytes")
 
 
 class ShortRow(NamedTuple):
-    """One line: medians in nanoseconds by contender; None where there is none."""
+    """One line: best deciles in nanoseconds by contender; None where there is none."""
 
     what: str
     values: dict[str, float | None]
@@ -30,8 +30,8 @@ def short_rows(results: Results) -> Iterator[ShortRow]:
     def both_ways(size: int, vm_size: int) -> dict[str, float | None]:
         return {name: results.conversion(size, vm_size, name) for name in contenders}
 
-    def medians(case: str, **parameters: str) -> dict[str, float | None]:
-        return {name: results.median(case, parameters, name) for name in contenders}
+    def figures(case: str, **parameters: str) -> dict[str, float | None]:
+        return {name: results.figure(case, parameters, name) for name in contenders}
 
     rows = [
         *(
@@ -45,22 +45,22 @@ def short_rows(results: Results) -> Iterator[ShortRow]:
             ShortRow(f"convert {format_size(size)}, guest of 1 TiB", both_ways(size, TIB))
             for size in (2 * MIB, GIB)
         ),
-        ShortRow("1 GiB checkerboard to private", medians(checkerboard.CASE, to="private")),
-        ShortRow("1 GiB checkerboard to shared", medians(checkerboard.CASE, to="shared")),
-        ShortRow("new listener, 16 TiB, ten runs", medians(replay.CASE, shared=replay.TEN_RUNS)),
+        ShortRow("1 GiB checkerboard to private", figures(checkerboard.CASE, to="private")),
+        ShortRow("1 GiB checkerboard to shared", figures(checkerboard.CASE, to="shared")),
+        ShortRow("new listener, 16 TiB, ten runs", figures(replay.CASE, shared=replay.TEN_RUNS)),
         *(
             ShortRow(
                 f"`GuestMemory.convert`, 4 KiB to {to}, one target",
                 {
-                    OURS: results.median(
+                    OURS: results.figure(
                         convert.TARGETS_CASE, {"size": "4 KiB", "to": to}, "1 target"
                     )
                 },
             )
             for to in ("shared", "private")
         ),
-        ShortRow("`import ramblock`", {OURS: medians(startup.CASE, what=startup.IMPORT)[OURS]}),
-        ShortRow("`ramblock --help`", {OURS: medians(startup.CASE, what=startup.HELP)[OURS]}),
+        ShortRow("`import ramblock`", {OURS: figures(startup.CASE, what=startup.IMPORT)[OURS]}),
+        ShortRow("`ramblock --help`", {OURS: figures(startup.CASE, what=startup.HELP)[OURS]}),
     ]
     for row in rows:
         if any(value is not None for value in row.values.values()):

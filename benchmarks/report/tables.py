@@ -6,14 +6,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from harness.machine import Machine
-from harness.measure import Row, Summary
+from harness.measure import Summary
+from harness.rows import WALL, Row
 from report.promises import Promise
 from report.results import Results
 from report.short import short_rows
 
 __all__ = ["format_value", "markdown", "text"]
 
-# The clock of the programs in C counts in steps of about 10 ns: what is below two of them is only known to be small.
+# Reading the clock varies by some ten nanoseconds for each request of a group: what is less is only
+# known to be small.
 _RESOLUTION = 20
 
 
@@ -35,34 +37,40 @@ def _digits(value: float, *, whole: bool) -> str:
 
 
 def _format_summary(summary: Summary | None, unit: str) -> str:
-    """Write the median, and the spread in the median's unit."""
+    """Write the best decile, then the median and the worst decile in the same unit."""
     if summary is None:
         return ""
-    middle = format_value(summary.median, unit)
+    best = format_value(summary.best, unit)
     if unit != "ns":
-        return f"{middle} ({summary.low:,.0f}-{summary.high:,.0f})"
-    if summary.median < _RESOLUTION:
-        return middle
-    factor, _ = next(entry for entry in _UNITS if summary.median >= entry[0])
-    low, high = (
-        _digits(value / factor, whole=factor == 1) for value in (summary.low, summary.high)
+        return f"{best} ({summary.median:,.0f}-{summary.worst:,.0f})"
+    if summary.best < _RESOLUTION:
+        return best
+    factor, _ = next(entry for entry in _UNITS if summary.best >= entry[0])
+    median, worst = (
+        _digits(value / factor, whole=factor == 1) for value in (summary.median, summary.worst)
     )
-    return f"{middle} ({low}-{high})"
+    return f"{best} ({median}-{worst})"
+
+
+def _format_fact(value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _format_ratio(row: Row, contender: str) -> str:
-    ours = next(iter(row.results.values())).median
+    ours = next(iter(row.results.values())).best
     theirs = row.results.get(contender)
     if theirs is None or not ours:
         return ""
-    ratio = theirs.median / ours
-    return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}" if ratio >= 0.01 else "<0.01"
+    ratio = theirs.best / ours
+    return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.3g}" if ratio >= 0.01 else "<0.01"
 
 
 def _is_slower(row: Row) -> bool:
     """Whether some other contender needed less than the first."""
     first, *others = row.results.values()
-    return any(other.median < first.median for other in others)
+    return any(other.best < first.best for other in others)
 
 
 def _grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -83,13 +91,20 @@ def _case(title: str, rows: Sequence[Row]) -> Iterator[str]:
     facts = _union(rows, "facts")
     notes = list(dict.fromkeys(row.note for row in rows if row.note and _is_slower(row)))
     others = contenders[1:]
-    head = [*parameters, *contenders, *(f"{name} / {contenders[0]}" for name in others), *facts]
+    head = [
+        *parameters,
+        *contenders,
+        *(f"{name} / {contenders[0]}" for name in others),
+        *facts,
+        "gauge",
+    ]
     body = [
         [
             *(row.parameters.get(name, "") for name in parameters),
             *(_format_summary(row.results.get(name), row.unit) for name in contenders),
             *(_format_ratio(row, name) for name in others),
-            *(f"{row.facts[name]:,}" if name in row.facts else "" for name in facts),
+            *(_format_fact(row.facts[name]) if name in row.facts else "" for name in facts),
+            _format_summary(row.gauge, "ns"),
         ]
         for row in rows
     ]
@@ -99,7 +114,8 @@ def _case(title: str, rows: Sequence[Row]) -> Iterator[str]:
             line.append(
                 f"[{notes.index(row.note) + 1}]" if row.note in notes and _is_slower(row) else ""
             )
-    yield f"{title}"
+    # The clock of a table is that of its rows.
+    yield f"{title}, by the clock on the wall" if rows[0].clock == WALL else title
     yield ""
     yield from _grid(head, body)
     for number, note in enumerate(notes, 1):
@@ -108,14 +124,17 @@ def _case(title: str, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def text(machine: Machine, results: Results, promises: Sequence[Promise]) -> Iterator[str]:
-    """Yield the lines of everything: each table, then what was promised, then on what it was measured."""
+    """Yield the lines of everything: each table, the promises, the machine."""
     for title, rows in results.cases():
         yield from _case(title, rows)
-    yield "times: median (10th-90th percentile); A / B: how many times the median of B is in that of A"
+    yield "best decile (median-worst decile) of CPU time, unless the title says otherwise"
+    yield "A / B: how many times the best decile of B is in that of A"
+    yield "gauge: a fixed loop in Python, in the same rounds; if it differs, so did the machine"
     yield ""
-    body = [[entry.what, entry.promised, entry.measured, entry.verdict] for entry in promises]
-    yield from _grid(["what", "promised", "measured", "holds"], body)
-    yield ""
+    if promises:
+        body = [[entry.what, entry.promised, entry.measured, entry.verdict] for entry in promises]
+        yield from _grid(["what", "promised", "measured", "holds"], body)
+        yield ""
     yield from machine.lines()
 
 
@@ -134,6 +153,8 @@ def markdown(machine: Machine, results: Results, promises: Sequence[Promise]) ->
         )
         yield f"| {row.what} | " + " | ".join(cells) + " |"
     yield ""
+    if not promises:
+        return
     yield "| promised | measured | holds |"
     yield "|---|---|---|"
     for entry in promises:

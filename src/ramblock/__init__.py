@@ -6,65 +6,93 @@ Start with :class:`RamBlock` and :class:`GuestMemory`; targets are in :mod:`ramb
 :mod:`ramblock.errors`, help for testing a VMM in :mod:`ramblock.testing`.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ramblock.discard.attributes import PageState, RamBlockAttributes
+    from ramblock.discard.listeners import Listener
+    from ramblock.discard.manager import RamDiscardManager
+    from ramblock.discard.section import Block, RamSection
+    from ramblock.discard.sources import Source
+    from ramblock.discard.virtio_mem import VirtioMem
     from ramblock.dma.mapper import Mapper
-    from ramblock.dma.target import MappingPolicy
+    from ramblock.dma.target import DmaTarget, MappingPolicy
+    from ramblock.guest.block import RamBlock
     from ramblock.guest.conversion import ConversionResult
     from ramblock.guest.memory import GuestMemory
-    from ramblock.memory.attributes import PageState, RamBlockAttributes
-    from ramblock.memory.backend import BackendKind, HostMemoryBackend
-    from ramblock.memory.block import RamBlock
-    from ramblock.memory.discard_manager import RamDiscardManager
-    from ramblock.memory.numa import NumaBinding, NumaPolicy
-    from ramblock.memory.section import RamSection
-    from ramblock.memory.virtio_mem import VirtioMem
+    from ramblock.guest.vm import MemorySlots, Vm
+    from ramblock.hostmem.backend import BackendKind, HostMemoryBackend
+    from ramblock.hostmem.backing import PrivateBacking, SharedBacking
+    from ramblock.hostmem.in_place import InPlaceBacking
+    from ramblock.hostmem.numa import NumaBinding, NumaPolicy
 
 __all__ = [
     "BackendKind",
+    "Block",
     "ConversionResult",
+    "DmaTarget",
     "GuestMemory",
     "HostMemoryBackend",
+    "InPlaceBacking",
+    "Listener",
     "Mapper",
     "MappingPolicy",
+    "MemorySlots",
     "NumaBinding",
     "NumaPolicy",
     "PageState",
+    "PrivateBacking",
     "RamBlock",
     "RamBlockAttributes",
     "RamDiscardManager",
     "RamSection",
+    "SharedBacking",
+    "Source",
     "VirtioMem",
+    "Vm",
 ]
 
-# Where each name lives. They are imported when they are first asked for (PEP 562): half of the time that `ramblock --help`
-# takes would otherwise go into parts that it does not need.
+# A refusal that the caller handles is no news: without a handler of the application's, Python
+# would print it (logging.lastResort).
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+# Where each name lives. They are imported when they are first asked for (PEP 562): half of the time that
+# `ramblock --help` takes would otherwise go into parts that it does not need.
 _HOMES = {
-    "BackendKind": "ramblock.memory.backend",
-    "ConversionResult": "ramblock.guest.conversion",
-    "GuestMemory": "ramblock.guest.memory",
-    "HostMemoryBackend": "ramblock.memory.backend",
-    "Mapper": "ramblock.dma.mapper",
-    "MappingPolicy": "ramblock.dma.target",
-    "NumaBinding": "ramblock.memory.numa",
-    "NumaPolicy": "ramblock.memory.numa",
-    "PageState": "ramblock.memory.attributes",
-    "RamBlock": "ramblock.memory.block",
-    "RamBlockAttributes": "ramblock.memory.attributes",
-    "RamDiscardManager": "ramblock.memory.discard_manager",
-    "RamSection": "ramblock.memory.section",
-    "VirtioMem": "ramblock.memory.virtio_mem",
+    "BackendKind": "hostmem.backend",
+    "Block": "discard.section",
+    "ConversionResult": "guest.conversion",
+    "DmaTarget": "dma.target",
+    "GuestMemory": "guest.memory",
+    "HostMemoryBackend": "hostmem.backend",
+    "InPlaceBacking": "hostmem.in_place",
+    "Listener": "discard.listeners",
+    "Mapper": "dma.mapper",
+    "MappingPolicy": "dma.target",
+    "MemorySlots": "guest.vm",
+    "NumaBinding": "hostmem.numa",
+    "NumaPolicy": "hostmem.numa",
+    "PageState": "discard.attributes",
+    "PrivateBacking": "hostmem.backing",
+    "RamBlock": "guest.block",
+    "RamBlockAttributes": "discard.attributes",
+    "RamDiscardManager": "discard.manager",
+    "RamSection": "discard.section",
+    "SharedBacking": "hostmem.backing",
+    "Source": "discard.sources",
+    "VirtioMem": "discard.virtio_mem",
+    "Vm": "guest.vm",
 }
 
 if not TYPE_CHECKING:  # a checker would believe that every name exists
 
     def __getattr__(name):
-        """Import what is asked for."""
+        """Import the name that is asked for."""
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(_HOMES[name]), name)
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
 

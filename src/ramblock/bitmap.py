@@ -66,65 +66,72 @@ class SparseBitmap:
                 base = index << _CHUNK_SHIFT
                 yield index, chunk, max(start - base, 0), min(end - base, _CHUNK_BITS)
 
+    def get(self, position: int) -> bool:
+        """Whether one bit is set."""
+        chunk = self._chunks.get(position >> _CHUNK_SHIFT)
+        return chunk is not None and bool(chunk[position & _CHUNK_MASK])
+
     def set(self, start: int, end: int) -> int:
         """Set every bit of the range; return how many were clear."""
+        chunks = self._chunks
+        index = start >> _CHUNK_SHIFT
+        base = index << _CHUNK_SHIFT
+        if end - base > _CHUNK_BITS:
+            return self._set_several(start, end)
+        chunk = chunks.get(index)
+        if chunk is _ONES:
+            return 0
+        changed = end - start
+        if chunk is not None:
+            changed -= chunk.count(1, start - base, end - base)
+        if end - start == _CHUNK_BITS:
+            chunks[index] = _ONES
+        else:
+            if chunk is None:
+                chunks[index] = chunk = bitarray(_CHUNK_BITS)
+            chunk[start - base : end - base] = 1
+        return changed
+
+    def _set_several(self, start: int, end: int) -> int:
         first, last = start >> _CHUNK_SHIFT, (end - 1) >> _CHUNK_SHIFT
-        low, high = start & _CHUNK_MASK, end - (last << _CHUNK_SHIFT)
-        if first == last:
-            return self._set_in(first, low, high)
-        changed = self._set_in(first, low, _CHUNK_BITS)
+        changed = self.set(start, (first + 1) << _CHUNK_SHIFT)
         chunks = self._chunks
         for index in range(first + 1, last):
             chunk = chunks.get(index)
             if chunk is not _ONES:
                 changed += _CHUNK_BITS if chunk is None else _CHUNK_BITS - chunk.count()
                 chunks[index] = _ONES
-        return changed + self._set_in(last, 0, high)
-
-    def _set_in(self, index: int, low: int, high: int) -> int:
-        """Set the bits [low, high) of one chunk; return how many were clear."""
-        chunk = self._chunks.get(index)
-        if chunk is _ONES:
-            return 0
-        changed = high - low
-        if chunk is not None:
-            changed -= chunk.count(1, low, high)
-        if high - low == _CHUNK_BITS:
-            self._chunks[index] = _ONES
-            return changed
-        if chunk is None:
-            self._chunks[index] = chunk = bitarray(_CHUNK_BITS)
-        chunk[low:high] = 1
-        return changed
+        return changed + self.set(last << _CHUNK_SHIFT, end)
 
     def clear(self, start: int, end: int) -> int:
-        """Clear every bit of the range; return how many were set. Chunks that become empty are given back."""
+        """Clear every bit of the range; return how many were set. Empty chunks are given back."""
+        chunks = self._chunks
+        index = start >> _CHUNK_SHIFT
+        base = index << _CHUNK_SHIFT
+        if end - base > _CHUNK_BITS:
+            return self._clear_several(start, end)
+        chunk = chunks.get(index)
+        if chunk is None:
+            return 0
+        if end - start == _CHUNK_BITS:
+            del chunks[index]
+            return _CHUNK_BITS if chunk is _ONES else chunk.count()
+        count: int = chunk.count(1, start - base, end - base)
+        if count:
+            if chunk is _ONES:
+                chunks[index] = chunk = bitarray(chunk)
+            chunk[start - base : end - base] = 0
+            if not chunk.any():
+                del chunks[index]
+        return count
+
+    def _clear_several(self, start: int, end: int) -> int:
         first, last = start >> _CHUNK_SHIFT, (end - 1) >> _CHUNK_SHIFT
-        low, high = start & _CHUNK_MASK, end - (last << _CHUNK_SHIFT)
-        if first == last:
-            return self._clear_in(first, low, high)
-        changed = self._clear_in(first, low, _CHUNK_BITS)
+        changed = self.clear(start, (first + 1) << _CHUNK_SHIFT)
         for index in self._present(first + 1, last):
             chunk = self._chunks.pop(index)
             changed += _CHUNK_BITS if chunk is _ONES else chunk.count()
-        return changed + self._clear_in(last, 0, high)
-
-    def _clear_in(self, index: int, low: int, high: int) -> int:
-        """Clear the bits [low, high) of one chunk; return how many were set."""
-        chunk = self._chunks.get(index)
-        if chunk is None:
-            return 0
-        if high - low == _CHUNK_BITS:
-            del self._chunks[index]
-            return _CHUNK_BITS if chunk is _ONES else chunk.count()
-        count: int = chunk.count(1, low, high)
-        if count:
-            if chunk is _ONES:
-                self._chunks[index] = chunk = bitarray(chunk)
-            chunk[low:high] = 0
-            if not chunk.any():
-                del self._chunks[index]
-        return count
+        return changed + self.clear(last << _CHUNK_SHIFT, end)
 
     def count(self, start: int, end: int) -> int:
         """Count the bits that are set in the range."""

@@ -13,7 +13,6 @@ from typing import Any
 __all__ = [
     "BusyError",
     "ConversionError",
-    "ConversionInterrupted",
     "DmaError",
     "GuestProgramError",
     "IommuFault",
@@ -44,12 +43,22 @@ class UsageError(RamblockError, ValueError):
 
     :ivar value: The value that was refused, where there is a single one.
     :ivar expected: What would have been accepted, in words.
+    :ivar reason: For a range that was refused, which rule it breaks: ``"hole"``, ``"no private side"``,
+        ``"alignment"``, ``"limit"``, ``"empty"`` (or negative), ``"type"``; else None.
     """
 
-    def __init__(self, message: str, *, value: object = None, expected: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        value: object = None,
+        expected: str | None = None,
+        reason: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.value = value
         self.expected = expected
+        self.reason = reason
 
 
 class BusyError(RamblockError):
@@ -70,8 +79,8 @@ class ConversionError(RamblockError):
     :ivar gpa: Start of the range that was asked for, in guest physical bytes; None outside a guest memory.
     :ivar size: Its size in bytes.
     :ivar to: The state that was asked for (a ``PageState``).
-    :ivar step: The step that failed: ``"unmap"``, ``"attribute"``, ``"map"``, ``"account"`` or ``"state"``; ``"poisoned"`` where
-        none was begun.
+    :ivar step: The step that failed: ``"unmap"``, ``"attribute"``, ``"map"`` or ``"state"``;
+        ``"poisoned"`` where none was begun.
     :ivar target: The DMA target or listener that refused, where one did.
     :ivar rolled_back: True: nothing changed. False only in :class:`PoisonedError`.
     """
@@ -94,15 +103,6 @@ class ConversionError(RamblockError):
         self.to = to
         self.step = step
         self.target = target
-
-
-class ConversionInterrupted(ConversionError, KeyboardInterrupt):
-    """
-    Ctrl-C (``KeyboardInterrupt``) came in the middle of a conversion, which was put back like any other failure.
-
-    It is both things, so that a program that stops on ``KeyboardInterrupt`` still stops, and a caller who handles
-    :class:`ConversionError` still learns the range and that nothing changed.
-    """
 
 
 class PoisonedError(ConversionError):

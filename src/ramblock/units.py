@@ -64,24 +64,28 @@ def check_range(start: int, size: int, *, limit: int, align: int, what: str) -> 
             f"{what}: start {start!r} and size {size!r} must be whole numbers of bytes",
             value=(start, size),
             expected="int",
+            reason="type",
         )
     if start < 0 or size <= 0:
         raise UsageError(
             f"{what}: start {start:#x} must not be negative and size {size:#x} must be positive",
             value=(start, size),
             expected="a non-empty range",
+            reason="empty",
         )
     if start + size > limit:
         raise UsageError(
             f"{what}: {describe_range(start, size)} does not lie in [0x0, {limit:#x})",
             value=(start, size),
             expected=f"inside [0x0, {limit:#x})",
+            reason="limit",
         )
     if (start | size) & (align - 1):
         raise UsageError(
             f"{what}: {describe_range(start, size)} is not aligned to {align:#x} bytes",
             value=(start, size),
             expected=f"multiples of {align:#x}",
+            reason="alignment",
         )
 
 

@@ -69,7 +69,9 @@ def test_a_file_that_is_cut_is_audited_as_far_as_it_goes(tmp_path: Path) -> None
 
 
 def _split(tmp_path: Path, shift: int) -> list[str]:
-    """Write a recording as two files, whose clocks differ by *shift*: what targets did, and all else."""
+    """
+    Write a recording as two files, whose clocks differ by *shift*: what targets did, and all else.
+    """
     lines = recording("run-soft.jsonl.gz").splitlines(keepends=True)
     files = [tmp_path / "maps.jsonl", tmp_path / "rest.jsonl"]
     parts: list[list[bytes]] = [[], []]

@@ -1,4 +1,6 @@
-"""`ramblock doctor`: on this machine, as an ordinary user too, and on hosts that are made of files."""
+"""
+`ramblock doctor`: on this machine, as an ordinary user too, and on hosts that are made of files.
+"""
 
 import json
 import os

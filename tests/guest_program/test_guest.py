@@ -1,4 +1,7 @@
-"""The guest program on this machine's KVM, asking as this KVM lets it: by the doorbell, where nothing else is sure to work."""
+"""
+The guest program on this machine's KVM, asking as this KVM lets it: by the doorbell, where nothing
+else is sure to work.
+"""
 
 from __future__ import annotations
 
@@ -198,7 +201,7 @@ def test_a_mismatch_names_the_first_bad_word(stack: Stack) -> None:
     stack.convert(GPA, 4, PRIVATE)
 
 
-# -- bad contents of the mailbox --------------------------------------------------------------------
+# -- bad contents of the mailbox -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -255,7 +258,7 @@ def test_whatever_is_in_the_mailbox_the_run_comes_back(
         assert {result.status for result in results} <= set(Status)
 
 
-# -- a guest that cannot go on ----------------------------------------------------------------------
+# -- a guest that cannot go on ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -297,7 +300,7 @@ def test_a_triple_fault_is_told(doomed: Stack) -> None:
     assert "RIP" in str(caught.value)
 
 
-# -- life -------------------------------------------------------------------------------------------
+# -- life ------------------------------------------------------------------------------------------
 
 
 def test_a_closed_program_is_refused_and_its_slot_is_free_again(doomed: Stack) -> None:

@@ -1,4 +1,6 @@
-"""The image: page tables that map one to one, gates that lead to their handlers, and what it refuses."""
+"""
+The image: page tables that map one to one, gates that lead to their handlers, and what it refuses.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """
 Memory slots by section, on a kernel that is played by a dictionary.
 
-What KVM itself says to slots is in test_vm.py; here it is what the table makes of it, and of Ctrl-C around a call.
+What KVM itself says to slots is in test_vm.py; here it is what the table makes of it, and of Ctrl-C
+around a call.
 """
 
 import errno
@@ -161,58 +162,6 @@ def test_refused_removal_leaves_the_slot(vm: FakeVm, table: SlotTable, block: Ra
     assert len(vm.slots) == 1
     table.remove(section(block))
     assert vm.slots == {}
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_interrupted_addition_can_be_undone(
-    vm: FakeVm, table: SlotTable, block: RamBlock, private: GuestMemfd | None, when: str
-) -> None:
-    setattr(vm, f"interrupt_{when}", True)
-    with pytest.raises(KeyboardInterrupt):
-        table.add(section(block), private)
-    table.remove(section(block))
-    assert vm.slots == {}
-    table.add(section(block), private)
-    assert len(vm.slots) == 1
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_interrupted_removal_can_be_undone(
-    vm: FakeVm, table: SlotTable, block: RamBlock, private: GuestMemfd | None, when: str
-) -> None:
-    table.add(section(block), private)
-    slots = dict(vm.slots)
-    setattr(vm, f"interrupt_{when}", True)
-    with pytest.raises(KeyboardInterrupt):
-        table.remove(section(block))
-    table.add(section(block), private)
-    assert vm.slots == slots
-    table.remove(section(block))
-    assert vm.slots == {}
-
-
-def test_undo_of_a_removal_does_not_take_the_slot_away_for_a_moment(
-    vm: FakeVm, table: SlotTable, block: RamBlock, private: GuestMemfd | None
-) -> None:
-    table.add(section(block), private)
-    vm.interrupt_before = True
-    with pytest.raises(KeyboardInterrupt):
-        table.remove(section(block))
-    calls = vm.calls
-    table.add(section(block), private)
-    assert vm.calls == calls + 1  # one attempt to add what is there, and no removal before it
-
-
-def test_undo_of_a_removal_that_is_refused_says_so(
-    vm: FakeVm, table: SlotTable, block: RamBlock
-) -> None:
-    table.add(section(block), None)
-    vm.interrupt_after = True
-    with pytest.raises(KeyboardInterrupt):
-        table.remove(section(block))
-    vm.refuse = errno.ENOMEM
-    with pytest.raises(OSError, match="slot 0 for"):
-        table.add(section(block), None)
 
 
 def test_slots_of_a_closed_vm_are_forgotten(vm: FakeVm, table: SlotTable, block: RamBlock) -> None:

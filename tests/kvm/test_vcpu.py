@@ -68,7 +68,7 @@ def vcpu(kvm: Kvm, vm: KvmVm, ram: RamBlock) -> Vcpu:
     return vcpu
 
 
-# -- exits and answers ------------------------------------------------------------------------------------------------
+# -- exits and answers -----------------------------------------------------------------------------
 
 
 def test_port_write_and_read(ram: RamBlock, vcpu: Vcpu) -> None:
@@ -213,7 +213,7 @@ def test_memory_fault_of_an_earlier_run_is_not_reported_again(
         vcpu.run()
 
 
-# -- kicks ------------------------------------------------------------------------------------------------------------
+# -- kicks -----------------------------------------------------------------------------------------
 
 
 def test_kick_while_nobody_runs_it_is_not_lost(ram: RamBlock, vcpu: Vcpu) -> None:
@@ -247,7 +247,8 @@ def test_kick_of_a_vcpu_on_a_thread_of_its_own(ram: RamBlock, vcpu: Vcpu) -> Non
 
 
 def test_no_kick_is_lost_among_many(ram: RamBlock, vcpu: Vcpu) -> None:
-    # Exits and kicks at once: a run that comes back for its own reason leaves the kick for the next.
+    # Exits and kicks at once: a run that comes back for its own reason leaves the kick for the
+    # next.
     write_code(ram, CODE, write_port(0x10), jump_back(2))
     count = 300
     kicked, seen = threading.Semaphore(0), threading.Semaphore(0)
@@ -319,7 +320,10 @@ def test_ctrl_c_leaves_the_guest(ram: RamBlock, vcpu: Vcpu) -> None:
 
 
 def test_ctrl_c_at_any_moment_leaves_it_usable(ram: RamBlock, vcpu: Vcpu) -> None:
-    """The guest reads a port and shows what it has read: the answer, or ones if Ctrl-C kept the exit from us."""
+    """
+    The guest reads a port and shows what it has read: the answer, or ones if Ctrl-C kept the exit
+    from us.
+    """
     write_code(
         ram, CODE, read := read_port(0x11), show := write_port(0x10), jump_back(len(read + show))
     )
@@ -380,7 +384,7 @@ def test_signals_that_the_thread_blocks_stay_blocked(ram: RamBlock, vcpu: Vcpu) 
     assert exits == [HaltExit()]
 
 
-# -- the end ----------------------------------------------------------------------------------------------------------
+# -- the end ---------------------------------------------------------------------------------------
 
 
 def test_closed_is_closed(vcpu: Vcpu) -> None:

@@ -46,7 +46,7 @@ def block(vm: KvmVm) -> Iterator[RamBlock]:
         yield block
 
 
-# -- attributes -------------------------------------------------------------------------------------------------------
+# -- attributes ------------------------------------------------------------------------------------
 
 
 def test_it_has_slots(vm: KvmVm) -> None:
@@ -72,7 +72,7 @@ def test_bad_range_of_attributes_is_refused(vm: KvmVm, gpa: int, size: int) -> N
         vm.set_memory_attributes(gpa, size, private=True)
 
 
-# -- slots ------------------------------------------------------------------------------------------------------------
+# -- slots -----------------------------------------------------------------------------------------
 
 
 def test_attributes_come_before_the_slot(vm: KvmVm, block: RamBlock) -> None:
@@ -99,7 +99,10 @@ def test_what_is_shared_already_is_shared_before_the_slot(vm: KvmVm, block: RamB
 def test_vcpu_that_looks_at_once_sees_the_slot_when_it_is_there(
     kvm: Kvm, vm: KvmVm, block: RamBlock
 ) -> None:
-    """A vCPU reads the page all the time: ones as long as there is nothing, then what is in it, and nothing in between."""
+    """
+    A vCPU reads the page all the time: ones as long as there is nothing, then what is in it, and
+    nothing in between.
+    """
     block.write(0, b"RAM!")
     noted = NotedVm(vm)
     memory = GuestMemory(noted)
@@ -209,7 +212,7 @@ def test_stand_in_serves_where_nothing_is_enforced(vm: KvmVm) -> None:
         memory.convert(RAM, SIZE, SHARED)
 
 
-# -- exits ------------------------------------------------------------------------------------------------------------
+# -- exits -----------------------------------------------------------------------------------------
 
 
 def test_exits_of_map_gpa_range_can_be_enabled(kvm: Kvm, vm: KvmVm) -> None:
@@ -228,7 +231,7 @@ def test_kernel_without_these_exits_is_an_error(vm: KvmVm, monkeypatch: pytest.M
     assert caught.value.errno == errno.EOPNOTSUPP
 
 
-# -- the end ----------------------------------------------------------------------------------------------------------
+# -- the end ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(("vm", "vcpu", "block", "private"))))

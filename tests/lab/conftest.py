@@ -1,11 +1,13 @@
 """
-What the tests of the lab need, so that none of them can forget it, and which of the lab's variants each is for.
+What the tests of the lab need, so that none of them can forget it, and which of the lab's variants
+each is for.
 
     @pytest.mark.lab_variant("no-iommu")
     def test_refusal() -> None: ...
 
-Without the mark a test is for the variants with an IOMMU and two processors. The others are left out of a run, not skipped:
-what is skipped in the lab is something that should have run. Outside the lab everything is skipped.
+Without the mark a test is for the variants with an IOMMU and two processors. The others are left
+out of a run, not skipped: what is skipped in the lab is something that should have run. Outside the
+lab everything is skipped.
 """
 
 import os

@@ -1,8 +1,9 @@
 """
 A process that may lock 1 MiB and has not CAP_IPC_LOCK: what is converted beyond that is put back.
 
-A program of its own, and without pytest, which an emulated machine takes seconds to import. It gets the name of a way, and ends
-with 0 if all was as it should be. Root is not charged, so the parent takes the capability away before this starts.
+A program of its own, and without pytest, which an emulated machine takes seconds to import. It gets
+the name of a way, and ends with 0 if all was as it should be. Root is not charged, so the parent
+takes the capability away before this starts.
 """
 
 import errno

@@ -1,8 +1,9 @@
 """
-A device writes one page as fast as it can while the pages beside it are made private and shared again on another processor.
+A device writes one page as fast as it can while the pages beside it are made private and shared
+again on another processor.
 
-Not one of its writes may fail. That the loop would notice is shown by the same loop while the page itself is unmapped and mapped
-again, as a VMM does that cannot cut.
+Not one of its writes may fail. That the loop would notice is shown by the same loop while the page
+itself is unmapped and mapped again, as a VMM does that cannot cut.
 """
 
 import sys
@@ -36,7 +37,8 @@ def writing(rig: Rig, iova: int) -> Iterator[TransferTally]:
     """Have the device write to *iova* on a thread of its own; the tally is complete afterwards."""
     stop, tally = threading.Event(), TransferTally()
     thread = threading.Thread(target=rig.testdev.write_until, args=(stop, iova, 4, tally))
-    # A system call lets the other thread run; taking over again should not take the usual five milliseconds.
+    # A system call lets the other thread run; taking over again should not take the usual five
+    # milliseconds.
     before = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_SECONDS)
     thread.start()
@@ -53,7 +55,8 @@ def report(
 ) -> None:
     with capsys.disabled():
         sys.stdout.write(
-            f"\n{rig.way.value}, {what}: {times} times, {tally.transfers} transfers, {tally.refusals} refused"
+            f"\n{rig.way.value}, {what}: {times} times, {tally.transfers} transfers,"
+            f" {tally.refusals} refused"
         )
 
 

@@ -1,4 +1,7 @@
-"""A guest's memory behind real targets: a device reaches what is shared and nothing else, and the kernel's own books agree."""
+"""
+A guest's memory behind real targets: a device reaches what is shared and nothing else, and the
+kernel's own books agree.
+"""
 
 import random
 import sys
@@ -50,14 +53,16 @@ def memory(blocks: tuple[RamBlock, RamBlock]) -> GuestMemory:
 
 
 def check_borders(rig: Rig, memory: GuestMemory, gpa: int, size: int) -> None:
-    """Compare what the device reaches with the states, on both sides of both ends and in between."""
+    """
+    Compare what the device reaches with the states, on both sides of both ends and in between.
+    """
     inside = range(gpa, gpa + size, max(PAGE_SIZE, size // 7 // PAGE_SIZE * PAGE_SIZE))
     for at in {gpa - PAGE_SIZE, *inside, gpa + size - PAGE_SIZE, gpa + size}:
         if BASE <= at < BASE + 2 * BLOCK:
             assert rig.reaches(at) == (memory.state(at) is SHARED), hex(at)
 
 
-# -- conversions ------------------------------------------------------------------------------------------------------
+# -- conversions -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -125,7 +130,7 @@ def test_a_section_where_no_dma_goes_is_refused(rig: Rig) -> None:
             memory.attach(rig.target)
 
 
-# -- DMA --------------------------------------------------------------------------------------------------------------
+# -- DMA -------------------------------------------------------------------------------------------
 
 
 def test_edu_moves_data_in_shared_pages_both_ways(
@@ -177,7 +182,7 @@ def test_a_page_just_made_private_faults_and_keeps_its_bytes(
         assert blocks[0].read(page, 12) == b"shared again"
 
 
-# -- the budget -------------------------------------------------------------------------------------------------------
+# -- the budget ------------------------------------------------------------------------------------
 
 
 def test_type1_is_refused_before_the_kernel_would_refuse(blocks: tuple[RamBlock, RamBlock]) -> None:
@@ -205,7 +210,7 @@ def test_type1_is_refused_before_the_kernel_would_refuse(blocks: tuple[RamBlock,
         memory.detach(mapper)
 
 
-# -- other books ------------------------------------------------------------------------------------------------------
+# -- other books -----------------------------------------------------------------------------------
 
 
 def test_the_kernels_tracepoints_agree(rig: Rig, memory: GuestMemory) -> None:
@@ -277,11 +282,15 @@ def test_the_device_reaches_what_the_software_iommu_has_mapped(
             memory.detach(mapper)
 
 
-# -- what the policies cost -------------------------------------------------------------------------------------------
+# -- what the policies cost ------------------------------------------------------------------------
 
 
 def swiotlb_and_drivers() -> Iterator[tuple[int, int, PageState]]:
-    """A pool of 6 MiB in slices of 2 MiB, then drivers that take and give back buffers; as (offset, size, state)."""
+    """
+    A pool of 6 MiB in slices of 2 MiB, then drivers that take and give back buffers.
+
+    As (offset, size, state).
+    """
     yield from ((slice_ * HUGE, HUGE, SHARED) for slice_ in range(3))
     random_numbers = random.Random(7)
     taken: list[tuple[int, int]] = []
@@ -312,7 +321,8 @@ def test_calls_of_page_and_run_for_the_same_work(
         reached.append([rig.reaches(at) for at in range(BASE, BASE + 2 * BLOCK, 64 * KIB)])
         lines.append(
             f"{rig.way.value}, policy {policy.value}: {mapper.map_calls} map calls, "
-            f"{mapper.unmap_calls} unmap calls, {mapper.entries} mappings for {mapper.mapped_bytes // KIB} KiB"
+            f"{mapper.unmap_calls} unmap calls, {mapper.entries} mappings for"
+            f" {mapper.mapped_bytes // KIB} KiB"
         )
         memory.detach(mapper)
         memory.convert(BASE, 2 * BLOCK, PRIVATE)

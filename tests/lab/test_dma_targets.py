@@ -1,4 +1,6 @@
-"""The three kinds of real targets as targets: what they answer, and what a device reaches afterwards."""
+"""
+The three kinds of real targets as targets: what they answer, and what a device reaches afterwards.
+"""
 
 import errno
 import os
@@ -49,7 +51,7 @@ def host(block: RamBlock, first: int = 0, count: int = 1) -> HostRange:
     return host_range(block.fd, block.address, first, count)
 
 
-# -- all of them ------------------------------------------------------------------------------------------------------
+# -- all of them -----------------------------------------------------------------------------------
 
 
 @every_way
@@ -125,7 +127,8 @@ def test_what_is_unmapped_is_not_reached_even_if_it_was_just_now(rig: Rig, block
 
 @every_way
 def test_a_page_that_is_freed_and_mapped_again_is_the_new_one(rig: Rig) -> None:
-    # A pinned page outlives the hole that is punched behind it: the mapper unmaps first, and this is why.
+    # A pinned page outlives the hole that is punched behind it: the mapper unmaps first, and this
+    # is why.
     with RamBlock.create("ram", MIB, private="stand-in") as block:
         rig.target.map(BASE, host(block))
         rig.target.unmap(BASE, PAGE_SIZE)
@@ -135,7 +138,7 @@ def test_a_page_that_is_freed_and_mapped_again_is_the_new_one(rig: Rig) -> None:
         assert block.read(0, 4) == rig.testdev.pattern(4)
 
 
-# -- type1 ------------------------------------------------------------------------------------------------------------
+# -- type1 -----------------------------------------------------------------------------------------
 
 
 @only_type1
@@ -181,7 +184,7 @@ def test_type1_limit_is_sampled_when_the_iommu_comes(block: RamBlock) -> None:
         assert rig.reached(9) == set(range(8))
 
 
-# -- iommufd ----------------------------------------------------------------------------------------------------------
+# -- iommufd ---------------------------------------------------------------------------------------
 
 
 def test_iommufd_cuts_on_this_kernel() -> None:

@@ -1,4 +1,7 @@
-"""`ramblock doctor` in the lab, where KVM knows private pages and iommufd cuts: line by line, looked up another way."""
+"""
+`ramblock doctor` in the lab, where KVM knows private pages and iommufd cuts: line by line, looked
+up another way.
+"""
 
 import json
 

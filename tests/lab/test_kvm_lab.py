@@ -1,5 +1,6 @@
 """
-KVM with attributes that the kernel enforces: a software-protected VM (CONFIG_KVM_SW_PROTECTED_VM) in the lab.
+KVM with attributes that the kernel enforces: a software-protected VM (CONFIG_KVM_SW_PROTECTED_VM)
+in the lab.
 
 What ``tests/kvm`` shows of the kernel holds here too; this file has what needs private pages.
 """
@@ -68,7 +69,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass
 class Guest:
-    """A software-protected VM with a vCPU, ordinary RAM for its code, and a confidential block at RAM."""
+    """
+    A software-protected VM with a vCPU, ordinary RAM for its code, and a confidential block at RAM.
+    """
 
     vm: KvmVm
     vcpu: Vcpu
@@ -142,7 +145,7 @@ def guest(kvm: Kvm, vm: KvmVm, private: GuestMemfd) -> Iterator[Guest]:
         yield Guest(vm, vcpu, code, block, private, memory, GuestConversions(memory))
 
 
-# -- what the kernel has ----------------------------------------------------------------------------------------------
+# -- what the kernel has ---------------------------------------------------------------------------
 
 
 def test_kernel_enforces_attributes(kvm: Kvm, vm: KvmVm) -> None:
@@ -170,7 +173,7 @@ def test_attributes_may_span_slots_and_holes(guest: Guest) -> None:
     assert guest.read(RAM) == HOST
 
 
-# -- private and shared -----------------------------------------------------------------------------------------------
+# -- private and shared ----------------------------------------------------------------------------
 
 
 def test_private_page_is_not_the_hosts(guest: Guest) -> None:
@@ -229,7 +232,10 @@ def test_pages_are_freed(guest: Guest) -> None:
 
 
 def unevictable() -> int:
-    """What the machine counts as pages that cannot be swapped, in bytes: all of guest_memfd, and hardly anything else here."""
+    """
+    What the machine counts as pages that cannot be swapped, in bytes: all of guest_memfd, and
+    hardly anything else here.
+    """
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(fields["Unevictable"].split()[0]) * 1024
 
@@ -240,13 +246,14 @@ def test_machine_gets_its_memory_back(vm: KvmVm) -> None:
         before = unevictable()
         arguments = ctypes.c_int64(0), ctypes.c_int64(size)
         assert _libc.fallocate(memory.fd, _FALLOC_FL_KEEP_SIZE, *arguments) == 0
-        # Each processor keeps a few pages on an account of its own for a while (vm_stat, mm/vmstat.c).
+        # Each processor keeps a few pages on an account of its own for a while (vm_stat,
+        # mm/vmstat.c).
         assert abs(unevictable() - before - size) < 4 * MIB
         memory.discard(0, size)
         assert abs(unevictable() - before) < 4 * MIB
 
 
-# -- hypercalls -------------------------------------------------------------------------------------------------------
+# -- hypercalls ------------------------------------------------------------------------------------
 
 
 def test_hypercall_comes_out_with_its_arguments(guest: Guest) -> None:
@@ -289,7 +296,7 @@ def test_answers(guest: Guest, gpa: int, pages: int, word: int, answer: int) -> 
     assert list(guest.memory.ranges(SHARED)) == shared
 
 
-# -- memory faults ----------------------------------------------------------------------------------------------------
+# -- memory faults ---------------------------------------------------------------------------------
 
 
 def test_private_page_without_a_private_side_faults(guest: Guest) -> None:
@@ -333,16 +340,18 @@ def test_stand_in_cannot_serve_private_pages(vm: KvmVm) -> None:
         assert memory.sections == ()
 
 
-# -- from the first moment --------------------------------------------------------------------------------------------
+# -- from the first moment -------------------------------------------------------------------------
 
 
 class Looker:
     """
-    A vCPU on a thread of its own that waits for an address in its memory, without leaving the guest, and then reads there.
+    A vCPU on a thread of its own that waits for an address in its memory, without leaving the
+    guest, and then reads there.
 
-    It must not touch the place before: an access to a hole leaves an MMIO entry in KVM's page tables, which neither a slot
-    nor an attribute removes, and a software-protected VM takes an access through it for a shared one (kvm_mmu_page_fault(),
-    arch/x86/kvm/mmu/mmu.c). So the first look at a page that was a hole, and is private now, would fault for ever.
+    It must not touch the place before: an access to a hole leaves an MMIO entry in KVM's page
+    tables, which neither a slot nor an attribute removes, and a software-protected VM takes an
+    access through it for a shared one (kvm_mmu_page_fault(), arch/x86/kvm/mmu/mmu.c). So the first
+    look at a page that was a hole, and is private now, would fault for ever.
     """
 
     WHERE, IDLE = CODE + PAGE, CODE + PAGE + 4
@@ -366,7 +375,8 @@ class Looker:
 
     def _run(self) -> None:
         while not self._stop:
-            # A memory fault is a look that was too early: the attribute is there, and the slot is not yet.
+            # A memory fault is a look that was too early: the attribute is there, and the slot is
+            # not yet.
             exit = self._vcpu.run()
             if isinstance(exit, IoExit):
                 self.seen.add(written(exit))
@@ -375,7 +385,8 @@ class Looker:
                 assert isinstance(exit, MemoryFaultExit | InterruptedExit), exit
 
     def look_at(self, gpa: int) -> None:
-        # One store: pwrite(2) copies byte by byte, and the guest would look at an address that is new in part.
+        # One store: pwrite(2) copies byte by byte, and the guest would look at an address that is
+        # new in part.
         ctypes.c_uint32.from_address(self._code.address + self.WHERE).value = gpa
 
     def wait_for_looks(self, count: int) -> None:
@@ -422,7 +433,10 @@ class SlotLookedAt:
 
 
 def place_and_look(guest: Guest, memory: GuestMemory, looker: Looker, rounds: int) -> None:
-    """Place a block with something on its shared side, each time where nothing was before, and let the guest look."""
+    """
+    Place a block with something on its shared side, each time where nothing was before, and let the
+    guest look.
+    """
     for number in range(rounds):
         gpa = 2 * RAM + number * PAGE
         with (
@@ -457,7 +471,7 @@ def test_looks_would_find_it_if_the_slot_came_first(guest: Guest) -> None:
     assert HOST in looker.seen
 
 
-# -- the end ----------------------------------------------------------------------------------------------------------
+# -- the end ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(("vm", "block", "private"))))

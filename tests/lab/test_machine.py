@@ -15,7 +15,7 @@ _DMA_DEVICES = {"0x1234 0x11e8", "0x1b36 0x0005"}
 
 def _pci_devices() -> dict[str, Path]:
     return {
-        f"{(device / 'vendor').read_text().strip()} {(device / 'device').read_text().strip()}": device
+        " ".join((device / name).read_text().strip() for name in ("vendor", "device")): device
         for device in Path("/sys/bus/pci/devices").iterdir()
     }
 

@@ -1,4 +1,6 @@
-"""`ramblock plan` held against real targets: what each can do, and where a container of type1 is full."""
+"""
+`ramblock plan` held against real targets: what each can do, and where a container of type1 is full.
+"""
 
 import errno
 import json

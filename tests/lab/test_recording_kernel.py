@@ -1,8 +1,9 @@
 """
-`ramblock run` on real parts, recorded twice: by the run itself, and by the kernel's own tracepoints.
+`ramblock run` on real parts, recorded twice: by the run itself, and by the kernel's own
+tracepoints.
 
-The audit has to find the same in both. With RAMBLOCK_RECORD=FOLDER each test leaves its recordings there: that is how those in
-tests/data were made.
+The audit has to find the same in both. With RAMBLOCK_RECORD=FOLDER each test leaves its recordings
+there: that is how those in tests/data were made.
 """
 
 from __future__ import annotations
@@ -80,7 +81,10 @@ def test_a_clean_run_is_clean_in_both_recordings(
 def test_both_recordings_show_the_stale_mappings_of_a_run_without_coordination(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Everything is mapped at boot, and nobody unmaps what becomes private: the real IOMMU lets the device reach it."""
+    """
+    Everything is mapped at boot, and nobody unmaps what becomes private: the real IOMMU lets the
+    device reach it.
+    """
     options = ("--iommu", "type1", "--uncoordinated")
     code, own, kernel = _run(tmp_path, "uncoordinated", *options)
     assert code == 1, capsys.readouterr().out

@@ -1,4 +1,7 @@
-"""`ramblock run` on real parts: a guest that asks by hypercall, attributes that KVM enforces, devices behind a real IOMMU."""
+"""
+`ramblock run` on real parts: a guest that asks by hypercall, attributes that KVM enforces, devices
+behind a real IOMMU.
+"""
 
 from __future__ import annotations
 

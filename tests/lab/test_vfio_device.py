@@ -1,4 +1,7 @@
-"""A real PCI device through VFIO: binding it, opening it in both ways, its regions, its DMA, and what is refused."""
+"""
+A real PCI device through VFIO: binding it, opening it in both ways, its regions, its DMA, and what
+is refused.
+"""
 
 import errno
 import os
@@ -53,7 +56,7 @@ def block() -> Iterator[RamBlock]:
         yield block
 
 
-# -- binding ----------------------------------------------------------------------------------------------------------
+# -- binding ---------------------------------------------------------------------------------------
 
 
 def override_of(address: PciAddress) -> str:
@@ -148,7 +151,7 @@ def test_a_group_is_opened_once() -> None:
             target.close()
 
 
-# -- regions ----------------------------------------------------------------------------------------------------------
+# -- regions ---------------------------------------------------------------------------------------
 
 
 def test_regions(rig: Rig) -> None:
@@ -195,7 +198,7 @@ def test_reset(rig: Rig) -> None:
             device.reset()
 
 
-# -- DMA --------------------------------------------------------------------------------------------------------------
+# -- DMA -------------------------------------------------------------------------------------------
 
 
 def test_edu_copies_both_ways(rig: Rig, block: RamBlock) -> None:
@@ -237,7 +240,7 @@ def test_a_longer_write_over_two_mappings(rig: Rig, block: RamBlock) -> None:
     assert block.read(0, 6) == pattern[6:]
 
 
-# -- lifetimes --------------------------------------------------------------------------------------------------------
+# -- lifetimes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target_first", [False, True])
@@ -285,7 +288,7 @@ def test_a_process_that_is_killed_leaves_nothing(block: RamBlock) -> None:
         Path(f"/sys/bus/pci/devices/{address}/driver/unbind").write_text(str(address))
 
 
-# -- no IOMMU ---------------------------------------------------------------------------------------------------------
+# -- no IOMMU --------------------------------------------------------------------------------------
 
 
 @pytest.mark.lab_variant("no-iommu")

@@ -1,7 +1,9 @@
 """
-The whole stack on a real kernel: a guest asks by hypercall, KVM enforces, a device does DMA through a real IOMMU.
+The whole stack on a real kernel: a guest asks by hypercall, KVM enforces, a device does DMA through
+a real IOMMU.
 
-After each conversion three views are compared: what the guest reads, what the host reads, and what the device reaches.
+After each conversion three views are compared: what the guest reads, what the host reads, and what
+the device reaches.
 """
 
 import sys
@@ -77,7 +79,7 @@ class Stack:
         self.faults = FaultLog()
         resources.callback(self.faults.close)
 
-    # -- the guest ------------------------------------------------------------------------------------------------
+    # -- the guest ---------------------------------------------------------------------------------
 
     def guest(self, *commands: Command) -> list[Result]:
         """Let the guest do commands, and answer what it asks for."""
@@ -113,7 +115,7 @@ class Stack:
         (result,) = self.guest(Command(Operation.CHECK, gpa, size, value, PAGE_SIZE, 1))
         assert result.status == Status.DONE, (hex(result.found), hex(result.address))
 
-    # -- the host and the device ----------------------------------------------------------------------------------
+    # -- the host and the device -------------------------------------------------------------------
 
     def host_word(self, gpa: int) -> int:
         """Read a word of the shared side."""
@@ -208,7 +210,8 @@ def test_requests_that_cannot_be_meant() -> None:
         stack = Stack(resources, Way.CUTTING)
         for gpa, pages, word, answer in REQUESTS:
             (result,) = stack.guest(Command(Operation.CONVERT, gpa, pages, word))
-            # What is misaligned or empty KVM refuses itself, with a negative number, before anybody is asked.
+            # What is misaligned or empty KVM refuses itself, with a negative number, before anybody
+            # is asked.
             assert result.found in (answer, -answer), (hex(gpa), pages, hex(word))
             assert list(stack.memory.ranges(PageState.SHARED)) == []
             assert stack.mapper.entries == 0

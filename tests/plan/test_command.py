@@ -140,8 +140,8 @@ def test_a_sweep_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_sweep_to_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     table, plot = tmp_path / "t.csv", tmp_path / "p.html"
-    code, out, _ = _run(capsys, "--sweep", "memory=1G..8G", "--table", str(table), "--plot", str(plot),
-                        "--jobs", "1")  # fmt: skip
+    code, out, _ = _run(capsys, "--sweep", "memory=1G..8G", "--table", str(table),
+                        "--plot", str(plot), "--jobs", "1")  # fmt: skip
     assert (code, out) == (0, "")
     assert table.stat().st_size > 0
     assert plot.stat().st_size > 1 << 20, "with all it needs"
@@ -168,7 +168,10 @@ def test_a_sweep_to_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         (("--sweep", "memory=1G", "--sweep", "memory=2G"), "an axis is given twice"),
         (("--sweep", "tee=tdx"), "no guest to plan for"),
         (("--memory", "1G", "--sweep", "colour=red"), "--sweep colour=red, expected NAME=VALUES"),
-        (("--memory", "1G", "--sweep", "tee=tdx", "--plot", "x.html"), "--plot has nothing to go along"),
+        (
+            ("--memory", "1G", "--sweep", "tee=tdx", "--plot", "x.html"),
+            "--plot has nothing to go along",
+        ),
         (("x.jsonl", "--memory", "1G"), "--memory with a recording"),
         (("x.jsonl", "--simulate"), "--simulate with a recording"),
         (("x.jsonl", "--memlock", "4K"), "--memlock with a recording"),

@@ -1,4 +1,6 @@
-"""Cases whose numbers are known from elsewhere: bug reports, kernel sources, arithmetic done by hand."""
+"""
+Cases whose numbers are known from elsewhere: bug reports, kernel sources, arithmetic done by hand.
+"""
 
 import pytest
 
@@ -76,7 +78,11 @@ def test_with_the_pool_that_is_advised_it_comes_up(kata: GuestPlan) -> None:
 
 
 def test_runs_are_tens_at_boot(kata: GuestPlan) -> None:
-    """One for each request; TDX hands the pool over in 512 slices of 2 MiB, each a conversion of its own, and SNP in 8."""
+    """
+    One for each request.
+
+    TDX hands the pool over in 512 slices of 2 MiB, each a conversion of its own, and SNP in 8.
+    """
     row = _row(kata, "run", "iommufd-cutting")
     assert row.need is not None
     assert row.verdict is Verdict.FITS
@@ -133,7 +139,11 @@ def test_swiotlb_is_at_its_most_from_16_7_gib_on() -> None:
     [(245, 1, 256), (245, 64, 256), (983, 4, 1024), (512, 4, 512), (64, 512, 128)],
 )
 def test_swiotlb_is_rounded_up(adjusted: int, areas: int, rounded: int) -> None:
-    """As the kernel says: "bounce buffer size adjusted to 245MB", "roundup to 256MB"; an area has 256 KiB at least."""
+    """
+    As the kernel says: "bounce buffer size adjusted to 245MB", "roundup to 256MB".
+
+    An area has 256 KiB at least.
+    """
     memory = adjusted * MIB * 100 // 6
     assert swiotlb_bytes(memory, areas).high == rounded * MIB
 

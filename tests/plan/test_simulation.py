@@ -1,4 +1,7 @@
-"""The formula and the real mapper agree where the formula is exact, and the simulation keeps to its workload."""
+"""
+The formula and the real mapper agree where the formula is exact, and the simulation keeps to its
+workload.
+"""
 
 import msgspec
 import pytest
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 
 from ramblock.dma.target import HostRange
 from ramblock.errors import DmaError, UsageError
-from ramblock.memory.attributes import PageState
+from ramblock.discard.attributes import PageState
 from ramblock.plan import TARGETS, End, Guest, Profile, Technology, simulate
 from ramblock.plan.formula import need
 from ramblock.plan.shares import boot_shares, buffer_room
@@ -190,7 +193,10 @@ def test_a_guest_that_is_too_small_for_its_devices() -> None:
 
 
 def test_a_guest_can_make_two_mappings_with_each_conversion() -> None:
-    """Every other page is taken back, and then all is shared again: the bound of the formula is reached, and not passed."""
+    """
+    Every other page is taken back, and then all is shared again: the bound of the formula is
+    reached, and not passed.
+    """
     pages, cuts = 512, 255
     with Simulation([Place(0, pages * PAGE_SIZE, confidential=True)]) as simulation:
         simulation.convert(Request(0, pages * PAGE_SIZE, PageState.SHARED))

@@ -1,4 +1,7 @@
-"""Sweeps: what varies, the same table however it is worked out, and what is left when it is interrupted."""
+"""
+Sweeps: what varies, the same table however it is worked out, and what is left when it is
+interrupted.
+"""
 
 import csv
 import os

@@ -13,7 +13,8 @@ from ramblock.plan.simulation import Counts
 from ramblock.units import MIB
 from trace_samples import DATA, recording
 
-# The part of `ramblock run`'s guest that nothing converts: 4 MiB of BIOS, mapped when a device is attached.
+# The part of `ramblock run`'s guest that nothing converts: 4 MiB of BIOS, mapped when a device is
+# attached.
 _BIOS_PAGES = 1024
 _BIOS_RUNS = 1
 
@@ -23,7 +24,10 @@ def _plan(name: str) -> TracePlan:
 
 
 def _same(plan: TracePlan, kind: str) -> None:
-    """The mapper's calls, and how many mappings there were at the end and at most, on each of its targets."""
+    """
+    The mapper's calls, and how many mappings there were at the end and at most, on each of its
+    targets.
+    """
     made = plan.simulated.final[kind]
     assert plan.observed
     for seen in plan.observed:
@@ -91,7 +95,10 @@ def test_a_run_without_coordination_is_shown_beside_what_it_needed(
 )
 @pytest.mark.slow
 def test_qemus_mappings(name: str, idle_unmaps: int) -> None:
-    """These guests are not confidential: what QEMU maps is what is populated, and each of its calls is a run."""
+    """
+    These guests are not confidential: what QEMU maps is what is populated, and each of its calls is
+    a run.
+    """
     plan = _plan(name)
     (seen,) = plan.observed
     made = plan.simulated.final["run"]
@@ -126,7 +133,8 @@ def test_a_recording_that_is_cut_is_an_error(tmp_path: Path) -> None:
 
 def _own_trace(tmp_path: Path, *lines: dict[str, object]) -> str:
     start = {"t": 0, "event": "start", "version": 1, "targets": {"iommu0": "soft"},
-             "blocks": [{"name": "ram", "gpa": 0, "size": 1 << 20, "confidential": True}]}  # fmt: skip
+             "blocks": [{"name": "ram", "gpa": 0, "size": 1 << 20, "confidential": True}],
+    }  # fmt: skip
     path = tmp_path / "trace.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in (start, *lines)))
     return str(path)
@@ -215,11 +223,14 @@ def test_a_recording_that_begins_in_the_middle(tmp_path: Path) -> None:
     path = _qemu(
         tmp_path,
         "kvm_convert_memory start 0x2000000 size 0x200000 private_to_shared",
-        "ram_block_attributes_state_change offset 0x2000000 size 0x200000 from 'discarded' to 'populated'",
+        "ram_block_attributes_state_change offset 0x2000000 size 0x200000 from 'discarded' to"
+        " 'populated'",
         "kvm_convert_memory start 0x2200000 size 0x200000 private_to_shared",
-        "ram_block_attributes_state_change offset 0x2200000 size 0x200000 from 'discarded' to 'populated'",
+        "ram_block_attributes_state_change offset 0x2200000 size 0x200000 from 'discarded' to"
+        " 'populated'",
         "kvm_convert_memory start 0x2000000 size 0x200000 shared_to_private",
-        "ram_block_attributes_state_change offset 0x2000000 size 0x200000 from 'populated' to 'discarded'",
+        "ram_block_attributes_state_change offset 0x2000000 size 0x200000 from 'populated' to"
+        " 'discarded'",
     )
     plan = plan_trace(path, Limits())
     assert plan.simulated.conversions == 3
@@ -258,7 +269,8 @@ def test_ranges_at_the_ends(event: dict[str, object], tmp_path: Path) -> None:
 
 def test_a_block_that_is_not_aligned_is_rounded(tmp_path: Path) -> None:
     start = {"t": 0, "event": "start", "version": 1, "targets": {},
-             "blocks": [{"name": "ram", "gpa": 0x800, "size": 0x10000, "confidential": True}]}  # fmt: skip
+             "blocks": [{"name": "ram", "gpa": 0x800, "size": 0x10000, "confidential": True}],
+    }  # fmt: skip
     path = tmp_path / "trace.jsonl"
     lines = [
         start,

@@ -1,4 +1,6 @@
-"""``ramblock probe`` as people start it: exit codes, the stream of events, the trace, the summary."""
+"""
+``ramblock probe`` as people start it: exit codes, the stream of events, the trace, the summary.
+"""
 
 import json
 import os

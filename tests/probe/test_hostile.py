@@ -1,4 +1,6 @@
-"""Clients that break the protocol, stall, vanish or lie: the probe says so, and serves the next one."""
+"""
+Clients that break the protocol, stall, vanish or lie: the probe says so, and serves the next one.
+"""
 
 import errno
 import os
@@ -214,7 +216,7 @@ def test_what_there_is_not(probe: Probe, client: Client) -> None:
     assert probe.record.clean
 
 
-# -- memory that is not there -----------------------------------------------------------------------
+# -- memory that is not there ----------------------------------------------------------------------
 
 
 def test_a_file_that_shrinks_after_it_was_mapped(path: Path, ram: int) -> None:
@@ -266,7 +268,7 @@ def test_what_comes_before_the_answer_waits_for_its_turn(probe: Probe, client: C
     assert rules(probe) == [Rule.UNREACHABLE]
 
 
-# -- the wire -------------------------------------------------------------------------------------------
+# -- the wire --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -381,7 +383,7 @@ def test_any_client(
     assert probe.error is None
 
 
-# -- the socket -----------------------------------------------------------------------------------------
+# -- the socket ------------------------------------------------------------------------------------
 
 
 def test_the_socket_of_a_dead_probe_is_replaced(path: Path) -> None:

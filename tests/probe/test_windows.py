@@ -1,4 +1,6 @@
-"""The table of windows beside a naive model: a set of windows, and the rules as they are written down."""
+"""
+The table of windows beside a naive model: a set of windows, and the rules as they are written down.
+"""
 
 import os
 from collections.abc import Callable, Iterator

@@ -94,7 +94,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     made.driver.quit()
 
 
-_RANGES = "const {xaxis, yaxis} = document.getElementById('plot').layout; return [...xaxis.range, ...yaxis.range]"
+_RANGES = (
+    "const {xaxis, yaxis} = document.getElementById('plot').layout;"
+    " return [...xaxis.range, ...yaxis.range]"
+)
 
 
 @require_browser

@@ -218,13 +218,17 @@ def test_a_map_that_failed_maps_nothing() -> None:
 
 
 def test_what_domains_of_one_container_share_is_no_double_map() -> None:
-    """Type1 maps everything for each domain, and unmaps it for each: the page is mapped until the last."""
+    """
+    Type1 maps everything for each domain, and unmaps it for each: the page is mapped until the
+    last.
+    """
     made = Made().at(0, Attributes, 0, 4 * PAGE, False)
     for _ in range(2):
         made.at(1, Map, "t", 0, 2 * PAGE, key=0x1000).at(
             1, Map, "t", 2 * PAGE, 4 * PAGE, key=0x9000
         )
-    # The other domains lose it in one call, the first piece by piece (vfio_unmap_unpin in vfio_iommu_type1.c).
+    # The other domains lose it in one call, the first piece by piece (vfio_unmap_unpin in
+    # vfio_iommu_type1.c).
     made.at(100, Unmap, "t", 0, 4 * PAGE, 4 * PAGE)
     made.at(101, Attributes, 0, 4 * PAGE, True).at(102, Unmap, "t", 0, 2 * PAGE, 2 * PAGE)
     result = made.at(300, Unmap, "t", 2 * PAGE, 4 * PAGE, 2 * PAGE).audit()
@@ -254,7 +258,10 @@ def test_a_trace_that_began_late_is_not_accused_of_it() -> None:
 
 
 def test_unmaps_without_result_under_the_exact_rule() -> None:
-    """QEMU's own trace of a server that refuses what is not exact: the trace shows the unmap as if it had worked."""
+    """
+    QEMU's own trace of a server that refuses what is not exact: the trace shows the unmap as if it
+    had worked.
+    """
     made = Made().at(0, Layout, (), ("t",))
     for page in range(4):
         made.at(1, Map, "t", page * PAGE, (page + 1) * PAGE)
@@ -398,7 +405,9 @@ def test_virtio_mem_that_does_not_unmap(unmap_at: float | None) -> None:
 
 
 def test_plugging_may_take_long() -> None:
-    """Mapping 1 GiB block by block takes longer than any grace: the answer ends it, and not time."""
+    """
+    Mapping 1 GiB block by block takes longer than any grace: the answer ends it, and not time.
+    """
     made = Made().at(0, Plug, 0, 8 * PAGE, False).at(1, PlugRequest, 0, 8 * PAGE, True)
     for number in range(8):
         made.at(2 + 100 * number, Map, "t", number * PAGE, (number + 1) * PAGE)

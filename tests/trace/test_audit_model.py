@@ -1,7 +1,9 @@
 """
-The audit against a naive model: clean traces, and the same with single events deleted, delayed or duplicated.
+The audit against a naive model: clean traces, and the same with single events deleted, delayed or
+duplicated.
 
-Every mutation that makes a stale or a missing mapping is found, with its pages and its events, and none is invented.
+Every mutation that makes a stale or a missing mapping is found, with its pages and its events, and
+none is invented.
 """
 
 import random
@@ -135,7 +137,9 @@ def renumbered(events: Sequence[Event]) -> list[Event]:
 
 
 def mutations(events: list[Event]) -> list[list[Event]]:
-    """Each event but the first two deleted, duplicated, and delayed by one, by three, and to the end."""
+    """
+    Each event but the first two deleted, duplicated, and delayed by one, by three, and to the end.
+    """
     found = []
     for index in range(2, len(events)):
         rest = events[:index] + events[index + 1 :]

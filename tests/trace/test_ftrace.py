@@ -43,12 +43,18 @@ _PERF_SUBSYSTEM = {"map": "iommu:", "unmap": "iommu:"}
 # (event and arguments, what it means; T stands for the target, C for the thread)
 _LINES: list[tuple[str, Shown | None]] = [
     (
-        "map: IOMMU: iova=0x0000000102000000 - 0x0000000102001000 paddr=0x000000000f7b3000 size=4096",
+        (
+            "map: IOMMU: iova=0x0000000102000000 - 0x0000000102001000 paddr=0x000000000f7b3000"
+            " size=4096"
+        ),
         ("Map", "T", 0x102000000, 0x102001000, True, True, 0xF7B3000, None),
     ),
     (
         # The size is what was mapped, the range what was asked for.
-        "map: IOMMU: iova=0x0000000000000000 - 0x0000000000003000 paddr=0x0000000000001000 size=4096",
+        (
+            "map: IOMMU: iova=0x0000000000000000 - 0x0000000000003000 paddr=0x0000000000001000"
+            " size=4096"
+        ),
         ("Map", "T", 0, 0x1000, True, True, 0x1000, None),
     ),
     (
@@ -61,7 +67,10 @@ _LINES: list[tuple[str, Shown | None]] = [
     ),
     ("attach_device_to_domain: IOMMU: device=0000:00:09.0", ("Attach", "T", "0000:00:09.0")),
     (
-        "io_page_fault: IOMMU:pci 0000:00:09.0 driver=vfio-pci iova=0x0000000000005000 flags=0x0001",
+        (
+            "io_page_fault: IOMMU:pci 0000:00:09.0 driver=vfio-pci iova=0x0000000000005000"
+            " flags=0x0001"
+        ),
         ("Access", "faults", 0x5000, None, True, True),
     ),
     (

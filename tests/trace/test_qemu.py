@@ -40,7 +40,10 @@ _LINES: list[tuple[str, list[Shown]]] = [
         [("Discard", 0x7F0000000000, 0x7F0000001000, True, 0x7F0000000000, True)],
     ),
     (
-        "ram_block_discard_shared_range pc.ram@0x7f0000000000 + 0x1000: madvise: 1 fallocate: 0 ret: -22",
+        (
+            "ram_block_discard_shared_range pc.ram@0x7f0000000000 + 0x1000: madvise: 1 fallocate:"
+            " 0 ret: -22"
+        ),
         [("Discard", 0x7F0000000000, 0x7F0000001000, True, 0x7F0000000000, False)],
     ),
     (
@@ -48,15 +51,24 @@ _LINES: list[tuple[str, list[Shown]]] = [
         [("Discard", 0x7F0000000000, 0x7F0000001000, False, 0x7F0000000000, True)],
     ),
     (
-        "iommufd_backend_map_dma  iommufd=10 ioas=2 iova=0x4000 size=0x1000 addr=0x7f0000004000 readonly=1 (0)",
+        (
+            "iommufd_backend_map_dma  iommufd=10 ioas=2 iova=0x4000 size=0x1000 addr=0x7f0000004000"
+            " readonly=1 (0)"
+        ),
         [("Map", "iommufd=10 ioas=2", 0x4000, 0x5000, False, True, None, 0x7F0000004000)],
     ),
     (
-        "iommufd_backend_map_dma  iommufd=10 ioas=2 iova=0x4000 size=0x1000 addr=0x7f0000004000 readonly=0 (-17)",
+        (
+            "iommufd_backend_map_dma  iommufd=10 ioas=2 iova=0x4000 size=0x1000 addr=0x7f0000004000"
+            " readonly=0 (-17)"
+        ),
         [("Map", "iommufd=10 ioas=2", 0x4000, 0x5000, True, False, None, 0x7F0000004000)],
     ),
     (
-        "iommufd_backend_map_file_dma  iommufd=10 ioas=2 iova=0x4000 size=0x1000 fd=9 start=4096 readonly=0 (0)",
+        (
+            "iommufd_backend_map_file_dma  iommufd=10 ioas=2 iova=0x4000 size=0x1000 fd=9"
+            " start=4096 readonly=0 (0)"
+        ),
         [("Map", "iommufd=10 ioas=2", 0x4000, 0x5000, True, True, None, None)],
     ),
     (
@@ -69,7 +81,10 @@ _LINES: list[tuple[str, list[Shown]]] = [
     ),
     (
         # The kernel says ENOENT also when the range cuts a mapping, which stays.
-        "iommufd_backend_unmap_dma_non_exist  Unmap nonexistent mapping: iommufd=10 ioas=2 iova=0x4000 size=0x1000 (0)",
+        (
+            "iommufd_backend_unmap_dma_non_exist  Unmap nonexistent mapping:"
+            " iommufd=10 ioas=2 iova=0x4000 size=0x1000 (0)"
+        ),
         [("Unmap", "iommufd=10 ioas=2", 0x4000, 0x5000, 0, True)],
     ),
     ("iommufd_backend_alloc_ioas  iommufd=10 ioas=2", [("Attach", "iommufd=10 ioas=2", None)]),
@@ -103,15 +118,22 @@ def test_line(stamp: str, time: int | None, line: str, expected: list[Shown], en
 
 
 def test_slots_tell_where_memory_is() -> None:
-    """kvm_set_user_memory: a slot that is set again replaces what it was, size 0 removes it; SMM's address space is a copy."""
+    """
+    kvm_set_user_memory: a slot that is set again replaces what it was, size 0 removes it.
+
+    SMM's address space is a copy.
+    """
     text = (
-        "kvm_set_user_memory AddrSpace#0 Slot#3 flags=0x4 gpa=0x100000000 size=0x40000000 ua=0x7f0000000000"
+        "kvm_set_user_memory AddrSpace#0 Slot#3 flags=0x4 gpa=0x100000000 size=0x40000000"
+        " ua=0x7f0000000000"
         " guest_memfd=12 guest_memfd_offset=0x1000 ret=0\n"
-        "kvm_set_user_memory AddrSpace#1 Slot#3 flags=0x4 gpa=0x100000000 size=0x40000000 ua=0x7f0000000000"
+        "kvm_set_user_memory AddrSpace#1 Slot#3 flags=0x4 gpa=0x100000000 size=0x40000000"
+        " ua=0x7f0000000000"
         " guest_memfd=-1 guest_memfd_offset=0x0 ret=0\n"
         "kvm_set_user_memory AddrSpace#0 Slot#4 flags=0x0 gpa=0x0 size=0x1000 ua=0x7f0000000000"
         " guest_memfd=-1 guest_memfd_offset=0x0 ret=-22\n"
-        "kvm_set_user_memory AddrSpace#0 Slot#3 flags=0x0 gpa=0x100000000 size=0x0 ua=0x7f0000000000"
+        "kvm_set_user_memory AddrSpace#0 Slot#3 flags=0x0 gpa=0x100000000 size=0x0"
+        " ua=0x7f0000000000"
         " guest_memfd=-1 guest_memfd_offset=0x0 ret=0\n"
     )
     placed, removed = _shown(text)
@@ -158,8 +180,10 @@ def test_messages_about_failures() -> None:
     """QEMU reports a mapping that failed as a message, not as an event (PEERS.md, 1.10)."""
     text = (
         "vfio_user_dma_unmap  iova 0x108000000 size 0x8000000 flags 0x0 async_ops 1\n"
-        f"{_ISO}qemu-system-x86_64: vfio_container_dma_unmap(0x55d0, 0x108000000, 0x8000000) = -22 (Invalid argument)\n"
-        "qemu-system-x86_64: vfio_container_dma_map(0x55d0, 0x1000, 0x2000, 0x7f00) = -17 (File exists)\n"
+        f"{_ISO}qemu-system-x86_64: vfio_container_dma_unmap(0x55d0, 0x108000000,"
+        " 0x8000000) = -22 (Invalid argument)\n"
+        "qemu-system-x86_64: vfio_container_dma_map(0x55d0, 0x1000, 0x2000,"
+        " 0x7f00) = -17 (File exists)\n"
     )
     _, unmap, map_ = _shown(text)
     assert unmap[1] == _TIME

@@ -1,4 +1,7 @@
-"""What holds for every reader: any chunking, any bytes, and memory that does not grow with what is not there."""
+"""
+What holds for every reader: any chunking, any bytes, and memory that does not grow with what is not
+there.
+"""
 
 import random
 import tracemalloc
@@ -64,11 +67,14 @@ _PARTS = st.one_of(
     st.integers(-(1 << 70), 1 << 70).map(lambda number: str(number).encode()),
     st.integers(0, 1 << 70).map(lambda number: hex(number).encode()),
     st.sampled_from(
-        b'{"t":|"event":"map"|,|}|"iova":|"size":|"target":"x"|"gpa":|\n| |: |kvm_convert_memory|start |size |shared_to_private|'
-        b"2026-11-24T03:08:23.736102Z |vfio_user_dma_map|iova |flags |async_ops |[000] |map: IOMMU: |iova=|paddr=| - |"
-        b"ramblock-vfio map|ramblock-vfio unmap|python-62 (     62) |unmapped_size=|kvm_vm_set_mem_attributes: | -- |[0x8]|-17|0|1".split(
-            b"|"
-        )
+        (
+            b'{"t":|"event":"map"|,|}|"iova":|"size":|"target":"x"|"gpa":|\n| |: |'
+            b"kvm_convert_memory|start |size |shared_to_private|"
+            b"2026-11-24T03:08:23.736102Z |vfio_user_dma_map|iova |flags |async_ops |"
+            b"[000] |map: IOMMU: |iova=|paddr=| - |"
+            b"ramblock-vfio map|ramblock-vfio unmap|python-62 (     62) |unmapped_size=|"
+            b"kvm_vm_set_mem_attributes: | -- |[0x8]|-17|0|1"
+        ).split(b"|")
     ),
 )
 

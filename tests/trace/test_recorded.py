@@ -63,7 +63,10 @@ def test_clean(name: str) -> None:
 def test_text_and_binary_give_the_same_findings(
     tmp_path: Path, run: str, unmap: str | None
 ) -> None:
-    """Debian's QEMU has no binary backend, so the binary twin is made from the text (tests/simpletrace_writer.py)."""
+    """
+    Debian's QEMU has no binary backend, so the binary twin is made from the text
+    (tests/simpletrace_writer.py).
+    """
     binary = tmp_path / "qemu.bin"
     binary.write_bytes(simpletrace_of(qemu_lines(f"qemu-{run}.trace.gz")))
     options = CheckOptions(unmap=unmap, reader=_OPTIONS.reader)
@@ -86,7 +89,9 @@ def _shape(finding: Any) -> tuple[object, ...]:
 
 
 def test_text_and_binary_of_the_same_run() -> None:
-    """One run of a QEMU that has both backends: the times are of two clocks, all else is the same."""
+    """
+    One run of a QEMU that has both backends: the times are of two clocks, all else is the same.
+    """
     text, binary = _check("qemu-iommufd.trace.gz"), _check("qemu-iommufd.simpletrace.gz")
     assert text.findings
     assert {each.kind for each in text.findings} == {FindingKind.TRANSITIONAL}
@@ -107,7 +112,10 @@ def test_text_and_binary_of_the_same_run() -> None:
 
 
 def test_virtio_mem_gives_back_before_it_unmaps() -> None:
-    """QEMU's order for virtio-mem: the memory goes first, then the mapping, both before the guest has its answer."""
+    """
+    QEMU's order for virtio-mem: the memory goes first, then the mapping, both before the guest has
+    its answer.
+    """
     result = _check("qemu-iommufd.trace.gz")
     lines = qemu_lines("qemu-iommufd.trace.gz")
     for finding in result.findings:
@@ -118,7 +126,10 @@ def test_virtio_mem_gives_back_before_it_unmaps() -> None:
 
 
 def test_the_probe_names_the_64_stale_windows_of_qemu() -> None:
-    """QEMU unmaps 128 MiB in one call, of which a server with libvfio-user's rule lets nothing go (LAB.md)."""
+    """
+    QEMU unmaps 128 MiB in one call, of which a server with libvfio-user's rule lets nothing go
+    (LAB.md).
+    """
     result = _check("probe-qemu-exact.jsonl.gz")
     stale = [finding for finding in result.findings if finding.kind is FindingKind.STALE]
     assert len(stale) == 64
@@ -153,7 +164,10 @@ def test_qemu_alone_names_them_when_told_how_the_server_unmaps() -> None:
 
 
 def test_stale_mappings_of_a_real_iommu() -> None:
-    """`ramblock run --uncoordinated` on VFIO type1: its own trace and the kernel's tracepoints tell of the same pages and times."""
+    """
+    `ramblock run --uncoordinated` on VFIO type1: its own trace and the kernel's tracepoints tell of
+    the same pages and times.
+    """
     ours = _check("run-uncoordinated.jsonl.gz")
     theirs = _check("ftrace-uncoordinated.txt.gz")
     stale = FindingKind.STALE
@@ -162,7 +176,8 @@ def test_stale_mappings_of_a_real_iommu() -> None:
     assert set(ours.counts) == {stale, FindingKind.FREED}
     assert _pages(ours, stale) == _pages(theirs, stale)
     assert len(_pages(ours, stale)) > 10_000
-    # Every page was mapped while it was private; the kernel stamps it, and the run notes it when the call has returned.
+    # Every page was mapped while it was private; the kernel stamps it, and the run notes it when
+    # the call has returned.
     assert all(finding.note == "mapped while private" for finding in theirs.findings[:50])
     began, noted = _first_seen(theirs), _first_seen(ours)
     # Half a second for calls under emulation; the windows are open for seconds.
@@ -190,7 +205,8 @@ def test_the_recordings_of_one_run_can_be_merged() -> None:
     assert any(target.name.startswith("iommu of process") for target in result.targets)
 
 
-# Mutations of real recordings: events of the run on software IOMMUs, which tells every conversion's end.
+# Mutations of real recordings: events of the run on software IOMMUs, which tells every conversion's
+# end.
 
 
 def _mutated(tmp_path: Path, lines: list[bytes]) -> AuditResult:

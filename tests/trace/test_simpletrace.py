@@ -20,7 +20,9 @@ def _reader() -> SimpletraceReader:
 
 @pytest.mark.parametrize("name", ["qemu-lenient.trace.gz", "qemu-exact.trace.gz"])
 def test_the_same_as_the_text(name: str) -> None:
-    """Lines of the text are events of the binary trace, but for messages, which it does not have."""
+    """
+    Lines of the text are events of the binary trace, but for messages, which it does not have.
+    """
     lines = qemu_lines(name)
     text = read(READERS["qemu"](), "\n".join(lines).encode())
     binary = read(READERS["simpletrace"](), simpletrace_of(lines))

@@ -69,7 +69,7 @@ def device(host: Host) -> Iterator[VfioDevice]:
         yield device
 
 
-# -- opening and closing ----------------------------------------------------------------------------------------------
+# -- opening and closing ---------------------------------------------------------------------------
 
 
 def test_by_group(host: Host) -> None:
@@ -184,7 +184,7 @@ def test_a_group_that_nobody_bound(host: Host) -> None:
     assert container.group(7) is None
 
 
-# -- regions ----------------------------------------------------------------------------------------------------------
+# -- regions ---------------------------------------------------------------------------------------
 
 
 def test_reading_and_writing(device: VfioDevice) -> None:
@@ -240,7 +240,7 @@ def test_a_region_that_cannot_be_mapped(device: VfioDevice) -> None:
             device.map_region(index)
 
 
-# -- config space -----------------------------------------------------------------------------------------------------
+# -- config space ----------------------------------------------------------------------------------
 
 
 def test_bus_mastering(device: VfioDevice) -> None:
@@ -266,7 +266,7 @@ def test_reset(host: Host, device: VfioDevice) -> None:
         other.reset()
 
 
-# -- the test devices, as far as they go without one ------------------------------------------------------------------
+# -- the test devices, as far as they go without one -----------------------------------------------
 
 
 def test_a_driver_wants_its_device(device: VfioDevice) -> None:
@@ -306,7 +306,8 @@ def test_iommu_testdev_is_told_what_to_do(host: Host) -> None:
 
 
 def test_which_results_mean_that_memory_was_written() -> None:
-    # The read-back goes to a physical address that was never told, so that its outcome says nothing.
+    # The read-back goes to a physical address that was never told, so that its outcome says
+    # nothing.
     written = {result for result in DmaResult if result.written}
     assert written == {DmaResult.OK, DmaResult.READ_BACK_FAILED, DmaResult.MISMATCH}
 
@@ -339,7 +340,7 @@ def test_what_the_pattern_is() -> None:
     assert IommuTestdev.pattern(6) == b"\x78\x56\x34\x12\x78\x56"
 
 
-# -- a page for handing data over -------------------------------------------------------------------------------------
+# -- a page for handing data over ------------------------------------------------------------------
 
 
 def test_a_bounce_page() -> None:

@@ -1,4 +1,7 @@
-"""The drivers of QEMU's test devices, where the device does nothing: what is not known to have happened is not reported."""
+"""
+The drivers of QEMU's test devices, where the device does nothing: what is not known to have
+happened is not reported.
+"""
 
 from collections.abc import Iterator
 from threading import Event

@@ -33,7 +33,11 @@ def ranges(following: int, *entries: tuple[int, int], count: int | None = None) 
 
 
 def outcome(parse: Callable[[], T]) -> T | None:
-    """What was parsed; None if it was refused in the one way there is. Any other exception gets out."""
+    """
+    What was parsed; None if it was refused in the one way there is.
+
+    Any other exception gets out.
+    """
     try:
         return parse()
     except DmaError as error:

@@ -48,7 +48,7 @@ def mapped(kernel: FakeKernel, target: IommufdIoas) -> dict[int, tuple[int, str,
     return kernel.areas[target.ioas_id].by_iova
 
 
-# -- the mode ---------------------------------------------------------------------------------------------------------
+# -- the mode --------------------------------------------------------------------------------------
 
 
 def test_it_cuts_where_the_kernel_does(kernel: FakeKernel) -> None:
@@ -107,7 +107,7 @@ def test_ranges_are_half_open_and_complete(native: IommufdIoas) -> None:
     assert native.capabilities.max_mappings is None
 
 
-# -- mapping ----------------------------------------------------------------------------------------------------------
+# -- mapping ---------------------------------------------------------------------------------------
 
 
 def test_a_memfd_is_mapped_as_a_file(
@@ -194,14 +194,20 @@ def test_against_a_naive_model(
     target = IommufdIoas(cutting=cuts, path=DEV)
     areas = mapped(kernel, target)
     play(
-        target, TargetModel(Cutting.ANYTHING if cuts else Cutting.ONE_MAPPING), block, todo, 1 << 32,
-        lambda iova: any(at <= iova < at + size and writable for at, (size, _, writable) in areas.items()),
-    )  # fmt: skip
+        target,
+        TargetModel(Cutting.ANYTHING if cuts else Cutting.ONE_MAPPING),
+        block,
+        todo,
+        1 << 32,
+        lambda iova: any(
+            at <= iova < at + size and writable for at, (size, _, writable) in areas.items()
+        ),
+    )
     assert areas == {}
     target.close()
 
 
-# -- what is left of an unmap that failed -----------------------------------------------------------------------------
+# -- what is left of an unmap that failed ----------------------------------------------------------
 
 
 def test_one_page_is_removed_or_not(
@@ -328,7 +334,10 @@ def guest() -> Iterator[GuestMemory]:
 def share_and_replace_the_last_page(
     kernel: FakeKernel, target: IommufdIoas, memory: GuestMemory
 ) -> None:
-    """Behind the mapper's back: pages 0 to 2 are mapped as it thinks, but what is at page 3 goes on to page 4."""
+    """
+    Behind the mapper's back: pages 0 to 2 are mapped as it thinks, but what is at page 3 goes on to
+    page 4.
+    """
     memory.convert(0, 4 * PAGE, PageState.SHARED)
     areas = mapped(kernel, target)
     areas[3 * PAGE] = (2 * PAGE, "somebody", True)
@@ -369,7 +378,7 @@ def test_exact_puts_the_same_back(
     assert mapped(kernel, native) == {}
 
 
-# -- lifetimes --------------------------------------------------------------------------------------------------------
+# -- lifetimes -------------------------------------------------------------------------------------
 
 
 def test_whatever_call_fails_nothing_is_held(kernel: FakeKernel) -> None:

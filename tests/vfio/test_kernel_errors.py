@@ -21,7 +21,9 @@ MAPS = ("VFIO_IOMMU_MAP_DMA", "IOMMU_IOAS_MAP", "IOMMU_IOAS_MAP_FILE")
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A host: type1 with a limit of 100, one group of three devices, 7 MiB locked and 9 MiB pinned."""
+    """
+    A host: type1 with a limit of 100, one group of three devices, 7 MiB locked and 9 MiB pinned.
+    """
     files = {
         "sys/module/vfio_iommu_type1/parameters/dma_entry_limit": "100\n",
         "sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts": "N\n",
@@ -49,7 +51,7 @@ def memlock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (8 * MIB, 8 * MIB))
 
 
-# -- the table --------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 
 def test_every_call_of_the_table_exists() -> None:
@@ -97,7 +99,7 @@ def test_doubt_and_detail_are_passed_on() -> None:
     assert str(error).endswith("and so on")
 
 
-# -- hints ------------------------------------------------------------------------------------------------------------
+# -- hints -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", MAPS)
@@ -147,7 +149,7 @@ def test_a_group_names_who_is_in_the_way(root: Path) -> None:
     assert "0000:00:1f.0 (no driver), 0000:00:1f.2 (ahci), 0000:00:1f.3 (vfio-pci)" in str(error)
 
 
-# -- facts ------------------------------------------------------------------------------------------------------------
+# -- facts -----------------------------------------------------------------------------------------
 
 
 def test_members_of_a_group(root: Path) -> None:

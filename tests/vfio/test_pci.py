@@ -16,7 +16,7 @@ DISK = PciAddress(0, 0, 0x1F, 2)
 ABSENT = PciAddress(0, 0xFF, 0x1F, 7)
 
 
-# -- addresses --------------------------------------------------------------------------------------------------------
+# -- addresses -------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 0xFFFF_FFFF), st.integers(0, 0xFF), st.integers(0, 0x1F), st.integers(0, 7))
@@ -51,7 +51,7 @@ def test_what_is_no_address(text: str) -> None:
         PciAddress.parse(text)
 
 
-# -- a bus ------------------------------------------------------------------------------------------------------------
+# -- a bus -----------------------------------------------------------------------------------------
 
 
 class FakeBus:
@@ -160,7 +160,7 @@ def test_the_character_device(bus: FakeBus) -> None:
     assert vfio_cdev(EDU, sysfs=bus.sysfs, dev=Path("/d")) == Path("/d/vfio/devices/vfio5")
 
 
-# -- binding and its undo ---------------------------------------------------------------------------------------------
+# -- binding and its undo --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("address", [EDU, DISK])

@@ -101,7 +101,9 @@ def test_against_a_naive_model(
     areas = kernel.areas[0].by_iova
     play(
         target, TargetModel(Cutting.WHOLE_MAPPINGS), block, todo, 1 << 32,
-        lambda iova: any(at <= iova < at + size and writable for at, (size, _, writable) in areas.items()),
+        lambda iova: any(
+            at <= iova < at + size and writable for at, (size, _, writable) in areas.items()
+        ),
     )  # fmt: skip
     assert areas == {}
     target.close()
@@ -161,7 +163,7 @@ def test_what_was_removed_is_not_known_if_the_answer_is_lost(kernel: FakeKernel,
     assert caught.value.in_doubt
 
 
-# -- groups, lifetimes ------------------------------------------------------------------------------------------------
+# -- groups, lifetimes -----------------------------------------------------------------------------
 
 
 def test_a_group_that_is_not_viable_stays_out(kernel: FakeKernel, dev: Path) -> None:

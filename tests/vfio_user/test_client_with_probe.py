@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from ramblock import GuestMemory, PageState, RamBlock
 from ramblock.dma import HostRange, VfioUserTarget
 from ramblock.errors import ConversionError, DmaError, IommuFault, PoisonedError
-from ramblock.memory.host_calls import address_of
+from ramblock.hostmem.host_calls import address_of
 from ramblock.probe.server import Probe
 from ramblock.probe.windows import UnmapRule
 from ramblock.units import PAGE_SIZE
@@ -69,7 +69,10 @@ def test_thousands_of_windows(probe: Probe) -> None:
 
 
 def test_its_device_reaches_memory_by_message(probe: Probe) -> None:
-    """Memory without descriptor: the answer to the register's write waits for what the client serves meanwhile."""
+    """
+    Memory without descriptor: the answer to the register's write waits for what the client serves
+    meanwhile.
+    """
     mapping = mmap.mmap(-1, P)
     target = VfioUserTarget(probe.path)
     target.map(BASE, HostRange(None, 0, address_of(mapping), P))

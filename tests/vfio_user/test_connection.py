@@ -1,4 +1,7 @@
-"""The protocol without a socket: two connections that are fed each other's bytes, and one that is fed by a hostile peer."""
+"""
+The protocol without a socket: two connections that are fed each other's bytes, and one that is fed
+by a hostile peer.
+"""
 
 import itertools
 import json
@@ -133,7 +136,7 @@ def message(
     return struct.pack("=HHIII", message_id, command, size, flags, error) + payload
 
 
-# -- what may be said -------------------------------------------------------------------------------------------------
+# -- what may be said ------------------------------------------------------------------------------
 
 CONVERSATION: list[tuple[Role, Message, Sequence[int], Message, Sequence[int]]] = [
     (Role.CLIENT, DmaMap(3, 0, 0x1000, 0x1000), (10,), DmaMapReply(), ()),
@@ -189,7 +192,11 @@ def test_a_request_and_its_answer(
 
 @given(st.randoms(use_true_random=False), st.booleans())
 def test_any_chunking(random: Random, together: bool) -> None:
-    """The same events come out, however the stream is cut; and each descriptor with its own message."""
+    """
+    The same events come out, however the stream is cut.
+
+    And each descriptor with its own message.
+    """
     pair = Pair()
     asked: list[Message] = []
     pieces: list[tuple[bytes, tuple[int, ...]]] = []
@@ -316,7 +323,7 @@ def test_all_ids_in_use() -> None:
     assert client.request(Reset()).message_id == 1234
 
 
-# -- negotiation ------------------------------------------------------------------------------------------------------
+# -- negotiation -----------------------------------------------------------------------------------
 
 
 def test_a_peer_without_version_data() -> None:
@@ -423,7 +430,7 @@ def test_answers_to_version_that_may_not_be_given(answer: Message) -> None:
     server.connection.reply(request, VersionReply(0, 0, OWN_CAPABILITIES))
 
 
-# -- what a hostile peer sends ----------------------------------------------------------------------------------------
+# -- what a hostile peer sends ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("role", Role)
@@ -515,7 +522,8 @@ def test_an_answer_to_what_wanted_none(pair: Pair) -> None:
 
 def test_more_data_than_was_announced() -> None:
     pair = Pair(server=Capabilities(max_data_xfer_size=64))
-    # Messages as large as a VERSION pass the header's check, so that the count itself has to be looked at.
+    # Messages as large as a VERSION pass the header's check, so that the count itself has to be
+    # looked at.
     pair.server.connection.receive(message(10, struct.pack("=QII", 0, 0, 65) + bytes(65)))
     pair.server.fails("0x41 bytes of data, limit 0x40")
     pair = Pair(server=Capabilities(max_data_xfer_size=64))
@@ -548,7 +556,7 @@ def test_messages_before_the_end_of_the_stream_count(pair: Pair) -> None:
     assert pair.server.connection.next_event() is CLOSED
 
 
-# -- descriptors ------------------------------------------------------------------------------------------------------
+# -- descriptors -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -628,7 +636,7 @@ def test_more_descriptors_than_the_peer_takes() -> None:
         pair.client.connection.request(Reset(), (5,))
 
 
-# -- what this side may not send --------------------------------------------------------------------------------------
+# -- what this side may not send -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,8 @@
-"""Hostile peers: any bytes and descriptors give events or a protocol error, and nothing else. Both roles."""
+"""
+Hostile peers: any bytes and descriptors give events or a protocol error, and nothing else.
+
+Both roles.
+"""
 
 import os
 import socket
@@ -167,7 +171,7 @@ def test_bytes_for_ever_take_no_memory() -> None:
     assert victim.dead
 
 
-# -- over a real socket, with real descriptors ------------------------------------------------------------------------
+# -- over a real socket, with real descriptors -----------------------------------------------------
 
 
 def send_pieces(sock: socket.socket, stream: bytes, cuts: list[tuple[int, int]]) -> None:

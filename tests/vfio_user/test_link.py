@@ -113,7 +113,10 @@ def test_a_descriptor_arrives_with_its_message(links: tuple[Link, Link]) -> None
 
 
 def test_messages_and_descriptors_in_any_pieces(raw: tuple[socket.socket, Link]) -> None:
-    """Whatever pieces the peer sends, even several messages in one call with a descriptor each in between."""
+    """
+    Whatever pieces the peer sends, even several messages in one call with a descriptor each in
+    between.
+    """
     ours, server = raw
     random = Random(5)
     for _ in range(200):
@@ -166,7 +169,10 @@ def test_as_many_as_the_kernel_passes_at_once(raw: tuple[socket.socket, Link]) -
 
 
 def test_no_room_for_descriptors(raw: tuple[socket.socket, Link]) -> None:
-    """The process may not have as many as came: some are lost, and nobody can say which message is whole."""
+    """
+    The process may not have as many as came: some are lost, and nobody can say which message is
+    whole.
+    """
     ours, server = raw
     send_descriptors(ours, struct.pack("=HHIII", 1, 999, 16, 0, 0), 100)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

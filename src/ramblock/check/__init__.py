@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The job of ``ramblock check``: recordings from files, audited alone or merged, here or on other machines."""
+"""The job of ``ramblock check``: recordings, audited alone or merged, here or elsewhere."""
 
 from ramblock.check.job import CheckOptions, check_file, check_files, check_merged
 

@@ -20,7 +20,8 @@ def check_on_cluster(
     """
     Audit recordings on the workers of a cluster; in the order of *paths*.
 
-    The workers open the files themselves, so they have to see them under the same names, and ramblock has to be installed there.
+    The workers open the files themselves, so they have to see them under the same names, and
+    ramblock has to be installed there.
 
     :param address: Of the scheduler, as ``tcp://10.0.0.1:8786``.
     :raises UsageError: The extra ``dask`` is not installed.

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of a recording: a file, or standard input; as it is, or compressed with gzip or Zstandard."""
+"""
+Bytes of a recording: a file, or standard input.
+
+As it is, or compressed with gzip or Zstandard.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ def open_input(path: str) -> Iterator[IO[bytes]]:
         yield sys.stdin.buffer
         return
     try:
-        stream = Path(path).open("rb", buffering=0)  # noqa: SIM115 - closed below, whatever happens
+        stream = Path(path).open("rb", buffering=0)  # noqa: SIM115 - closed below in any case
     except OSError as error:
         raise TraceError(f"{path}: {error.strerror}", path=path) from error
     with stream:
@@ -43,9 +47,10 @@ def open_input(path: str) -> Iterator[IO[bytes]]:
 
 def read_chunks(stream: IO[bytes], path: str) -> Iterator[bytes]:
     """
-    Yield what is in the file, decompressed, in pieces of at most 1 MiB.
+    Yield the file's content, decompressed, in pieces of at most 1 MiB.
 
-    :raises TraceError: It cannot be read further, or its compression is corrupt or cut. What was yielded before is good.
+    :raises TraceError: It cannot be read further, or its compression is corrupt or cut. Earlier
+        pieces are good.
     :raises UsageError: It is compressed with Zstandard, and the package for that is not installed.
     """
     chunks = _raw_chunks(stream, path)
@@ -79,7 +84,11 @@ def _raw_chunks(stream: IO[bytes], path: str) -> Iterator[bytes]:
 
 
 def _gunzip(first: bytes, chunks: Iterator[bytes], path: str) -> Iterator[bytes]:
-    """Decompress members one after the other, as gzip(1) does; not with the gzip module, which loses the end of a file that is cut."""
+    """
+    Decompress members one after the other, as gzip(1) does.
+
+    Not with the gzip module, which loses the end of a file that is cut.
+    """
     member = zlib.decompressobj(wbits=31)
     data: bytes | None = first
     while data is not None:
@@ -119,7 +128,8 @@ def _unzstd(first: bytes, chunks: Iterator[bytes], path: str) -> Iterator[bytes]
             while data:
                 if frame is None or frame.eof:
                     frame = zstandard.ZstdDecompressor().decompressobj()
-                # At most 128 KiB for each 128 KiB block of input, but blocks may be tiny: so little input at a time.
+                # At most 128 KiB for each 128 KiB block of input, but blocks may be tiny: so little
+                # input at a time.
                 output = frame.decompress(data[:_ZSTD_STEP])
                 data = (frame.unused_data if frame.eof else b"") + data[_ZSTD_STEP:]
                 if output:
@@ -133,5 +143,6 @@ def _unzstd(first: bytes, chunks: Iterator[bytes], path: str) -> Iterator[bytes]
         raise TraceError(f"{path}: the file ends in the middle of its Zstandard data", path=path)
 
 
-#: A block of four bytes may stand for 128 KiB (RFC 8878, section 3.1.1.2), so this much input gives 8 MiB at most.
+#: A block of four bytes may stand for 128 KiB (RFC 8878, section 3.1.1.2), so this much input gives
+#: 8 MiB at most.
 _ZSTD_STEP = 256

@@ -28,7 +28,7 @@ class CheckOptions(msgspec.Struct, frozen=True):
     grace: int = DEFAULT_GRACE
     """Nanoseconds."""
     unmap: str | None = None
-    """``exact``, ``whole`` or ``cut``; None: what the trace says."""
+    """``exact``, ``whole`` or ``cut``; None: the trace's own."""
     layout: tuple[Block, ...] = ()
     """Places of blocks that the traces do not tell."""
     reader: ReaderOptions = ReaderOptions()
@@ -45,7 +45,7 @@ def check_file(
 
     :param path: ``-`` is standard input.
     :param progress: Called with the number of events since the last call.
-    :return: What was found in the part that could be read; ``error`` says why that is not all.
+    :return: Findings in the part that could be read; ``error`` says why that is not all.
     """
     options = options or CheckOptions()
     audit = _make_audit(options, observer)
@@ -59,7 +59,11 @@ def check_file(
 
 
 def check_files(paths: Sequence[str], options: CheckOptions, jobs: int) -> Iterator[AuditResult]:
-    """Audit recordings that have nothing to do with each other, in processes of their own; in the order of *paths*."""
+    """
+    Audit recordings that have nothing to do with each other, in processes of their own.
+
+    In the order of *paths*.
+    """
     if jobs == 1 or len(paths) == 1:
         for path in paths:
             yield check_file(path, options)
@@ -122,7 +126,7 @@ def _make_audit(options: CheckOptions, observer: AuditObserver | None) -> Audit:
 
 
 def _complete(result: AuditResult, recordings: Sequence[Recording]) -> AuditResult:
-    """Add what only the readers know."""
+    """Add the readers' part."""
     result.sources = [recording.path for recording in recordings]
     for recording in recordings:
         if recording.error is not None and result.error is None:

@@ -25,7 +25,7 @@ _HEAD = 1 << 16
 
 
 class ReaderOptions(msgspec.Struct, frozen=True):
-    """What a trace does not tell of itself."""
+    """Facts that a trace does not tell of itself."""
 
     format: str | None = None
     """None: found out from the first bytes."""
@@ -69,7 +69,11 @@ class Recording:
         self.error: TraceError | None = None
 
     def batches(self) -> Iterator[list[Event]]:
-        """Yield events in lists, in the order of the file. What ends the reading early is in :attr:`error`."""
+        """
+        Yield events in lists, in the order of the file.
+
+        An error that ends the reading early is in :attr:`error`.
+        """
         try:
             yield from self._batches()
         except TraceError as error:

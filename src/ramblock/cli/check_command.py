@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ramblock check``: options, the audits, what they found."""
+"""``ramblock check``: options, the audits, their findings."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How to record what ``ramblock check`` needs, ready to be pasted."""
+"""Commands that record a trace for ``ramblock check``, ready to be pasted."""
 
 from __future__ import annotations
 
@@ -38,25 +38,26 @@ _QEMU = f"""\
 cat >events.txt <<'END'
 {QEMU_EVENTS}END
 
-# 2. Start QEMU as always, with these two options more. (A QEMU whose trace backend is `simple` writes the same to a binary file;
-#    `qemu-system-x86_64 -trace help` lists what yours knows.)
+# 2. Start QEMU as always, with these two options more. (A QEMU whose trace backend is `simple`
+#    writes the same to a binary file; `qemu-system-x86_64 -trace help` lists your QEMU's events.)
 qemu-system-x86_64 ... -msg timestamp=on -trace events=events.txt,file=qemu.trace
 
 # 3. When it has run for long enough, or has ended:
 ramblock check qemu.trace
 
-# QEMU does not trace what a VFIO type1 container maps (there is no such event), and it traces unmaps for a vfio-user server without
-# their result. For type1, record the kernel beside it (`ramblock check --how ftrace`, or bpftrace); for vfio-user, the server's
-# side (`ramblock probe --trace`). With virtio-mem, add --virtio-mem-block 2M, or whatever its block-size is.
+# QEMU does not trace the maps of a VFIO type1 container (there is no such event), and it traces
+# unmaps for a vfio-user server without their result. For type1, record the kernel beside it
+# (`ramblock check --how ftrace`, or bpftrace); for vfio-user, the server's side (`ramblock probe
+# --trace`). With virtio-mem, add --virtio-mem-block with its block-size (2M, say).
 """
 
 _FTRACE = """\
 # As root, on the host. A buffer of its own, so that nobody else's tracing is disturbed:
 T=/sys/kernel/tracing/instances/ramblock
 mkdir $T
-echo mono >$T/trace_clock              # the clock of ramblock's own traces, so that they can be merged
-echo 65536 >$T/buffer_size_kb          # for each processor; a trace with lost events says so, and proves less
-echo 1 >$T/options/record-tgid         # which process maps: iommu:map names no device
+echo mono >$T/trace_clock        # the clock of ramblock's own traces, so that they can be merged
+echo 65536 >$T/buffer_size_kb    # for each processor; a trace with lost events says so
+echo 1 >$T/options/record-tgid   # which process maps: iommu:map names no device
 for e in iommu/map iommu/unmap iommu/attach_device_to_domain iommu/io_page_fault \\
          kvm/kvm_vm_set_mem_attributes kvm/kvm_hypercall kvm/kvm_entry; do
     echo 1 >$T/events/$e/enable
@@ -69,20 +70,23 @@ cat $T/trace_pipe | gzip >kernel.txt.gz &
 kill %1; rmdir $T
 ramblock check kernel.txt.gz
 
-# kvm_entry is by far the most frequent. Without it a conversion is taken for over when nothing of it was seen for 10 ms (--grace).
-# TDX and SEV-SNP guests do not convert by kvm_hypercall; kvm_vm_set_mem_attributes tells of them all the same.
-# The same with perf:
-perf record -a -k CLOCK_MONOTONIC -e 'iommu:*,kvm:kvm_vm_set_mem_attributes,kvm:kvm_hypercall,kvm:kvm_entry' -- sleep 60
+# kvm_entry is by far the most frequent. Without it a conversion is taken for over when nothing of
+# it was seen for 10 ms (--grace). TDX and SEV-SNP guests do not convert by kvm_hypercall;
+# kvm_vm_set_mem_attributes tells of them all the same. The same with perf:
+perf record -a -k CLOCK_MONOTONIC -e 'iommu:*' -e \\
+    kvm:kvm_vm_set_mem_attributes,kvm:kvm_hypercall,kvm:kvm_entry -- sleep 60
 perf script -F comm,pid,tid,cpu,time,event,trace --ns | gzip >perf.txt.gz
 
-# iommu:map shows what the IOMMU driver was told. What VFIO type1 was asked for: `ramblock check --how bpftrace`.
+# iommu:map shows the calls to the IOMMU driver. Those to VFIO type1: `ramblock check --how
+# bpftrace`.
 """
 
-#: struct vfio_iommu_type1_dma_map: u32 argsz, u32 flags, u64 vaddr, u64 iova, u64 size; dma_unmap: u32 argsz, u32 flags, u64 iova,
-#: u64 size, which the call replaces by what it unmapped (include/uapi/linux/vfio.h). The structures are on the caller's stack, so
-#: they are still there when the probed function returns.
+#: struct vfio_iommu_type1_dma_map: u32 argsz, u32 flags, u64 vaddr, u64 iova, u64 size; dma_unmap:
+#: u32 argsz, u32 flags, u64 iova, u64 size, which the call replaces by the unmapped size
+#: (include/uapi/linux/vfio.h). The structures are on the caller's stack, so they are still there
+#: when the probed function returns.
 BPFTRACE = r"""#!/usr/bin/env bpftrace
-// What VFIO type1 maps and unmaps, and what came of it; one line each, for `ramblock check`.
+// Maps and unmaps of VFIO type1, with their results; one line each, for `ramblock check`.
 kprobe:vfio_dma_do_map {
     @map[tid] = 1;
     @map_iova[tid] = *(uint64 *)(arg1 + 16);
@@ -103,20 +107,24 @@ kretprobe:vfio_dma_do_unmap /@unmap[tid]/ {
         @unmap_iova[tid], @unmap_size[tid], *(uint64 *)(@unmap[tid] + 16), (int32)retval, comm);
     delete(@unmap[tid]); delete(@unmap_iova[tid]); delete(@unmap_size[tid]);
 }
-END { clear(@map); clear(@map_iova); clear(@map_size); clear(@unmap); clear(@unmap_iova); clear(@unmap_size); }
+END {
+    clear(@map); clear(@map_iova); clear(@map_size);
+    clear(@unmap); clear(@unmap_iova); clear(@unmap_size);
+}
 """
 
 _BPFTRACE = f"""\
-# VFIO has no tracepoints. As root, on the host (vfio_iommu_type1 must be loaded, and its functions not inlined:
-# `grep vfio_dma_do_ /proc/kallsyms` shows both):
+# VFIO has no tracepoints. As root, on the host (vfio_iommu_type1 must be loaded, and its functions
+# not inlined: `grep vfio_dma_do_ /proc/kallsyms` shows both):
 cat >vfio.bt <<'END'
 {BPFTRACE}END
 bpftrace -B line vfio.bt | gzip >type1.txt.gz     # before the guest starts, until Ctrl-C
 
-# It tells what was mapped, and not which pages were private. Record that beside it, with the same clock:
+# It tells of mappings, and not which pages were private. Record that beside it, with the same
+# clock:
 #   ramblock check --how ftrace
 ramblock check --merge type1.txt.gz kernel.txt.gz
 """
 
-#: By what ``--how`` names.
+#: By the name in ``--how``.
 HOW = {"qemu": _QEMU, "ftrace": _FTRACE, "bpftrace": _BPFTRACE}

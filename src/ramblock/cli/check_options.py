@@ -13,19 +13,21 @@ if TYPE_CHECKING:
 __all__ = ["add_to"]
 
 _DESCRIPTION = """\
-Did a device ever have access to a page that was private? Finds stale and missing IOMMU mappings, and broken rules, in what a VMM
-or a kernel has recorded: traces of QEMU (text and binary), of Linux (ftrace, trace-cmd, perf script, bpftrace), and ramblock's own.
+Did a device ever have access to a page that was private? Finds stale and missing IOMMU mappings,
+and broken rules, in the recordings of a VMM or a kernel: traces of QEMU (text and binary), of Linux
+(ftrace, trace-cmd, perf script, bpftrace), and ramblock's own.
 """
 
 _EPILOG = """\
 examples:
-  ramblock check --how ftrace               how to record what is needed
+  ramblock check --how ftrace               how to record such a trace
   ramblock check qemu.trace kernel.txt.gz   two systems, one after the other
   ramblock check --merge kernel.txt type1.txt --report report.html
                                             two recordings of one system
-  ramblock check --unmap exact qemu.trace   what would stay if the server insisted on exact unmaps
+  ramblock check --unmap exact qemu.trace   mappings that a server with exact unmaps would keep
 
-exit codes: 0 nothing found, 1 stale or missing mappings or broken rules, 2 usage, 3 an input could not be read to its end
+exit codes: 0 nothing found, 1 stale or missing mappings or broken rules, 2 usage, 3 an input could
+not be read to its end
 """
 
 
@@ -48,7 +50,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--how",
         choices=("qemu", "ftrace", "bpftrace"),
-        help="print the commands that record what the check needs, and exit",
+        help="print the commands that record a trace for the check, and exit",
     )
     _add_reading(parser)
     _add_judging(parser)
@@ -93,12 +95,13 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
         "--grace",
         default="10ms",
         metavar="TIME",
-        help="a conversion is over when nothing of it was seen for so long, where the trace does not tell its end (default: 10ms)",
+        help="a conversion is over when nothing of it was seen for so long,"
+        " where the trace does not tell its end (default: 10ms)",
     )
     judging.add_argument(
         "--unmap",
         choices=("exact", "whole", "cut"),
-        help="what an unmap has to name: one whole mapping, whole mappings, or any range",
+        help="the rule for an unmap: it names one whole mapping, whole mappings, or any range",
     )
     judging.add_argument(
         "--strict",

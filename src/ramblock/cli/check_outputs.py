@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that ``ramblock check`` writes while it audits: a page with pictures, a trace for Perfetto."""
+"""Files that ``ramblock check`` writes: a page with pictures, a trace for Perfetto."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ __all__ = ["Outputs", "report_summary"]
 
 class Outputs:
     """
-    What is to be written, and who watches the audit for it.
+    The files to write, and the observers that write them.
 
-    :raises UsageError: A file cannot be written, or a package that it needs is not installed; before anything is audited.
+    :raises UsageError: A file cannot be written, or a package that it needs is not installed;
+        before anything is audited.
     """
 
     def __init__(self, report: Path | None, perfetto: Path | None, title: str) -> None:
@@ -91,7 +92,7 @@ class Outputs:
 
 
 def report_summary(result: AuditResult, *, strict: bool) -> dict[str, object]:
-    """Say in pairs what stands at the head of a report."""
+    """Return the pairs at the head of a report."""
     failures = result.failures(strict=strict)
     summary: dict[str, object] = {
         "verdict": "nothing found"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an audit found, for people: worst first, neighbours together."""
+"""The findings of an audit, for people: worst first, neighbours together."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def group(findings: Iterable[Finding]) -> list[FindingGroup]:
 
 
 def _neighbourhood(finding: Finding) -> tuple[str, str, str, str, int]:
-    # A window belongs to what closed it; a broken rule has no end, and belongs to nothing but its own event.
+    # A window belongs to the event that closed it; a broken rule has no end, and belongs to nothing
+    # but its own event.
     ended = str(finding.closed or ("" if finding.open else finding.opened))
     return finding.kind, finding.target or "", ended, finding.note, finding.start
 
@@ -84,7 +85,8 @@ def _print_head(console: Console, result: AuditResult) -> None:
     for target in result.targets:
         console.print(
             Text(
-                f"{target.name}: {target.maps:,} maps, {target.unmaps:,} unmaps, {target.faults:,} faults;"
+                f"{target.name}: {target.maps:,} maps, {target.unmaps:,} unmaps,"
+                f" {target.faults:,} faults;"
                 f" {target.entries:,} mappings of {format_size(target.mapped_bytes)} at the end",
                 style="dim",
             )
@@ -128,7 +130,11 @@ def _print_groups(console: Console, result: AuditResult) -> None:
         console.print(Text(note, style="dim"))
 
 
-def _row(each: FindingGroup, result: AuditResult, several_targets: bool) -> list[str]:  # noqa: FBT001
+def _row(
+    each: FindingGroup,
+    result: AuditResult,
+    several_targets: bool,  # noqa: FBT001
+) -> list[str]:
     worst = each.worst
     number = len(each.findings)
     what = worst.kind if number == 1 else f"{number:,} {worst.kind}"
@@ -177,7 +183,8 @@ def _print_in_conversion(console: Console, result: AuditResult) -> None:
     ):
         if lengths.count:
             console.print(
-                f"{lengths.count:,} windows {text}: {_duration(lengths.total // lengths.count)} on average,"
+                f"{lengths.count:,} windows {text}:"
+                f" {_duration(lengths.total // lengths.count)} on average,"
                 f" {_duration(lengths.longest)} at most"
             )
 
@@ -197,7 +204,7 @@ def _print_last_line(console: Console, result: AuditResult, *, strict: bool) -> 
     if result.error is not None:
         console.print(
             Text(
-                f"\nNot read to its end: {result.error}. The above is about what was read.",
+                f"\nNot read to its end: {result.error}. The above is about the part before it.",
                 "bold red",
             )
         )
@@ -214,7 +221,8 @@ def print_verdict(results: Sequence[AuditResult], *, strict: bool) -> None:
     bad = [result for result in results if result.failures(strict=strict)]
     unread = [result for result in results if result.error is not None]
     print(
-        f"\n{len(results):,} recordings: {len(bad):,} with findings, {len(unread):,} not read to the end"
+        f"\n{len(results):,} recordings: {len(bad):,} with findings,"
+        f" {len(unread):,} not read to the end"
     )
 
 

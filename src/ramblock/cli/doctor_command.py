@@ -59,7 +59,7 @@ def _print_lines(lines: Sequence[Line]) -> None:
     table.add_column()
     for line in lines:
         text = Text(line.found)
-        # What is good needs no words.
+        # Good lines need no words.
         if line.status is not Status.GOOD:
             text.append(f"\n{line.why}", style="dim")
         if line.todo:

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 __all__ = ["add_to"]
 
 _DESCRIPTION = """\
-Look at what this host has for confidential guests and their devices: KVM, IOMMU, VFIO, iommufd, limits, memory. It changes
-nothing, needs no root, and says what it could not see.
+Examine this host for confidential guests and their devices: KVM, IOMMU, VFIO, iommufd, limits,
+memory. It changes nothing, needs no root, and names the facts that it could not see.
 """
 
 _EPILOG = """\
 examples:
-  ramblock doctor                       everything, and what to do about what is lacking
+  ramblock doctor                       everything, with a remedy for each lack
   ramblock doctor --for iommufd         exit code 1 if devices behind iommufd cannot work here
 
 exit codes: 0 nothing stands in the way, 1 something does (--for), 2 usage
@@ -29,7 +29,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "doctor",
-        help="say what this host has for confidential guests and their devices",
+        help="examine this host for confidential guests and their devices",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -39,7 +39,8 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--for",
         dest="purpose",
         choices=("vfio", "iommufd", "kvm", "lab"),
-        help="what the host is wanted for: exit code 1 if something that it needs is lacking, or cannot be seen",
+        help="the purpose of the host: exit code 1 if something that it needs is lacking,"
+        " or cannot be seen",
     )
     parser.add_argument("--json", action="store_true", help="print the lines for machines")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ramblock``: the commands, their exit codes, and what people see when something goes wrong."""
+"""``ramblock``: the commands, their exit codes, and the messages of errors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ __all__ = ["main", "make_parser"]
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 _EPILOG = """\
-exit codes: 0 done and clean, 1 the job found a violation or failed, 2 usage, 3 unreadable input, 130 interrupted
+exit codes: 0 done and clean, 1 the job found a violation or failed, 2 usage, 3 unreadable input,
+130 interrupted
 """
 
 
 class _Version(argparse.Action):
-    """Ask the installation for the version only when somebody wants to know: that import is slow."""
+    """Ask the installation for the version only on demand: that import is slow."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib import metadata
@@ -34,7 +35,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Build the parser; the commands declare their options in modules that import nothing heavy."""
     parser = argparse.ArgumentParser(
         prog="ramblock",
-        description="The memory of confidential VMs: page conversions, and DMA mappings that stay exactly in step.",
+        description="The memory of confidential VMs: page conversions,"
+        " and DMA mappings that stay exactly in step.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ramblock plan``: options, the plan of a guest or of a recording; sweeps have a module of their own."""
+"""
+``ramblock plan``: options, the plan of a guest or of a recording.
+
+Sweeps have a module of their own.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +26,10 @@ from ramblock.plan.workload import End
 
 __all__ = ["start"]
 
-# What says something of a guest, and so nothing of a recording.
+# Options that describe a guest, and so say nothing of a recording.
 _OF_A_GUEST = (
-    "memory", "vcpus", "numa", "device", "os", "tee", "backing", "conversions", "rate", "simulate", "seed", "sweep",
-    "table", "jobs", "scheduler", "virtio_mem", "memlock", "cgroup", "memslots",
+    "memory", "vcpus", "numa", "device", "os", "tee", "backing", "conversions", "rate", "simulate",
+    "seed", "sweep", "table", "jobs", "scheduler", "virtio_mem", "memlock", "cgroup", "memslots",
 )  # fmt: skip
 
 

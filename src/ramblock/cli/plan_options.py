@@ -13,19 +13,21 @@ if TYPE_CHECKING:
 __all__ = ["add_to"]
 
 _DESCRIPTION = """\
-Will a confidential guest with devices start? How many DMA mappings it needs under each policy, on each target, how far that is from
-each limit, and what to set where it does not fit: by formula, by simulation through the real mapper, or from a recording of a real guest.
+Will a confidential guest with devices start? How many DMA mappings it needs under each policy, on
+each target, how far that is from each limit, and the settings to change where it does not fit: by
+formula, by simulation through the real mapper, or from a recording of a real guest.
 """
 
 _EPILOG = """\
 examples:
   ramblock plan --memory 16G --device gpu-cc             the guest of kata-containers #11721
   ramblock plan --memory 16G --device gpu-cc --simulate --plot plan.html
-  ramblock plan qemu.trace.gz                            what a recorded guest would have needed
+  ramblock plan qemu.trace.gz                            the needs of a recorded guest
   ramblock plan --device nic --sweep memory=8G..2T --sweep policy=page,run --table sweep.csv
 
-exit codes: 0 some way fits or may fit, 1 none of those that were asked for does, 2 usage, 3 the recording could not be read to its end,
-130 a sweep was interrupted (its table has what was done)
+exit codes: 0 some way fits or may fit, 1 none of those that were asked for does, 2 usage,
+3 the recording could not be read to its end, 130 a sweep was interrupted (its table has the
+finished guests)
 """
 
 
@@ -33,7 +35,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "plan",
-        help="tell what a guest will need of mapping limits, before it starts",
+        help="hold a guest's needs against mapping limits, before it starts",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -69,7 +71,8 @@ def _add_guest(parser: argparse.ArgumentParser) -> None:
     guest.add_argument(
         "--os",
         metavar="PROFILE[,PROFILE]",
-        help="linux-swiotlb or linux-swiotlb-dynamic, lazy-accept or eager-accept (default: linux-swiotlb)",
+        help="linux-swiotlb or linux-swiotlb-dynamic, lazy-accept or eager-accept"
+        " (default: linux-swiotlb)",
     )
     guest.add_argument("--tee", choices=("tdx", "snp"), help="default: tdx")
     guest.add_argument(
@@ -87,7 +90,7 @@ def _add_guest(parser: argparse.ArgumentParser) -> None:
     guest.add_argument(
         "--rate",
         metavar="LOW..HIGH",
-        help="conversions per second after boot (default: what the devices suggest, assumed)",
+        help="conversions per second after boot (default: assumed from the devices)",
     )
 
 
@@ -107,7 +110,7 @@ def _add_host(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_working(parser: argparse.ArgumentParser) -> None:
-    working = parser.add_argument_group("what to work out")
+    working = parser.add_argument_group("the work")
     working.add_argument("--policy", choices=("page", "run"), help="only this policy")
     working.add_argument(
         "--target",
@@ -119,7 +122,8 @@ def _add_working(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="expected",
         choices=("low", "expected", "high"),
-        help="also put the conversions through the real mapper, at this end of the ranges (expected)",
+        help="also put the conversions through the real mapper, at this end of the ranges"
+        " (expected)",
     )
     working.add_argument(
         "--seed", type=int, metavar="N", help="of the simulation's conversions after boot (1)"
@@ -158,7 +162,8 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="write a page with mappings over time and the limits as lines (HTML, needs no network); simulates",
+        help="write a page with mappings over time and the limits as lines"
+        " (HTML, needs no network); simulates",
     )
     output.add_argument("-q", "--quiet", action="store_true", help="show no progress")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan for people: what is shared, what each policy and target needs, what is in the way, what to set."""
+"""A plan for people: shared memory, the needs of each policy and target, limits, settings."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ def _print_shares(console: Console, plan: GuestPlan) -> None:
     if any("accept" in profile for profile in plan.guest.os):
         print(
             "Accepting memory changes no mapping: a page is private before and after."
-            f"\nAll of the guest's memory is taken {'at boot' if plan.guest.eager_accept else 'as it is used'}."
+            "\nAll of the guest's memory is taken"
+            f" {'at boot' if plan.guest.eager_accept else 'as it is used'}."
         )
 
 
@@ -166,7 +167,7 @@ def _print_limits(rows: Sequence[Row]) -> None:
 
 
 def _print_fragmentation(plan: GuestPlan) -> None:
-    """Show what conversions make of runs at worst: see :func:`~ramblock.plan.formula.need`."""
+    """Print the most runs that conversions can leave: see :func:`~ramblock.plan.formula.need`."""
     runs = next((each for each in plan.rows if each.policy == "run" and each.need), None)
     if runs is None or runs.need is None:
         return

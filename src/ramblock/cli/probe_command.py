@@ -57,7 +57,11 @@ def start(arguments: argparse.Namespace) -> int:
 
 
 def _serve(probe: Probe, arguments: argparse.Namespace) -> VirtioMemExpectation | None:
-    """Show what happens until somebody wants it to end; then stop everything. Return what was compared."""
+    """
+    Show events until somebody ends it; then stop everything.
+
+    Return the comparison.
+    """
     expectation = None
     try:
         if arguments.expect is not None:
@@ -85,7 +89,11 @@ def _view(
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Take SIGTERM for Ctrl-C, which is the usual end; also where a shell started us with Ctrl-C ignored."""
+    """
+    Take SIGTERM for Ctrl-C, which is the usual end.
+
+    Also where a shell started us with Ctrl-C ignored.
+    """
     before = [
         (number, signal.signal(number, signal.default_int_handler))
         for number in (signal.SIGTERM, signal.SIGINT)

@@ -51,7 +51,7 @@ def areas(windows: Sequence[Window]) -> list[Area]:
 
 
 def draw(area: Area, cells: int) -> str:
-    """Draw an area as a row of *cells* characters: how much of each is mapped, and :data:`STALE` where a window is."""
+    """Draw an area as a row of *cells* characters: the share that is mapped, or :data:`STALE`."""
     filled = [0.0] * cells
     stale = set()
     for window in area.windows:
@@ -67,7 +67,7 @@ def draw(area: Area, cells: int) -> str:
 
 
 def _shade(part: float) -> str:
-    # What is mapped at all is seen, and only what is mapped as a whole is full.
+    # Any mapping is seen; a cell is full only if all of it is mapped.
     last = len(_SHADES) - 1
     if not part:
         return _SHADES[0]

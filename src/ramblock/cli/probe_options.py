@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 __all__ = ["add_to"]
 
 _DESCRIPTION = """\
-Present a vfio-user device that any VMM can plug in, and watch what the VMM lets it reach: every DMA window, as it comes and
-goes, checked against the rules of the protocol. It serves one VMM after the other until Ctrl-C, and says then what it found.
+Present a vfio-user device that any VMM can plug in, and watch the memory that the VMM lets it
+reach: every DMA window, as it comes and goes, checked against the rules of the protocol. It serves
+one VMM after the other until Ctrl-C, and reports its findings then.
 """
 
 _EPILOG = """\
@@ -45,7 +46,8 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--unmap",
         choices=("lenient", "exact"),
         default="lenient",
-        help="what an unmap has to name: whole windows (default), or exactly one, as libvfio-user wants it",
+        help="the rule for an unmap: it names whole windows (default), or exactly one,"
+        " as libvfio-user wants it",
     )
     parser.add_argument(
         "--touch", action="store_true", help="read random pages of the windows all the time"
@@ -58,7 +60,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--expect",
         choices=("virtio-mem",),
-        help="compare the windows with what QEMU says is plugged (needs --qmp)",
+        help="compare the windows with the plugged memory, as QEMU tells it (needs --qmp)",
     )
     parser.add_argument("--qmp", type=Path, metavar="PATH", help="QEMU's QMP socket")
     output = parser.add_argument_group("output")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a probe found, at its end."""
+"""The findings of a probe, at its end."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def _print_stale(console: Console, record: Record) -> None:
     if not record.stale_count:
         return
     console.print(
-        f"[bold red]{record.stale_count:,} stale windows[/bold red]: the client wanted them gone, and the device reached them"
+        f"[bold red]{record.stale_count:,} stale windows[/bold red]: the client wanted them gone,"
+        " and the device reached them"
     )
     # One refused unmap leaves many of them.
     by_unmap: dict[tuple[str, tuple[int, int]], list[StaleWindow]] = {}

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a probe shows while it runs: a picture on a terminal, plain lines elsewhere; always on stderr."""
+"""
+The display of a running probe: a picture on a terminal, plain lines elsewhere.
+
+Always on stderr.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +46,7 @@ class NoView:
 
 
 class PlainView(NoView):
-    """A line for each client and each finding, and one every few seconds while there is a client."""
+    """A line for each client and each finding, and every few seconds while there is a client."""
 
     def __init__(self, probe: Probe) -> None:
         self._probe = probe
@@ -52,7 +56,7 @@ class PlainView(NoView):
         print(f"listening at {probe.path}", file=sys.stderr, flush=True)
 
     def update(self) -> None:
-        """Print what is new."""
+        """Print the news."""
         record, client = self._probe.record, self._probe.client
         if client != self._client:
             text = f"{self._client} has left" if client is None else f"{client} is there"
@@ -97,7 +101,8 @@ class LiveView(NoView):
     def update(self) -> None:
         """Draw it again."""
         if self._live is not None:
-            # Room for the terminal's own ^C: if that began a line, one line of the picture would stay for good.
+            # Room for the terminal's own ^C: if that began a line, one line of the picture would
+            # stay for good.
             width = self._live.console.width - 3
             self._live.update(self._draw(width), refresh=True)
 
@@ -109,7 +114,7 @@ class LiveView(NoView):
         latest = self._probe.record.violations[-_LATEST_VIOLATIONS:]
         lines += [Text(str(violation), style="red") for violation in latest]
         for line in lines:
-            # One line each, whatever the width is: what jumps cannot be read.
+            # One line each at any width: lines that jump cannot be read.
             line.truncate(width, overflow="ellipsis")
         return Group(*lines)
 
@@ -164,7 +169,7 @@ class _Rate:
         self._rate = 0.0
 
     def of(self, number: int) -> float:
-        """Return the latest rate, per second; *number* is what has been reached now."""
+        """Return the latest rate, per second; *number* has been reached."""
         seconds = monotonic() - self._since
         if seconds >= 1:
             self._rate = (number - self._before) / seconds

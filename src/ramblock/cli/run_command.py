@@ -76,7 +76,7 @@ def _write_report(path: Path, trace: Path) -> None:
 
 @contextmanager
 def _ended_like_ctrl_c() -> Iterator[None]:
-    """Take SIGTERM for Ctrl-C: the run gives back what it holds, devices bound to vfio-pci above all."""
+    """Take SIGTERM for Ctrl-C: the run frees its resources, above all devices bound to vfio-pci."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread has signal handlers
         return

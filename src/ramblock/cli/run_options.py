@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["VFIO_USER", "add_to"]
 
 _DESCRIPTION = """\
-Run a confidential guest that converts pages while devices do DMA, on memory of this host, watched by a verifier that shares
-no code with what it watches. At the end everything is compared; a stale or a missing mapping is a violation. The guest is
-a script, or a program on a vCPU of KVM; devices and IOMMUs are software, or real ones behind VFIO.
+Run a confidential guest that converts pages while devices do DMA, on memory of this host, watched
+by a verifier that shares no code with the rest. At the end everything is compared; a stale or a
+missing mapping is a violation. The guest is a script, or a program on a vCPU of KVM; devices and
+IOMMUs are software, or real ones behind VFIO.
 """
 
 _EPILOG = """\
@@ -28,13 +29,13 @@ examples:
   ramblock run --inject unmap:short:40      a device that does not let go: poison
   ramblock run examples/budget.toml --seed 7 --json
   ramblock run --guest kvm --iommu iommufd --memory 512M
-                                            on real parts: KVM, an IOMMU, QEMU's edu or iommu-testdev
+                                            on KVM, an IOMMU, QEMU's edu or iommu-testdev
   ramblock run --iommu vfio-user:/tmp/probe.sock
                                             on the device of a running `ramblock probe`
 """
 
 
-#: What stands before the path of a server's socket.
+#: The prefix of the path of a server's socket.
 VFIO_USER = "vfio-user:"
 _IOMMUS = ("soft", "type1", "iommufd", "iommufd-native", "iommufd-cutting")
 
@@ -55,7 +56,7 @@ def positive(text: str) -> int:
 
 
 def iommu(text: str) -> str:
-    """Read what maps for devices."""
+    """Parse the option for the devices' DMA target."""
     if text in _IOMMUS or (text.startswith(VFIO_USER) and text != VFIO_USER):
         return text
     known = ", ".join([*_IOMMUS, f"{VFIO_USER}PATH"])
@@ -77,13 +78,14 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         nargs="?",
         type=Path,
         metavar="SCENARIO.toml",
-        help="what to run; options below override it",
+        help="the scenario; options below override it",
     )
     guest = parser.add_argument_group("guest")
     guest.add_argument(
         "--guest",
         choices=("auto", "kvm", "script"),
-        help="a vCPU of KVM, or only a script; auto (default): KVM where it enforces page attributes",
+        help="a vCPU of KVM, or only a script; auto (default): KVM where it enforces"
+        " page attributes",
     )
     guest.add_argument("--memory", type=size, metavar="SIZE", help="RAM of the guest (default: 4G)")
     guest.add_argument(
@@ -106,14 +108,16 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--iommu",
         type=iommu,
         metavar="KIND",
-        help="what maps for the devices: soft (default), vfio-user:PATH (a server's socket), or, with an IOMMU, VFIO and"
+        help="the devices' DMA target: soft (default), vfio-user:PATH (a server's socket), or,"
+        " with an IOMMU, VFIO and"
         " test devices of QEMU, type1, iommufd, iommufd-native, iommufd-cutting",
     )
     devices.add_argument(
         "--device",
         action="append",
         metavar="PCI_ADDRESS",
-        help="a real device, bound to vfio-pci for the run; may be repeated (default: the edu and the iommu-testdev)",
+        help="a real device, bound to vfio-pci for the run; may be repeated"
+        " (default: the edu and the iommu-testdev)",
     )
     devices.add_argument(
         "--policy",
@@ -133,7 +137,8 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     trouble.add_argument(
         "--inject",
         metavar="FAULTS",
-        help="fail calls on purpose: map:N, unmap:N, unmap:short:N, attribute:N, free:N, separated by commas",
+        help="fail calls on purpose: map:N, unmap:N, unmap:short:N, attribute:N, free:N,"
+        " separated by commas",
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print the report for machines")
@@ -144,7 +149,8 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--report",
         type=Path,
         metavar="FILE",
-        help="audit the trace, as `ramblock check` does, and write a page with pictures (HTML, needs no network)",
+        help="audit the trace, as `ramblock check` does, and write a page with pictures"
+        " (HTML, needs no network)",
     )
     output.add_argument("-q", "--quiet", action="store_true", help="show no progress")
 

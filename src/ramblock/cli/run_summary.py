@@ -37,7 +37,8 @@ def _print_head(console: Console, report: RunReport) -> None:
     memory = sum(place.size for place in report.places if place.confidential)
     mode = "without coordination" if job.uncoordinated else f"one mapping per {report.policy}"
     console.print(
-        f"[bold]{format_size(memory)} guest, {_count(len(report.devices), 'device')}, {mode}[/bold];"
+        f"[bold]{format_size(memory)} guest, {_count(len(report.devices), 'device')},"
+        f" {mode}[/bold];"
         f" workload {job.workload}, seed {job.seed}"
     )
     seconds = report.elapsed_ns / 1e9
@@ -51,7 +52,7 @@ def _print_head(console: Console, report: RunReport) -> None:
 
 
 def _parts(report: RunReport) -> list[str]:
-    """Say what was real, and what only tracked."""
+    """Say which parts were real, and which only tracked."""
     guest = report.guest
     lines = []
     if guest.kind == "script":
@@ -59,13 +60,14 @@ def _parts(report: RunReport) -> list[str]:
         lines.append(f"Page states are tracked, not enforced: there is no KVM in this run{why}.")
     else:
         lines.append(
-            f"The guest is a program on KVM, in a VM of type {guest.vm_type}; it asks by {guest.call}."
+            f"The guest is a program on KVM, in a VM of type {guest.vm_type};"
+            f" it asks by {guest.call}."
         )
         lines.append(
             "The kernel enforces page states; private pages are in guest_memfd."
             if guest.enforced
             else "Page states are tracked, not enforced: this KVM does not know private pages."
-            f" What would be private is in {guest.private}, where the guest does not reach it."
+            f" Private pages would be in {guest.private}, where the guest does not reach it."
         )
     lines += [
         f"{name}: {description}."
@@ -246,7 +248,7 @@ def _print_rows(
 
 
 def _print_table(console: Console, title: str, table: Table, style: str = "") -> None:
-    """Print a heading on a line of its own: a table's title would be wrapped to the table's width."""
+    """Print a heading on its own line: a table's title would be wrapped to the table's width."""
     console.print()
     console.print(Text(title, style=f"bold {style}"))
     console.print(table)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DMA targets, and the mapper that drives them. Targets outside this process are imported when first asked for."""
+"""
+DMA targets, and the mapper that drives them.
+
+Targets outside this process are imported when first asked for.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ramblock.dma.mapper import Mapper
-from ramblock.dma.mapping_table import Mapping
-from ramblock.dma.soft import FaultRecord, SoftIommu
+from ramblock.dma.soft import FaultRecord, Mapping, SoftIommu
 from ramblock.dma.target import DmaCapabilities, DmaTarget, HostRange, MappingPolicy
 
 if TYPE_CHECKING:
@@ -31,7 +34,8 @@ __all__ = [
     "VfioUserTarget",
 ]
 
-# They bring the kernel's structures or sockets along, which `ramblock --help` and a software IOMMU can do without.
+# They bring the kernel's structures or sockets along, which `ramblock --help` and a software IOMMU
+# can do without.
 _LATER = {
     "IommufdIoas": "iommufd",
     "IommufdMode": "iommufd",

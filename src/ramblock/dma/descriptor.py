@@ -24,7 +24,7 @@ class Descriptor(OwnedDescriptor):
         """
         Open a device file for reading and writing.
 
-        :param what: What it is, as the table of errors knows it after ``open``.
+        :param what: Its kind, as the table of errors knows it after ``open``.
         :param group: The IOMMU group that it belongs to, for the message.
         :raises DmaError: The kernel refused.
         """

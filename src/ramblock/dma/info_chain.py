@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Capability chains behind the answers of VFIO (include/uapi/linux/vfio.h, struct vfio_info_cap_header).
+Capability chains behind the answers of VFIO (struct vfio_info_cap_header, linux/vfio.h).
 
-An answer says how long it would like to be (``argsz``) and where its first capability is; each capability says where the next one
-is. Nothing of it is taken on trust: whatever the bytes are, the outcome is a list of capabilities or an error.
+An answer says how long it would like to be (``argsz``) and where its first capability is; each
+capability says where the next one is. Nothing of it is taken on trust: for any bytes the outcome is
+a list of capabilities or an error.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from ramblock.uapi.vfio import CapabilityHeader
 
 __all__ = ["Capability", "ask_with_chain", "read_array", "read_structure", "walk_chain"]
 
-# The longest chains known are a few hundred bytes; the IOVA ranges of a large host have been seen to take two KiB.
+# The longest chains known are a few hundred bytes; the IOVA ranges of a large host have been seen
+# to take two KiB.
 _MAX_ANSWER = 1 << 20
 
 _Structure = TypeVar("_Structure", bound=ctypes.Structure)
@@ -41,7 +43,7 @@ def ask_with_chain(
     :param kind: The structure that the answer begins with; its first field is ``argsz``.
     :param ask: Makes the call on a buffer.
     :return: The answer, as long as it said.
-    :raises DmaError: EPROTO: the answer wants an absurd size. And what *ask* raised.
+    :raises DmaError: EPROTO: the answer wants an absurd size. And the exceptions of *ask*.
     """
     size = ctypes.sizeof(kind)
     while True:
@@ -99,5 +101,6 @@ def _check(answer: bytes, offset: int, size: int) -> None:
     if offset + size > len(answer):
         raise DmaError(
             errno.EPROTO,
-            f"the kernel's answer has {len(answer):#x} bytes, {size:#x} are expected at {offset:#x}",
+            f"the kernel's answer has {len(answer):#x} bytes, {size:#x} are expected at"
+            f" {offset:#x}",
         )

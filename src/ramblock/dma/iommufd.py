@@ -2,15 +2,17 @@
 """
 An iommufd I/O address space as a DMA target, in one of two modes.
 
-*Cutting.* Large pages are off before anything is mapped, the address space is the compat one of its iommufd, it is mapped with
-IOMMU_IOAS_MAP and unmapped with VFIO's VFIO_IOMMU_UNMAP_DMA on the same descriptor: that call, and no other, cuts areas
-(drivers/iommu/iommufd/vfio_compat.c, io_pagetable.c, iopt_cut_iova()). One mapping then covers a whole run. The price: every page
-is an entry of its own in the IOMMU's page table.
+*Cutting.* Large pages are off before anything is mapped, the address space is the compat one of its
+iommufd, it is mapped with IOMMU_IOAS_MAP and unmapped with VFIO's VFIO_IOMMU_UNMAP_DMA on the same
+descriptor: that call, and no other, cuts areas (drivers/iommu/iommufd/vfio_compat.c,
+io_pagetable.c, iopt_cut_iova()). One mapping then covers a whole run. The price: every page is an
+entry of its own in the IOMMU's page table.
 
-*Native.* IOMMU_IOAS_MAP_FILE, or IOMMU_IOAS_MAP for memory without a descriptor, and IOMMU_IOAS_UNMAP. Nothing can be cut, and the
-target is ``exact``: an unmap of several areas may fail between two of them and not say where, one of a single area is done or
-not done. So a refusal (an area that is locked, say) is put back, where it would otherwise poison the memory. It costs one call per
-page, as mapping them did.
+*Native.* IOMMU_IOAS_MAP_FILE, or IOMMU_IOAS_MAP for memory without a descriptor, and
+IOMMU_IOAS_UNMAP. Nothing can be cut, and the target is ``exact``: an unmap of several areas may
+fail between two of them and not say where, one of a single area is done or not done. So a refusal
+(an area that is locked, say) is put back, where it would otherwise poison the memory. It costs one
+call per page, as mapping them did.
 
 Neither has a limit on mappings: the kernel charges their memory to the control group.
 """
@@ -37,6 +39,7 @@ from ramblock.dma.kernel_errors import KernelRefusal
 from ramblock.dma.target import DmaCapabilities, HostRange
 from ramblock.dma.vfio_dma import check_pages, unmap_dma
 from ramblock.errors import DmaError, describe_range
+from ramblock.process import OfOneProcess
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["IommufdIoas", "IommufdMode"]
@@ -51,13 +54,14 @@ class IommufdMode(Enum):
     """In any parts, by VFIO_IOMMU_UNMAP_DMA, with large pages off."""
 
 
-class IommufdIoas:
+class IommufdIoas(OfOneProcess):
     """
     An I/O address space of its own iommufd. Maps for all devices that are attached to it.
 
     :param cutting: True: cut. False: native. None: cut where this kernel can, found out by trying.
     :param path: iommufd's device file.
-    :raises DmaError: There is none, it may not be opened, or *cutting* is True and it does not work. Nothing is held.
+    :raises DmaError: There is none, it may not be opened, or *cutting* is True and it does not
+        work. Nothing is held.
     """
 
     def __init__(self, *, cutting: bool | None = None, path: str = "/dev/iommu") -> None:
@@ -99,7 +103,7 @@ class IommufdIoas:
         return self._fd.fileno()
 
     def refresh(self) -> None:
-        """Ask again which addresses are usable: a device that was attached or detached decides that."""
+        """Ask again which addresses are usable: attached devices decide that."""
         with self._lock:
             window = iova_window(self._fd, self.ioas_id)
         cuts = self.mode is IommufdMode.CUTTING
@@ -116,14 +120,17 @@ class IommufdIoas:
 
     @property
     def capabilities(self) -> DmaCapabilities:
-        """What it can do; ``exact`` in native mode (see the module)."""
+        """Its abilities; ``exact`` in native mode (see the module)."""
         return self._capabilities
 
     def map(self, iova: int, memory: HostRange, *, writable: bool = True) -> None:
         """
-        Let devices reach *memory* at *iova*; it is pinned, and charged to RLIMIT_MEMLOCK, once a device is attached.
+        Let devices reach *memory* at *iova*.
 
-        :raises DmaError: The kernel refused (:data:`~ramblock.dma.kernel_errors.TABLE`); nothing has changed.
+        It is pinned, and charged to RLIMIT_MEMLOCK, once a device is attached.
+
+        :raises DmaError: The kernel refused (:data:`~ramblock.dma.kernel_errors.TABLE`); nothing
+            has changed.
         """
         check_pages("map", iova, memory.size)
         with self._lock:
@@ -133,7 +140,8 @@ class IommufdIoas:
                         self._fd, self.ioas_id, iova, memory, writable=writable, detail=self._usable
                     )
                 except KernelRefusal as error:
-                    # EINVAL is also what a descriptor gives that is no memfd; if it was the range, the next call says so.
+                    # A descriptor that is no memfd gives EINVAL too; if it was the range, the next
+                    # call says so.
                     if error.errno not in (errno.ENOTTY, errno.EINVAL):
                         raise
                     self._has_map_file = error.errno != errno.ENOTTY
@@ -146,8 +154,8 @@ class IommufdIoas:
         Take ``[iova, iova + size)`` away from devices.
 
         :return: Bytes really unmapped; when cutting, 0 where nothing was mapped.
-        :raises DmaError: Native: ENOENT: nothing is mapped there, or a mapping sticks out. Nothing has changed, unless
-            the error is in doubt.
+        :raises DmaError: Native: ENOENT: nothing is mapped there, or a mapping sticks out. Nothing
+            has changed, unless the error is in doubt.
         """
         check_pages("unmap", iova, size)
         with self._lock:
@@ -160,7 +168,8 @@ class IommufdIoas:
         """
         Unmap everything. A device that is still attached reaches nothing any more.
 
-        :raises DmaError: The kernel did not unmap; devices may still reach what was mapped until they are closed.
+        :raises DmaError: The kernel did not unmap; devices may still reach the range until they are
+            closed.
         """
         with self._lock:
             if self._fd.closed:

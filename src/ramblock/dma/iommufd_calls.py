@@ -2,10 +2,11 @@
 """
 The calls of iommufd that we use, one function each (drivers/iommu/iommufd/ioas.c, io_pagetable.c).
 
-What is left of an unmap that failed. It goes over the areas in the range, lowest first, and stops at the first that is locked or in
-flux (EBUSY), sticks out of the range (ENOENT) or is held by a user in the kernel (EDEADLK); those before it are gone, and the
-answer does not say how many (iommufd_ioas_unmap()). A range of one page touches one area at most, so there a failure has
-done nothing. In a larger one it is in doubt.
+An unmap that fails in part. It goes over the areas in the range, lowest first, and stops at the
+first that is locked or in flux (EBUSY), sticks out of the range (ENOENT) or is held by a user in
+the kernel (EDEADLK); those before it are gone, and the answer does not say how many
+(iommufd_ioas_unmap()). A range of one page touches one area at most, so there a failure has done
+nothing. In a larger one it is in doubt.
 """
 
 from __future__ import annotations
@@ -67,12 +68,12 @@ _EVERYTHING = 0xFFFF_FFFF_FFFF_FFFF
 _BEFORE_THE_FIRST_AREA = frozenset(
     {errno.EBADF, errno.ENOTTY, errno.E2BIG, errno.EOPNOTSUPP, errno.EOVERFLOW, errno.EINVAL}
 )
-# They come with an area; what happened to those before it is not told.
+# They come with an area; the fate of those before it is not told.
 _AT_AN_AREA = frozenset({errno.ENOENT, errno.EBUSY, errno.EDEADLK})
 
 
 class IovaWindow(NamedTuple):
-    """What IOMMU_IOAS_IOVA_RANGES says."""
+    """The answer of IOMMU_IOAS_IOVA_RANGES."""
 
     ranges: tuple[tuple[int, int], ...]
     """Usable addresses, half-open."""
@@ -88,12 +89,20 @@ def alloc_ioas(fd: Descriptor) -> int:
 
 
 def destroy(fd: Descriptor, ioas: int) -> None:
-    """Remove an I/O address space with all that is mapped in it; EBUSY as long as a device is attached."""
+    """
+    Remove an I/O address space with all that is mapped in it.
+
+    EBUSY as long as a device is attached.
+    """
     fd.call("IOMMU_DESTROY", IOMMU_DESTROY, Destroy(ctypes.sizeof(Destroy), ioas))
 
 
 def disable_huge_pages(fd: Descriptor, ioas: int) -> None:
-    """Put every page into the IOMMU's table by itself, so that mappings can be cut; EINVAL if some are there already."""
+    """
+    Put every page into the IOMMU's table by itself, so that mappings can be cut.
+
+    EINVAL if some are there already.
+    """
     argument = IommuOption(
         size=ctypes.sizeof(IommuOption),
         option_id=Option.IOMMU_OPTION_HUGE_PAGES,
@@ -155,7 +164,8 @@ def map_file(
     """
     IOMMU_IOAS_MAP_FILE: map a part of the memfd ``memory.fd``.
 
-    :raises DmaError: ENOTTY: this kernel does not know the call. EINVAL: also where it is no memfd. Nothing has changed.
+    :raises DmaError: ENOTTY: this kernel does not know the call. EINVAL: also where it is no memfd.
+        Nothing has changed.
     """
     argument = IoasMapFile(
         _MAP_FILE_SIZE,
@@ -186,10 +196,10 @@ def unmap(fd: Descriptor, ioas: int, iova: int, size: int, *, smallest: int = PA
     """
     IOMMU_IOAS_UNMAP: unmap the whole areas of ``[iova, iova + size)``.
 
-    :param smallest: What an area covers at least, in bytes.
+    :param smallest: The smallest size of an area, in bytes.
     :return: Bytes removed.
-    :raises DmaError: ENOENT: nothing is mapped there, or an area sticks out. In doubt if there was room for several areas:
-        those before the one that failed may be gone.
+    :raises DmaError: ENOENT: nothing is mapped there, or an area sticks out. In doubt if there was
+        room for several areas: those before the one that failed may be gone.
     """
     number = fd.fileno()
     argument = IoasUnmap(_UNMAP_SIZE, ioas, iova, size)
@@ -207,5 +217,9 @@ def unmap(fd: Descriptor, ioas: int, iova: int, size: int, *, smallest: int = PA
 
 
 def unmap_all(fd: Descriptor, ioas: int) -> int:
-    """IOMMU_IOAS_UNMAP of everything; succeeds with 0 where nothing is mapped. Raises as :func:`unmap`."""
+    """
+    IOMMU_IOAS_UNMAP of everything; succeeds with 0 where nothing is mapped.
+
+    Raises as :func:`unmap`.
+    """
     return unmap(fd, ioas, 0, _EVERYTHING)

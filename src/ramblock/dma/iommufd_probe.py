@@ -2,7 +2,8 @@
 """
 Finds out, by doing it, whether this kernel's iommufd cuts mappings.
 
-No device is needed: three pages of ours go into a scratch address space, the middle one is cut out, and all of it is thrown away.
+No device is needed: three pages of ours go into a scratch address space, the middle one is cut out,
+and all of it is thrown away.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ramblock.dma.iommufd_calls import (
 from ramblock.dma.target import HostRange
 from ramblock.dma.vfio_dma import unmap_dma
 from ramblock.errors import DmaError
-from ramblock.memory.host_calls import address_of
+from ramblock.hostmem.host_calls import address_of
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["why_not_cutting"]
@@ -34,7 +35,7 @@ def why_not_cutting(fd: Descriptor) -> str | None:
     """
     Try a cut in an address space of its own.
 
-    :return: None: it works. Else what did not.
+    :return: None: it works. Else the obstacle.
     :raises DmaError: There is no address space to be had at all.
     """
     ioas = alloc_ioas(fd)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What an errno of VFIO and iommufd means, and what helps: one table.
+Meanings of errnos from VFIO and iommufd, with hints: one table.
 
-An errno alone says little ("Cannot allocate memory" is RLIMIT_MEMLOCK nearly always), so each entry has the meaning for its calls
-and, where there is something to do, a hint with values read back from this host.
+An errno alone says little ("Cannot allocate memory" is RLIMIT_MEMLOCK nearly always), so each entry
+has the meaning for its calls and, where there is something to do, a hint with values read back from
+this host.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Refused(NamedTuple):
     """A call that the kernel refused."""
 
     call: str
-    """Its name in the kernel's headers, or ``open`` and what was opened."""
+    """Its name in the kernel's headers, or ``open`` and the opened file's kind."""
     errno: int
     iova: int | None = None
     size: int | None = None
@@ -36,7 +37,7 @@ class Refused(NamedTuple):
 
 
 class Advice(NamedTuple):
-    """What *errno* means for *calls*."""
+    """The meaning of *errno* for *calls*."""
 
     calls: tuple[str, ...]
     errno: int
@@ -48,8 +49,8 @@ class KernelRefusal(DmaError):
     """
     The kernel refused a call of VFIO or iommufd.
 
-    :ivar call: Its name in the kernel's headers, or ``open`` and what was opened.
-    :ivar hint: What helps; None where nothing is known to.
+    :ivar call: Its name in the kernel's headers, or ``open`` and the opened file's kind.
+    :ivar hint: None where none is known.
     """
 
     def __init__(
@@ -71,7 +72,10 @@ class KernelRefusal(DmaError):
 def _memlock(refused: Refused) -> str | None:
     limit, locked, pinned, exempt = locked_memory(root=refused.root)
     if exempt:
-        return "RLIMIT_MEMLOCK does not count with CAP_IPC_LOCK: look at the memory limit of the control group"
+        return (
+            "RLIMIT_MEMLOCK does not count with CAP_IPC_LOCK:"
+            " look at the memory limit of the control group"
+        )
     if limit is None:
         return None
     held = locked if refused.call == "VFIO_IOMMU_MAP_DMA" else pinned
@@ -85,7 +89,8 @@ def _memlock(refused: Refused) -> str | None:
 def _entry_limit(refused: Refused) -> str:
     now = module_parameter("vfio_iommu_type1", "dma_entry_limit", root=refused.root)
     return (
-        f"vfio_iommu_type1.dma_entry_limit is {now or 'not readable'} now; a container keeps the value that its first group found: "
+        f"vfio_iommu_type1.dma_entry_limit is {now or 'not readable'} now;"
+        " a container keeps the value that its first group found: "
         "raise it and open a new one, or use iommufd, which has no limit"
     )
 
@@ -94,8 +99,8 @@ def _unsafe_interrupts(refused: Refused) -> str:
     module = "iommufd" if refused.call == "VFIO_DEVICE_BIND_IOMMUFD" else "vfio_iommu_type1"
     now = module_parameter(module, "allow_unsafe_interrupts", root=refused.root)
     return (
-        f"{module}.allow_unsafe_interrupts is {now or 'not readable'}; without interrupt remapping it has to be Y"
-        + _members(refused, "; ")
+        f"{module}.allow_unsafe_interrupts is {now or 'not readable'};"
+        " without interrupt remapping it has to be Y" + _members(refused, "; ")
     )
 
 
@@ -122,12 +127,14 @@ _ATTACH = ("VFIO_DEVICE_ATTACH_IOMMUFD_PT", "VFIO_GROUP_SET_CONTAINER", "VFIO_SE
 _CONTAINER, _IOMMUFD = ("open /dev/vfio/vfio",), ("open /dev/iommu",)
 _GROUP, _CDEV = ("open VFIO group",), ("open VFIO device",)
 
-# Sources: drivers/vfio/vfio_iommu_type1.c, vfio_dma_do_map() and vfio_dma_do_unmap(); drivers/iommu/iommufd/io_pagetable.c,
-# iopt_check_iova(), iopt_area_split(), iopt_unmap_iova_range(); pages.c, incr_user_locked_vm(); device.c, iommufd_bind_iommu();
-# drivers/iommu/iommu.c, iommu_group_claim_dma_owner(); drivers/vfio/group.c, container.c, device_cdev.c.
+# Sources: drivers/vfio/vfio_iommu_type1.c, vfio_dma_do_map() and vfio_dma_do_unmap();
+# drivers/iommu/iommufd/io_pagetable.c, iopt_check_iova(), iopt_area_split(),
+# iopt_unmap_iova_range(); pages.c, incr_user_locked_vm(); device.c, iommufd_bind_iommu();
+# drivers/iommu/iommu.c, iommu_group_claim_dma_owner(); drivers/vfio/group.c, container.c,
+# device_cdev.c.
 TABLE = (
     Advice(_MAP, errno.ENOMEM, "the memory cannot be pinned", _memlock),
-    Advice(_ATTACH, errno.ENOMEM, "what is mapped already cannot be pinned", _memlock),
+    Advice(_ATTACH, errno.ENOMEM, "existing mappings cannot be pinned", _memlock),
     Advice(_MAP, errno.ENOSPC, "all mappings of the container are in use", _entry_limit),
     Advice(_MAP, errno.EEXIST, "a part of it is mapped already"),
     Advice(_MAP, errno.EINVAL, "not aligned to the IOMMU's pages, or outside the usable addresses"),
@@ -178,7 +185,8 @@ TABLE = (
         "it is bound already, or its IOMMU does not keep caches coherent",
     ),
     Advice(
-        ("IOMMU_OPTION",), errno.EINVAL, "large pages cannot be switched off once something is mapped"
+        ("IOMMU_OPTION",), errno.EINVAL,
+        "large pages cannot be switched off once something is mapped",
     ),
     Advice(
         _CONTAINER, errno.ENOENT, "there is no VFIO container",
@@ -215,7 +223,7 @@ def refusal(
     """
     Build the error for a refused call: call, range in hex, errno, meaning, hint.
 
-    :param detail: What the caller knows beyond the table, for instance the usable addresses.
+    :param detail: Facts of the caller beyond the table, for instance the usable addresses.
     :param in_doubt: Whether the call may have done a part of its work.
     """
     call, number, iova, size = refused[:4]

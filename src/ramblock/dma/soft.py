@@ -2,31 +2,92 @@
 """
 A software IOMMU: real DMA to real memory through IOVAs, and faults where nothing is mapped.
 
-It refuses what a VFIO type1 container refuses, with the same errno (drivers/vfio/vfio_iommu_type1.c): EEXIST for an overlap,
-ENOSPC when the entries are used up, EINVAL for bisecting a mapping. With ``cut`` it behaves as an iommufd IOAS in compat mode
-with huge pages off. An access holds the lock from translation to the last byte: an unmap returns when none is under way,
-which is what an IOTLB flush guarantees.
+It refuses as a VFIO type1 container refuses, with the same errno (drivers/vfio/vfio_iommu_type1.c):
+EEXIST for an overlap, ENOSPC when the entries are used up, EINVAL for bisecting a mapping. With ``cut``
+it behaves as an iommufd IOAS in compat mode with huge pages off. An access holds the lock from
+translation to the last byte: an unmap returns when none is under way, which is the guarantee of an IOTLB
+flush.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+from bisect import bisect_left, bisect_right
 from collections import deque
+from itertools import pairwise
+from operator import itemgetter
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from ramblock.dma.mapping_table import Mapping, MappingTable, join_adjacent
 from ramblock.dma.target import DmaCapabilities, HostRange
 from ramblock.errors import DmaError, IommuFault, describe_range
-from ramblock.memory.backing import read_fd, write_fd
-from ramblock.memory.host_calls import write_own_memory
+from ramblock.hostmem.backing import read_fd, write_fd
+from ramblock.hostmem.host_calls import write_own_memory
+from ramblock.process import OfOneProcess
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_granularity, check_positive, check_range
 
-__all__ = ["FaultRecord", "Mapping", "SoftIommu"]
+__all__ = ["FaultRecord", "Mapping", "MappingTable", "SoftIommu"]
 
 # Enough to look at, not enough for a device that faults forever to fill memory with.
 _FAULTS_KEPT = 1024
+
+
+class Mapping(NamedTuple):
+    """One entry of the IOMMU's table."""
+
+    iova: int
+    size: int
+    memory: HostRange
+    writable: bool
+
+    @property
+    def end(self) -> int:
+        """First IOVA behind it."""
+        return self.iova + self.size
+
+    def part(self, start: int, end: int) -> Mapping:
+        """Cut out the piece ``[start, end)``."""
+        return Mapping(start, end - start, self.memory_of(start, end), self.writable)
+
+    def memory_of(self, start: int, end: int) -> HostRange:
+        """Tell where on this host the piece ``[start, end)`` is."""
+        skip = start - self.iova
+        fd, offset, address, _ = self.memory
+        return HostRange(fd, offset + skip, address + skip, end - start)
+
+
+_iova = itemgetter(0)
+
+
+class MappingTable:
+    """Disjoint mappings, ascending by IOVA: two plain lists. The caller locks."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        #: Ascending, disjoint.
+        self.mappings: list[Mapping] = []
+
+    def __len__(self) -> int:
+        return len(self.mappings)
+
+    def overlapping(self, start: int, end: int) -> tuple[int, int]:
+        """Find the mappings that touch [start, end), as a half-open range of positions; empty where to insert one."""
+        first = bisect_right(self._starts, start)
+        if first:
+            iova, size, _, _ = self.mappings[first - 1]
+            if iova + size > start:
+                first -= 1
+        return first, bisect_left(self._starts, end, first)
+
+    def replace(self, first: int, last: int, mappings: list[Mapping]) -> None:
+        """Put *mappings* in the place of those at positions [first, last)."""
+        self._starts[first:last] = map(_iova, mappings)
+        self.mappings[first:last] = mappings
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self.replace(0, len(self.mappings), [])
 
 
 class FaultRecord(NamedTuple):
@@ -37,7 +98,7 @@ class FaultRecord(NamedTuple):
     write: bool
 
 
-class SoftIommu:
+class SoftIommu(OfOneProcess):
     """
     The embedded DMA target.
 
@@ -64,6 +125,7 @@ class SoftIommu:
         self._capabilities = DmaCapabilities(
             page_size, max_mappings, cut and not exact, exact, iova_ranges
         )
+        self._in_page = page_size - 1
         self._lock = Lock()
         self._table = MappingTable()
         #: The latest faults; older ones are forgotten, but counted.
@@ -86,7 +148,8 @@ class SoftIommu:
             there; the text says what. ENOSPC: no entry is left. Nothing has changed.
         """
         size = memory.size
-        self._check("map", iova, size)
+        if size <= 0 or iova < 0 or iova + size > ADDRESS_LIMIT or (iova | size) & self._in_page:
+            self._refuse("map", iova, size)
         ranges = self._capabilities.iova_ranges
         if ranges is not None and not any(
             start <= iova and iova + size <= end for start, end in ranges
@@ -98,7 +161,8 @@ class SoftIommu:
                 other = self._table.mappings[first]
                 text = f"{describe_range(other.iova, other.size)} is mapped"
                 raise _refusal("map", iova, size, errno.EEXIST, text)
-            self._check_room("map", iova, size, 1)
+            if self._capabilities.max_mappings is not None:
+                self._check_room("map", iova, size, 1)
             self._table.replace(first, first, [Mapping(iova, size, memory, writable)])
 
     def unmap(self, iova: int, size: int) -> int:
@@ -109,8 +173,9 @@ class SoftIommu:
         :raises DmaError: EINVAL: misaligned, or it would cut a mapping and ``cut`` is off. ENOENT: with ``exact``, it is
             not one whole mapping. ENOSPC: no entry is left for the part behind the cut. Nothing has changed.
         """
-        self._check("unmap", iova, size)
         end = iova + size
+        if size <= 0 or iova < 0 or end > ADDRESS_LIMIT or (iova | size) & self._in_page:
+            self._refuse("unmap", iova, size)
         with self._lock:
             position, behind = self._table.overlapping(iova, end)
             hit = self._table.mappings[position:behind]
@@ -119,18 +184,23 @@ class SoftIommu:
             if not hit:
                 return 0
             first, last = hit[0], hit[-1]
+            last_end = last.iova + last.size
             rest = []
             if first.iova < iova:
                 rest.append(first.part(first.iova, iova))
-            if last.end > end:
-                rest.append(last.part(end, last.end))
+            if last_end > end:
+                rest.append(last.part(end, last_end))
             if rest and not self._capabilities.cut:
                 cut = first if first.iova < iova else last
                 text = f"it would cut {describe_range(cut.iova, cut.size)}"
                 raise _refusal("unmap", iova, size, errno.EINVAL, text)
-            self._check_room("unmap", iova, size, len(rest) - len(hit))
+            if len(rest) > len(hit):
+                self._check_room("unmap", iova, size, 1)
             self._table.replace(position, behind, rest)
-        return sum(mapping.size for mapping in hit) - sum(mapping.size for mapping in rest)
+        removed = min(last_end, end) - max(first.iova, iova)
+        for before, after in pairwise(hit):
+            removed -= after.iova - before.end
+        return removed
 
     def close(self) -> None:
         """Unmap everything; every later access faults."""
@@ -142,17 +212,12 @@ class SoftIommu:
         with self._lock:
             return list(self._table.mappings)
 
-    def _check(self, call: str, iova: int, size: int) -> None:
+    def _refuse(self, call: str, iova: int, size: int) -> NoReturn:
+        """Say why no IOMMU takes such a range."""
+        text = f"not made of pages of {self._capabilities.page_size:#x} bytes"
         if size <= 0 or iova < 0 or iova + size > ADDRESS_LIMIT:
-            raise _refusal(call, iova, size, errno.EINVAL, "empty, or past 2**64")
-        if (iova | size) & (self._capabilities.page_size - 1):
-            raise _refusal(
-                call,
-                iova,
-                size,
-                errno.EINVAL,
-                f"not made of pages of {self._capabilities.page_size:#x} bytes",
-            )
+            text = "empty, or past 2**64"
+        raise _refusal(call, iova, size, errno.EINVAL, text)
 
     def _check_room(self, call: str, iova: int, size: int, extra: int) -> None:
         limit = self._capabilities.max_mappings
@@ -212,10 +277,10 @@ class SoftIommu:
                 size=size,
                 write=write,
             )
-        return parts if len(parts) == 1 else join_adjacent(parts)
+        return parts if len(parts) == 1 else _join_adjacent(parts)
 
     def __repr__(self) -> str:
-        return f"<SoftIommu at {id(self):#x}: {len(self._table)} mappings>"
+        return f"<SoftIommu at {id(self):#x}: {len(self._table.mappings)} mappings>"
 
 
 def _refusal(call: str, iova: int, size: int, number: int, text: str) -> DmaError:
@@ -240,3 +305,15 @@ def _write_host(memory: HostRange, data: bytes) -> None:
             write_own_memory(memory.address, data)  # hugetlbfs has no write(2)
     else:
         ctypes.memmove(memory.address, data, len(data))
+
+
+def _join_adjacent(ranges: list[HostRange]) -> list[HostRange]:
+    """Join host ranges that continue each other: under one mapping per page, an access of 64 KiB is one copy."""
+    joined = ranges[:1]
+    for part in ranges[1:]:
+        fd, offset, address, size = joined[-1]
+        if part.fd == fd and part.offset == offset + size and part.address == address + size:
+            joined[-1] = HostRange(fd, offset, address, size + part.size)
+        else:
+            joined.append(part)
+    return joined

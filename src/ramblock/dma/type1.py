@@ -2,9 +2,10 @@
 """
 A VFIO type1 container as a DMA target (drivers/vfio/vfio_iommu_type1.c).
 
-It cannot cut: an unmap that would bisect a mapping is EINVAL and removes nothing. And it counts: each mapping takes one of
-``dma_entry_limit`` entries (65,535 unless the module was told otherwise), so that one mapping per page ends at 256 MiB. The
-container keeps the limit that it found when its first group came.
+It cannot cut: an unmap that would bisect a mapping is EINVAL and removes nothing. And it counts:
+each mapping takes one of ``dma_entry_limit`` entries (65,535 unless the module was told otherwise),
+so that one mapping per page ends at 256 MiB. The container keeps the limit that it found when its
+first group came.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ramblock.dma.target import DmaCapabilities, HostRange
 from ramblock.dma.vfio_dma import check_pages, map_dma, unmap_all_dma, unmap_dma
 from ramblock.dma.vfio_group import VfioGroup
 from ramblock.errors import DmaError, UsageError, describe_range
+from ramblock.process import OfOneProcess
 from ramblock.uapi.vfio import (
     VFIO_API_VERSION,
     VFIO_CHECK_EXTENSION,
@@ -39,14 +41,15 @@ from ramblock.units import PAGE_SIZE
 
 __all__ = ["Type1Container", "Type1Limits", "parse_type1_info"]
 
-# What a kernel without VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL has; QEMU assumes the same (hw/vfio/container-legacy.c).
+# The limit of a kernel without VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL; QEMU assumes the same
+# (hw/vfio/container-legacy.c).
 _DEFAULT_ENTRIES = 65535
 # iommufd behind /dev/vfio/vfio has no limit and says U32_MAX (drivers/iommu/iommufd/vfio_compat.c).
 _NO_LIMIT = 0xFFFF_FFFF
 
 
 class Type1Limits(NamedTuple):
-    """What VFIO_IOMMU_GET_INFO says."""
+    """The answer of VFIO_IOMMU_GET_INFO."""
 
     page_size: int
     """The smallest page of the IOMMU, in bytes."""
@@ -89,14 +92,16 @@ def _parse_ranges(answer: bytes, offset: int) -> tuple[tuple[int, int], ...]:
     return tuple((entry.start, entry.end + 1) for entry in found)
 
 
-class Type1Container:
+class Type1Container(OfOneProcess):
     """
     A container, and the groups in it. Maps for all of their devices at once.
 
-    It owns the groups: they stay in it until it is closed, whatever becomes of their devices, so that what is mapped stays so.
+    It owns the groups: they stay in it until it is closed, even without their devices, so that
+    mappings stay.
 
     :param path: The container's device file.
-    :raises DmaError: There is none, it may not be opened, or it has no type1 v2 IOMMU. Nothing is held.
+    :raises DmaError: There is none, it may not be opened, or it has no type1 v2 IOMMU. Nothing is
+        held.
     """
 
     def __init__(self, *, path: str = "/dev/vfio/vfio") -> None:
@@ -124,7 +129,7 @@ class Type1Container:
                     "the module vfio_iommu_type1 of Linux 5.12 or newer does"
                 )  # fmt: skip
 
-    # -- groups ---------------------------------------------------------------------------------------------------
+    # -- groups ------------------------------------------------------------------------------------
 
     @property
     def groups(self) -> list[VfioGroup]:
@@ -145,10 +150,13 @@ class Type1Container:
 
     def add_group(self, group: VfioGroup) -> None:
         """
-        Take *group* in; from now on the container closes it. The first one brings the IOMMU, and the limit on mappings.
+        Take *group* in; from now on the container closes it.
+
+        The first one brings the IOMMU, and the limit on mappings.
 
         :raises UsageError: A group of that number is in it already.
-        :raises DmaError: The kernel refused. *group* is the caller's as before, and in no container.
+        :raises DmaError: The kernel refused. *group* is the caller's as before, and in no
+            container.
         """
         with self._lock:
             if group.number in self._groups:
@@ -165,16 +173,15 @@ class Type1Container:
             except BaseException:
                 if not self._groups:
                     self._capabilities = None
-                with suppress(
-                    DmaError
-                ):  # what failed first is what matters; closing the group takes it out as well
+                # The first failure counts; closing the group takes it out as well.
+                with suppress(DmaError):
                     group.unset_container()
                 raise
 
     def _refresh(self) -> None:
         limits = self._ask()
         before = self._capabilities
-        # The limit is what could be had when nothing was mapped.
+        # The limit is the number available when nothing was mapped.
         limit = limits.available if before is None else before.max_mappings
         self._capabilities = DmaCapabilities(
             page_size=limits.page_size, max_mappings=limit, iova_ranges=limits.iova_ranges
@@ -193,12 +200,12 @@ class Type1Container:
             )
         )
 
-    # -- the target -----------------------------------------------------------------------------------------------
+    # -- the target --------------------------------------------------------------------------------
 
     @property
     def capabilities(self) -> DmaCapabilities:
         """
-        What it can do; ``max_mappings`` is the container's whole limit.
+        Its abilities; ``max_mappings`` is the container's whole limit.
 
         :raises UsageError: No group is in it, so that it has no IOMMU yet.
         """
@@ -222,7 +229,8 @@ class Type1Container:
         """
         Let devices reach *memory* at *iova*; it is pinned, and charged to RLIMIT_MEMLOCK.
 
-        :raises DmaError: The kernel refused (:data:`~ramblock.dma.kernel_errors.TABLE`); nothing has changed.
+        :raises DmaError: The kernel refused (:data:`~ramblock.dma.kernel_errors.TABLE`); nothing
+            has changed.
         """
         check_pages("map", iova, memory.size)
         with self._lock:
@@ -245,8 +253,8 @@ class Type1Container:
         """
         Unmap everything and close the groups. A device that is still open reaches nothing any more.
 
-        :raises DmaError: The kernel did not unmap; devices that are open may still reach what was mapped until they are
-            closed.
+        :raises DmaError: The kernel did not unmap; open devices may still reach the range until
+            they are closed.
         """
         with self._lock:
             if self._fd.closed:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Mapping and unmapping by VFIO's own calls: a type1 container, or an iommufd in compat mode, which cuts with them.
+Mapping and unmapping by VFIO's own calls: a type1 container, or an iommufd in compat mode.
 
-What is left of an unmap that failed is read off the answer. A type1 container checks both ends first and removes nothing
-(drivers/vfio/vfio_iommu_type1.c, vfio_dma_do_unmap()); it does not touch the argument then, so ``size`` is what was asked for.
-iommufd may fail between two mappings, and writes back what it has removed (drivers/iommu/iommufd/vfio_compat.c,
-iommufd_vfio_unmap_dma()); if already the cut failed it does not touch the argument either.
+The answer tells the rest of an unmap that failed. A type1 container checks both ends first and
+removes nothing (drivers/vfio/vfio_iommu_type1.c, vfio_dma_do_unmap()); it does not touch the
+argument then, so ``size`` is that of the request. iommufd may fail between two mappings, and writes
+back the bytes removed (drivers/iommu/iommufd/vfio_compat.c, iommufd_vfio_unmap_dma()); if already
+the cut failed it does not touch the argument either.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ _UNMAP_SIZE = ctypes.sizeof(DmaUnmap)
 
 def check_pages(call: str, iova: int, size: int) -> None:
     """
-    Refuse what is not made of whole pages below 2**64.
+    Refuse a range that is not of whole pages below 2**64.
 
-    Before the kernel sees it: a field of 64 bits would take the low ones of a larger number without a word, and iommufd maps
-    any bytes as long as no device is attached that wants pages.
+    Before the kernel sees it: a field of 64 bits would take the low ones of a larger number without
+    a word, and iommufd maps any bytes as long as no device is attached that wants pages.
 
     :raises DmaError: EINVAL; nothing has changed.
     """
@@ -97,7 +98,7 @@ def _unmap(fd: Descriptor, argument: DmaUnmap) -> int:
         ioctl.call(number, VFIO_IOMMU_UNMAP_DMA, argument)
     except OSError as error:
         removed = argument.size
-        # EFAULT is what writing the answer back fails with: the work may be done.
+        # Writing the answer back fails with EFAULT: the work may be done.
         in_doubt = error.errno == errno.EFAULT or removed not in (0, size)
         raise refusal(
             Refused("VFIO_IOMMU_UNMAP_DMA", error.errno or 0, argument.iova, size),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host says of itself where an error needs explaining: limits, module parameters, IOMMU groups."""
+"""This host's facts for explaining errors: limits, module parameters, IOMMU groups."""
 
 from __future__ import annotations
 
@@ -34,20 +34,24 @@ class GroupMember(NamedTuple):
 
 
 class LockedMemory(NamedTuple):
-    """What the kernel compares with RLIMIT_MEMLOCK, in bytes."""
+    """The counts that the kernel compares with RLIMIT_MEMLOCK, in bytes."""
 
     limit: int | None
     """None: no limit."""
     locked: int
-    """VmLck: what type1 has charged to this process (mm->locked_vm)."""
+    """VmLck: type1's charge to this process (mm->locked_vm)."""
     pinned: int
-    """VmPin: what iommufd has pinned for it (mm->pinned_vm); it charges the user, who may have other processes."""
+    """
+    VmPin: memory that iommufd has pinned for it (mm->pinned_vm).
+
+    It charges the user, who may have other processes.
+    """
     exempt: bool
     """CAP_IPC_LOCK: neither type1 nor iommufd looks at the limit."""
 
 
 def module_parameter(module: str, name: str, *, root: Path = _ROOT) -> str | None:
-    """Read back what a parameter of a module is now; None where the module is not there."""
+    """Read back a module's parameter; None where the module is not there."""
     try:
         return (root / "sys/module" / module / "parameters" / name).read_text().strip()
     except OSError:

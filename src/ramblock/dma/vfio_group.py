@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A VFIO group: the devices that an IOMMU cannot tell apart, handed to one user as a whole (drivers/vfio/group.c)."""
+"""A VFIO group: devices that an IOMMU cannot tell apart, for one user (drivers/vfio/group.c)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ramblock.dma.descriptor import Descriptor
 from ramblock.dma.kernel_errors import Refused, refusal
+from ramblock.process import OfOneProcess
 from ramblock.uapi.vfio import (
     VFIO_GROUP_GET_DEVICE_FD,
     VFIO_GROUP_GET_STATUS,
@@ -22,9 +23,11 @@ from ramblock.uapi.vfio import (
 __all__ = ["VfioGroup"]
 
 
-class VfioGroup:
+class VfioGroup(OfOneProcess):
     """
-    An open group. The kernel lets it be opened once, and keeps it open as long as one of its devices is.
+    An open group.
+
+    The kernel lets it be opened once, and keeps it open as long as one of its devices is.
 
     :param number: Of the IOMMU group.
     :param folder: Where the group's device file is.
@@ -46,7 +49,8 @@ class VfioGroup:
         """
         Put it into *container*.
 
-        :raises DmaError: EBUSY: it is not viable; the hint says why. Or the kernel refused. It is in no container.
+        :raises DmaError: EBUSY: it is not viable; the hint says why. Or the kernel refused. It is
+            in no container.
         """
         if not self.viable:
             raise refusal(Refused("VFIO_GROUP_GET_STATUS", errno.EBUSY, group=self.number))
@@ -68,7 +72,8 @@ class VfioGroup:
         """
         Open the device *name*, a PCI address for instance.
 
-        :raises DmaError: ENODEV: it is not in this group, or not bound to a VFIO driver. EINVAL: the group is in no container.
+        :raises DmaError: ENODEV: it is not in this group, or not bound to a VFIO driver. EINVAL:
+            the group is in no container.
         """
         argument = ctypes.create_string_buffer(os.fsencode(name))
         fd = self._fd.call(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examination: everything that is looked at, and what it means for a purpose."""
+"""The examination: all lines, and their meaning for a purpose."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def examine(root: Path = _ROOT) -> list[Line]:
     """
     Look at everything, and change nothing.
 
-    The one mapping that is made (whether iommufd cuts) is of our own memory, in an address space without a device, and is thrown away.
+    The one mapping that is made (whether iommufd cuts) is of our own memory, in an address space
+    without a device, and is thrown away.
 
     :param root: Where /dev, /proc and /sys are.
     """
@@ -27,7 +28,7 @@ def examine(root: Path = _ROOT) -> list[Line]:
 
 
 def fitness(lines: Sequence[Line], purpose: Purpose) -> list[Line]:
-    """Return what stands in the way of a purpose: what it needs and is lacking, or could not be seen."""
+    """Return the obstacles to a purpose: needed lines that are lacking, or could not be seen."""
     return [
         line
         for line in lines

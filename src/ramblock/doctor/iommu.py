@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""IOMMU, VFIO and iommufd: groups and who is in them, device files, limits, and whether mappings can be cut."""
+"""IOMMU, VFIO and iommufd: groups and members, device files, limits, cutting of mappings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN = 3
 
 
 def look(root: Path) -> Iterator[Line]:
-    """Look at what maps for devices."""
+    """Look at the containers that map for devices."""
     yield _groups(root)
     yield from _viability(root)
     yield _driver(root)
@@ -49,7 +49,8 @@ def _groups(root: Path) -> Line:
         why="without an IOMMU no device can be assigned",
         todo=""
         if numbers
-        else "switch it on in firmware and on the kernel's command line (intel_iommu=on, amd_iommu=on)",
+        else "switch it on in firmware and on the kernel's command line"
+        " (intel_iommu=on, amd_iommu=on)",
         needed_for=_BOTH,
     )
 
@@ -73,7 +74,8 @@ def _viability(root: Path) -> Iterator[Line]:
         name="groups of several devices",
         status=Status.NOTE,
         found=text,
-        why="all devices of a group go to one guest, and none of them may keep a driver of the host",
+        why="all devices of a group go to one guest, and none of them may keep"
+        " a driver of the host",
         todo="bind all of a group to vfio-pci, or use a slot behind a root port with ACS",
     )
 
@@ -107,7 +109,7 @@ def _container(root: Path) -> Line:
         root,
         "VFIO type1",
         "dev/vfio/vfio",
-        "what most VMMs map with; it cannot cut, so each page that may be converted is a mapping",
+        "most VMMs map with it; it cannot cut, so each page that may be converted is a mapping",
         "modprobe vfio_iommu_type1 (CONFIG_VFIO_CONTAINER)",
         Purpose.VFIO,
     )
@@ -115,8 +117,14 @@ def _container(root: Path) -> Line:
 
 def _entry_limit(root: Path) -> Line:
     value = module_parameter("vfio_iommu_type1", "dma_entry_limit", root=root)
-    why = "a container has at most so many mappings; with one for each 4 KiB page a guest shares no more than this"
-    todo = "vfio_iommu_type1.dma_entry_limit=4194304 for 16 GiB, before the guest starts; or iommufd, which has no limit"
+    why = (
+        "a container has at most so many mappings;"
+        " with one for each 4 KiB page a guest shares no more than this"
+    )
+    todo = (
+        "vfio_iommu_type1.dma_entry_limit=4194304 for 16 GiB, before the guest starts;"
+        " or iommufd, which has no limit"
+    )
     if value is None or not value.isdecimal():
         return Line(
             name="dma_entry_limit",
@@ -144,7 +152,8 @@ def _interrupts(root: Path) -> Line:
         name="unsafe interrupts",
         status=Status.NOTE,
         found=", ".join(values) or "not known: neither module is loaded",
-        why="without interrupt remapping attaching a device is EPERM, unless this is Y; then a device can send any interrupt",
+        why="without interrupt remapping attaching a device is EPERM, unless this is Y;"
+        " then a device can send any interrupt",
     )
 
 

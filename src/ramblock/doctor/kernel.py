@@ -13,7 +13,8 @@ from ramblock.doctor.line import Line, Status
 
 __all__ = ["look"]
 
-#: KVM_SET_MEMORY_ATTRIBUTES and guest_memfd came with Linux 6.8; VFIO's device files for iommufd with 6.6.
+#: KVM_SET_MEMORY_ATTRIBUTES and guest_memfd came with Linux 6.8; VFIO's device files for iommufd
+#: with 6.6.
 _OLDEST = (6, 8)
 _OPTIONS = (
     "KVM",
@@ -44,14 +45,15 @@ def _version(release: str) -> Line:
         name="kernel",
         status=Status.GOOD if version >= _OLDEST else Status.LACKING,
         found=f"Linux {release}",
-        why="page attributes of KVM and guest_memfd came with 6.8, VFIO's device files for iommufd with 6.6",
+        why="page attributes of KVM and guest_memfd came with 6.8,"
+        " VFIO's device files for iommufd with 6.6",
         todo="" if version >= _OLDEST else "a kernel of 6.8 or newer",
     )
 
 
 def _config(root: Path, release: str) -> Line:
     text = _read_config(root, release)
-    why = "what is not built in or a module cannot be loaded"
+    why = "a feature that is neither built in nor a module cannot be loaded"
     if text is None:
         return Line(
             name="kernel configuration",
@@ -62,7 +64,7 @@ def _config(root: Path, release: str) -> Line:
     values = dict(re.findall(r"^CONFIG_(\w+)=(\S+)$", text, re.MULTILINE))
     there = [f"{name}={values[name]}" for name in _OPTIONS if name in values]
     missing = [name for name in _OPTIONS if name not in values]
-    found = ", ".join(there) or "none of what is wanted"
+    found = ", ".join(there) or "none of the wanted ones"
     if missing:
         found += f"; not set: {', '.join(missing)}"
     return Line(name="kernel configuration", status=Status.NOTE, found=found, why=why)

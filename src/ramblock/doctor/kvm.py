@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KVM: whether there is one, and whether it knows private pages. Asked of /dev/kvm itself; no VM is made."""
+"""
+KVM: whether there is one, and whether it knows private pages.
+
+Asked of /dev/kvm itself; no VM is made.
+"""
 
 from __future__ import annotations
 
@@ -59,10 +63,12 @@ def _types(kvm: Kvm) -> Line:
         found=", ".join(
             _TYPES[number] if number < len(_TYPES) else f"type {number}" for number in numbers
         ),
-        why="only the others than `default` have private pages; software-protected ones are for tests, and protect nothing",
+        why="only the others than `default` have private pages; software-protected ones are for"
+        " tests, and protect nothing",
         todo=""
         if confidential
-        else "TDX or SEV-SNP, switched on in firmware and kernel; for tests CONFIG_KVM_SW_PROTECTED_VM",
+        else "TDX or SEV-SNP, switched on in firmware and kernel;"
+        " for tests CONFIG_KVM_SW_PROTECTED_VM",
         needed_for=_NEEDED,
     )
 
@@ -73,7 +79,8 @@ def _attributes(kvm: Kvm) -> Line:
         name="page attributes",
         status=Status.GOOD if has else Status.LACKING,
         found="private" if has else "none",
-        why="KVM keeps the host and devices' drivers away from what is private; without it states are only tracked",
+        why="KVM keeps the host and devices' drivers away from private pages;"
+        " without it states are only tracked",
         todo="" if has else "a kernel of 6.8 or newer with a type of VM that has private pages",
         needed_for=_NEEDED,
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the lab needs: it builds a kernel and boots it under emulation, with Debian's packages and no KVM."""
+"""The lab's needs: Debian's packages to build a kernel and boot it under emulation, no KVM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DISK = 12 * GIB
 
 
 def look(root: Path) -> Iterator[Line]:
-    """Look at what the lab needs."""
+    """Look for the lab's needs."""
     machine = os.uname().machine
     yield Line(
         name="processor",

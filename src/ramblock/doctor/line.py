@@ -12,7 +12,7 @@ __all__ = ["Line", "Purpose", "Status", "read_text"]
 
 
 class Purpose(StrEnum):
-    """What the host is wanted for."""
+    """The purpose of the host."""
 
     VFIO = "vfio"
     IOMMUFD = "iommufd"
@@ -41,7 +41,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     why: str
     """Why it matters."""
     todo: str = ""
-    """What to do about it; empty if there is nothing to do."""
+    """The remedy; empty if none is needed."""
     needed_for: tuple[Purpose, ...] = ()
     """It has to be good for these."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory: what this process may lock and take, huge pages, and what is there."""
+"""Memory: this process's limits, huge pages, and free memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from ramblock.dma.vfio_facts import locked_memory
 from ramblock.doctor.line import Line, Purpose, Status, read_text
-from ramblock.memory.host_facts import available_bytes
-from ramblock.memory.hugetlb import HugePagePool
+from ramblock.hostmem.host_facts import available_bytes
+from ramblock.hostmem.hugetlb import HugePagePool
 from ramblock.units import KIB, MIB, format_size
 
 __all__ = ["cgroup_limit", "look"]
 
 _BOTH = (Purpose.VFIO, Purpose.IOMMUFD)
-#: What people set where it matters; below it devices of guests fail at once.
+#: The usual setting where it matters; below it devices of guests fail at once.
 _LITTLE_LOCKED = 64 * MIB
 
 
@@ -46,13 +46,14 @@ def _available() -> Line:
         name="memory",
         status=Status.UNSEEN if size is None else Status.NOTE,
         found="not known" if size is None else f"{format_size(size)} can be had, swap included",
-        why="a guest with private memory and devices may hold pages twice: shared memory is pinned, private memory is not swapped",
+        why="a guest with private memory and devices may hold pages twice: shared memory is pinned,"
+        " private memory is not swapped",
     )
 
 
 def _locked(root: Path) -> Line:
     facts = locked_memory(root=root)
-    why = "type1 and iommufd pin what they map, and charge it against RLIMIT_MEMLOCK"
+    why = "type1 and iommufd pin mapped memory, and charge it against RLIMIT_MEMLOCK"
     if facts.exempt:
         status, found, todo = Status.GOOD, "no limit for this process (CAP_IPC_LOCK)", ""
     elif facts.limit is None:
@@ -60,7 +61,10 @@ def _locked(root: Path) -> Line:
     else:
         status = Status.LACKING if facts.limit <= _LITTLE_LOCKED else Status.NOTE
         found = f"{format_size(facts.limit)}, of which {format_size(facts.locked)} are locked"
-        todo = "ulimit -l unlimited, LimitMEMLOCK=infinity for a service, or the size of the guest and a little more"
+        todo = (
+            "ulimit -l unlimited, LimitMEMLOCK=infinity for a service,"
+            " or the size of the guest and a little more"
+        )
     return Line(
         name="RLIMIT_MEMLOCK", status=status, found=found, why=why, todo=todo, needed_for=_BOTH
     )
@@ -68,7 +72,9 @@ def _locked(root: Path) -> Line:
 
 def cgroup_limit(root: Path) -> int | None:
     """
-    Tell how much memory this process's control group may use, in bytes: the smallest limit on the way up (version 2), or its own (version 1).
+    Tell how much memory this process's control group may use, in bytes.
+
+    With version 2 the smallest limit on the way up, with version 1 its own.
 
     :return: None: there is no limit, or it cannot be read.
     """
@@ -97,7 +103,7 @@ def _cgroup(root: Path) -> Line:
         name="control group",
         status=Status.NOTE,
         found="no limit of memory is seen" if limit is None else f"at most {format_size(limit)}",
-        why="guest memory, what is held twice, and iommufd's page tables count against it",
+        why="guest memory, the part that is held twice, and iommufd's page tables count against it",
     )
 
 
@@ -130,5 +136,6 @@ def _shmem(root: Path) -> Line:
         name="huge pages for memfd",
         status=Status.NOTE if chosen else Status.UNSEEN,
         found=chosen or "not known",
-        why="with `always` or `within_size` memfd memory is in huge pages: punching a hole splits them",
+        why="with `always` or `within_size` memfd memory is in huge pages:"
+        " punching a hole splits them",
     )

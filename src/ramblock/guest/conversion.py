@@ -2,49 +2,50 @@
 """
 The conversion of guest pages: its steps, their order and their undo, as data.
 
-Theory of operation. A conversion is cut into pieces, one per section it touches, and two tables say what happens to
-them. To private, every device loses its mapping before the guest's attribute changes; to shared, the attribute changes
-before any device gains one. So at no instant, in neither direction nor in the undo of either, is a page mapped whose
-attribute is private. The last step flips the page states; when it is done for all pieces the conversion is committed.
-Only then is the side that is no longer used freed, which cannot be undone and is not.
+Theory of operation. A conversion is cut into pieces, one for each section it touches, and two tables
+say how they change. To private, every device loses its mapping before the guest's attribute changes; to
+shared, the attribute changes before any device gains one. So at no instant, in neither direction nor in
+the undo of either, is a page mapped whose attribute is private. The last step flips the page states;
+when it is done for all pieces the conversion is committed. Only then is the side freed that is no longer
+used. That cannot be undone, and is not.
 
 ::
 
     to private                      to shared
       unmap      <-> map again        attribute  <-> set back
       attribute  <-> set back         map        <-> unmap again
-      account    <-> still in use     account    <-> still in use
       state      <-> flip back        state      <-> flip back
       --- committed ---               --- committed ---
       free the shared side            free the private side
 
-In place, one memory serves both states: there is nothing to account for and nothing to free, and the attribute is the
-memory's own (guest/page_attributes.py). The order is the same, and here it cannot be otherwise: a page that is still mapped
-for a device cannot become private.
+In place, one memory serves both states: there is nothing to free, and the attribute is the memory's own
+(guest/vm.py). The order is the same, and here it cannot be otherwise: a page that is still mapped for a
+device cannot become private.
 
-QEMU (kvm_convert_memory(), accel/kvm/kvm-all.c) sets the attribute first in both directions, puts nothing back, and
-handles one block. The undo runs the right-hand column from below.
+QEMU (kvm_convert_memory(), accel/kvm/kvm-all.c) sets the attribute first in both directions, puts
+nothing back, and handles one block. The undo runs the right-hand column from below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ramblock.errors import describe_range
-from ramblock.guest.page_attributes import set_attribute
-from ramblock.guest.vm import Vm
-from ramblock.memory.attributes import PageState, RamBlockAttributes
-from ramblock.memory.bitmap_source import BitmapChange
-from ramblock.memory.section import RamSection
-from ramblock.memory.transaction import Step
+from ramblock.discard.attributes import PageState, RamBlockAttributes
+from ramblock.discard.bitmap_source import BitmapChange
+from ramblock.discard.guard import Guard
+from ramblock.discard.section import RamSection
+from ramblock.discard.undo import Entry, put_back
+from ramblock.errors import ConversionError, PoisonedError, UsageError, describe_range
+from ramblock.guest.block import RamBlock
+from ramblock.guest.places import PlaceMap
+from ramblock.guest.vm import Vm, set_attribute
 
-__all__ = ["STEPS", "ConversionPiece", "ConversionResult", "free_unused"]
+__all__ = ["ConversionPiece", "ConversionResult", "convert_pieces", "plan_pieces"]
 
 
 class ConversionResult(NamedTuple):
-    """What a conversion did."""
+    """The account of one conversion."""
 
     gpa: int
     """Start of the range, in guest physical bytes."""
@@ -63,114 +64,155 @@ class ConversionResult(NamedTuple):
 
 
 class ConversionPiece:
-    """The part of a conversion that lies in one section."""
+    """The part of a conversion that lies in one section, where something changes."""
 
-    __slots__ = ("attributes", "change", "section", "to", "unused", "used", "vm")
+    __slots__ = ("attributes", "block", "change", "private", "section", "vm")
 
     def __init__(
-        self, section: RamSection, attributes: RamBlockAttributes, to: PageState, vm: Vm
+        self,
+        section: RamSection,
+        block: RamBlock,
+        attributes: RamBlockAttributes,
+        change: BitmapChange,
+        vm: Vm | None,
     ) -> None:
         self.section = section
+        self.block = block
         self.attributes = attributes
-        self.to = to
+        self.change = change
+        self.private = not change.populate
         self.vm = vm
-        sides = section.block.sides
-        if to is PageState.PRIVATE:
-            self.unused, self.used = sides.shared, sides.private
-        else:
-            self.unused, self.used = sides.private, sides.shared
-        self.change: BitmapChange = attributes.plan(section.offset, section.size, to)
-
-    def tell(self) -> None:
-        """Unmap, or map, in every target."""
-        self.change.tell()
-
-    def take_back(self) -> None:
-        """Undo :meth:`tell`."""
-        self.change.take_back()
 
     def set_attribute(self) -> None:
-        """Set the attribute of the whole piece: one call, and where it is set already it changes nothing."""
-        section = self.section
-        set_attribute(
-            self.vm, section, section.offset, section.size, private=self.to is PageState.PRIVATE
-        )
+        """Set the attribute of the whole piece: one call, which changes nothing where it is set."""
+        if self.vm is not None or self.block.in_place is not None:
+            section = self.section
+            end = section.offset + section.size
+            set_attribute(self.vm, self.block, section, section.offset, end, private=self.private)
 
     def put_attribute_back(self) -> None:
-        """Undo :meth:`set_attribute`, however far it came, run by run: only what differed goes back."""
-        for offset, size in self.change.changed_runs():
-            set_attribute(
-                self.vm, self.section, offset, size, private=self.to is not PageState.PRIVATE
-            )
-
-    def expect_free(self) -> None:
-        """Put what will not be used any more on the account of what is to be freed."""
-        self.unused.expect(self.section.offset, self.section.size)
-
-    def unexpect_free(self) -> None:
-        """Undo :meth:`expect_free`."""
-        self.unused.unexpect(self.section.offset, self.section.size)
-
-    def flip(self) -> None:
-        """Change the page states."""
-        self.change.flip()
-
-    def flip_back(self) -> None:
-        """Undo :meth:`flip`."""
-        self.change.flip_back()
-
-    def settle(self) -> None:
-        """Make the states what was asked for: the rest of the piece is, and cannot be put back."""
-        self.change.settle()
+        """Undo :meth:`set_attribute`, however far it came: only what differed goes back."""
+        for start, end in self.change.changed_runs():
+            set_attribute(self.vm, self.block, self.section, start, end, private=not self.private)
 
     def settle_in_doubt(self) -> None:
-        """:meth:`settle`, where some listeners may hold the pages and the others were told to let go of them."""
-        self.change.doubt("could not be unmapped everywhere")
-        self.change.settle()
+        """Call the pages shared, which some listeners hold and others were told to let go of."""
+        self.change.notification.doubt("could not be unmapped everywhere")
+        self.change.flip()
 
     def free(self) -> int:
-        """Free what is no longer used; return the bytes that are not freed."""
-        offset, size = self.section.offset, self.section.size
-        # Only the side that came into use: the other is on the account, all of it, and to be freed now.
-        self.used.keep_used(offset, size)
-        return self.unused.free(offset, size)
+        """Free the side that is no longer used; return the bytes that are not freed."""
+        offset, size, sides = self.section.offset, self.section.size, self.block.sides
+        if not self.private:
+            sides.shared.keep_used(offset, size)
+            return sides.private.free(offset, size)
+        sides.private.keep_used(offset, size)
+        return sides.shared.free(offset, size)
 
     def __repr__(self) -> str:
-        return f"<ConversionPiece {describe_range(self.section.gpa, self.section.size)} to {self.to.value}>"
+        to = "private" if self.private else "shared"
+        return f"<ConversionPiece {describe_range(self.section.gpa, self.section.size)} to {to}>"
 
 
-_UNMAP = Step("unmap", ConversionPiece.tell, ConversionPiece.take_back)
-# When pages cannot be unmapped again the attribute stays shared, and so does the state: that is what is true then.
-_MAP = Step(
-    "map", ConversionPiece.tell, ConversionPiece.take_back, stuck=ConversionPiece.settle_in_doubt
+class _Step(NamedTuple):
+    """One line of a table; its functions are called with the piece."""
+
+    name: str
+    do: Callable[[ConversionPiece], None]
+    undo: Callable[[ConversionPiece], None]
+    stuck: Callable[[ConversionPiece], None] | None = None
+    """Called when ``undo`` failed, to make our records say what is true now."""
+
+
+def _tell(piece: ConversionPiece) -> None:
+    piece.change.notification.tell()
+
+
+def _take_back(piece: ConversionPiece) -> None:
+    piece.change.notification.take_back()
+
+
+def _flip(piece: ConversionPiece) -> None:
+    piece.change.flip()
+
+
+def _flip_back(piece: ConversionPiece) -> None:
+    piece.change.flip_back()
+
+
+_SET, _PUT_BACK = ConversionPiece.set_attribute, ConversionPiece.put_attribute_back
+
+TO_PRIVATE = (
+    _Step("unmap", _tell, _take_back),
+    # If the attribute cannot be made shared again nothing may be mapped again: the pages are private
+    # for every device.
+    _Step("attribute", _SET, _PUT_BACK, stuck=_flip),
+    _Step("state", _flip, _flip_back, stuck=_flip),
 )
-_SHARED = Step("attribute", ConversionPiece.set_attribute, ConversionPiece.put_attribute_back)
-# When the attribute cannot be made shared again nothing may be mapped again: the pages are private for every device.
-_PRIVATE = replace(_SHARED, stuck=ConversionPiece.settle)
-_ACCOUNT = Step("account", ConversionPiece.expect_free, ConversionPiece.unexpect_free)
-_STATE = Step(
-    "state", ConversionPiece.flip, ConversionPiece.flip_back, stuck=ConversionPiece.settle
+TO_SHARED = (
+    _Step("attribute", _SET, _PUT_BACK),
+    # If pages cannot be unmapped again the attribute stays shared, and so does the state.
+    _Step("map", _tell, _take_back, stuck=ConversionPiece.settle_in_doubt),
+    _Step("state", _flip, _flip_back, stuck=_flip),
 )
 
-STEPS = {
-    PageState.PRIVATE: (_UNMAP, _PRIVATE, _ACCOUNT, _STATE),
-    PageState.SHARED: (_SHARED, _MAP, _ACCOUNT, _STATE),
-}
 
-
-def free_unused(pieces: Sequence[ConversionPiece]) -> int:
+def plan_pieces(
+    places: PlaceMap, gpa: int, size: int, to: PageState, vm: Vm | None
+) -> list[ConversionPiece]:
     """
-    Free what a committed conversion left unused; return the bytes that could not be freed.
+    List the pieces in which something changes.
 
-    :raises BaseException: Only an interrupt, after all pieces had their turn.
+    :raises UsageError: A hole, or RAM without private backing.
     """
-    not_freed = 0
-    interrupt: BaseException | None = None
-    for piece in pieces:
-        try:
-            not_freed += piece.free()
-        except BaseException as error:  # the pages of the other pieces must not be lost either
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
-    return not_freed
+    pieces = []
+    for place, section in places.pieces(gpa, size):
+        attributes = place.block.attributes
+        if attributes is None:
+            raise UsageError(
+                f"{describe_range(gpa, size)}: block {place.block.name!r} at {section.gpa:#x} has"
+                " no private backing",
+                value=section.gpa,
+                expected="RAM with private backing",
+                reason="no private side",
+            )
+        change = attributes.plan(section.offset, section.size, populate=to is PageState.SHARED)
+        if change is not None:
+            pieces.append(ConversionPiece(section, place.block, attributes, change, vm))
+    return pieces
+
+
+def convert_pieces(
+    guard: Guard, pieces: Sequence[ConversionPiece], gpa: int, size: int, to: PageState
+) -> None:
+    """
+    Run the table over *pieces*, step by step: all are unmapped before the first attribute changes.
+
+    :raises ConversionError: A step failed; everything is put back. The cause is chained.
+    :raises PoisonedError: And it could not be put back.
+    :raises BaseException: The cause itself, if it is no Exception; everything is put back.
+    """
+    begun: list[Entry] = []  # what an UndoLog keeps, without a call for each step
+    try:
+        for step, do, undo, stuck in TO_PRIVATE if to is PageState.PRIVATE else TO_SHARED:
+            for piece in pieces:
+                begun.append((step, piece, undo, stuck, (piece,)))
+                do(piece)
+    except BaseException as cause:
+        put_back(guard, begun)
+        step, _, _, _, (failed,) = begun[-1]
+        assert isinstance(failed, ConversionPiece)
+        target = failed.change.notification.refused_by
+        where = f"conversion of {describe_range(gpa, size)} to {to.value}: step {step!r}"
+        if target is not None:
+            where += f" on {target!r}"
+        if guard.poisoned:
+            text = f"{where} failed and could not be put back; see in_doubt()"
+            raise PoisonedError(
+                text, gpa=gpa, size=size, to=to, step=step, target=target
+            ) from cause
+        if not isinstance(cause, Exception):
+            cause.add_note(f"{where} was left by it; nothing has changed")
+            raise
+        text = f"{where} failed; nothing has changed"
+        raise ConversionError(text, gpa=gpa, size=size, to=to, step=step, target=target) from cause

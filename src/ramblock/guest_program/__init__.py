@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A guest of a few hundred bytes: it is given commands, asks for conversions as a confidential guest would, touches pages, reports.
+A guest of a few hundred bytes, which asks for conversions as a confidential guest would.
 
-``assembler.py`` and ``program.py`` make its code, ``image.py`` the memory around it, ``mailbox.py`` is what it is told through, and
-:class:`GuestProgram` runs it on a :class:`~ramblock.kvm.KvmVm`.
+``assembler.py`` and ``program.py`` make its code, ``image.py`` the memory around it, ``mailbox.py``
+carries its commands, and :class:`GuestProgram` runs it on a :class:`~ramblock.kvm.KvmVm`.
 """
 
 from ramblock.guest_program.guest import GuestEvent, GuestProgram, IdleEvent

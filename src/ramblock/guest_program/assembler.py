@@ -2,13 +2,13 @@
 """
 An assembler for the few 64-bit instructions that the guest program is made of.
 
-Theory of operation. Each method appends one instruction, always in one fixed form: 64-bit operands, a displacement and a
-jump distance of 32 bits. So an instruction's length is known at once, and one pass with fixups for labels is enough. Encodings:
-AMD64 Architecture Programmer's Manual, volume 3 (publication 24594); Intel SDM, volume 2. The tests have GNU binutils read
-every form back.
+Theory of operation. Each method appends one instruction, always in one fixed form: 64-bit operands,
+a displacement and a jump distance of 32 bits. So an instruction's length is known at once, and one
+pass with fixups for labels is enough. Encodings: AMD64 Architecture Programmer's Manual, volume 3
+(publication 24594); Intel SDM, volume 2. The tests have GNU binutils read every form back.
 
-Why our own: keystone-engine had its last release in 2020 and iced-x86 in 2024, and both bring more than a thousand instructions
-for the dozen here.
+Why our own: keystone-engine had its last release in 2020 and iced-x86 in 2024, and both bring more
+than a thousand instructions for the dozen here.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Assembler:
     def __init__(self) -> None:
         self._code = bytearray()
         self._labels: dict[str, int] = {}
-        # Where a 32-bit distance is to be put, and the label that it leads to. It counts from behind itself.
+        # Where a 32-bit distance is to be put, and the label that it leads to. It counts from
+        # behind itself.
         self._fixups: list[tuple[int, str]] = []
 
     def code(self) -> bytes:
@@ -97,7 +98,7 @@ class Assembler:
             raise UsageError(f"label {name!r} is there already", value=name)
         self._labels[name] = len(self._code)
 
-    # -- moving data ----------------------------------------------------------------------------------------------
+    # -- moving data -------------------------------------------------------------------------------
 
     def mov(self, to: Register, source: Register) -> None:
         """MOV to, source."""
@@ -133,7 +134,7 @@ class Assembler:
         prefix = () if to < Register.R8 else (0x41,)
         self._emit(*prefix, 0x58 | to & 7)
 
-    # -- arithmetic -----------------------------------------------------------------------------------------------
+    # -- arithmetic --------------------------------------------------------------------------------
 
     def add(self, to: Register, source: Register) -> None:
         """ADD to, source."""
@@ -165,7 +166,7 @@ class Assembler:
             raise UsageError(f"a shift by {bits} bits", value=bits, expected="0 to 63")
         self._emit(_REX_W | to >> 3, 0xC1, 0xC0 | 4 << 3 | to & 7, bits)
 
-    # -- control --------------------------------------------------------------------------------------------------
+    # -- control -----------------------------------------------------------------------------------
 
     def jump(self, label: str) -> None:
         """JMP label."""
@@ -201,7 +202,7 @@ class Assembler:
         """VMMCALL: AMD's hypercall."""
         self._emit(0x0F, 0x01, 0xD9)
 
-    # -- forms ----------------------------------------------------------------------------------------------------
+    # -- forms -------------------------------------------------------------------------------------
 
     def _emit(self, *values: int) -> None:
         self._code += bytes(values)

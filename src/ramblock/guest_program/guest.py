@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The host's side of the guest program: its memory, its vCPU, and what it asks for.
+The host's side of the guest program: its memory, its vCPU, and its requests.
 
-Its memory is a slot that no :class:`~ramblock.GuestMemory` knows: no device reaches the program, and a conversion of its pages
-is a conversion of a hole.
+Its memory is a slot that no :class:`~ramblock.GuestMemory` knows: no device reaches the program,
+and a conversion of its pages is a conversion of a hole.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ramblock.errors import GuestProgramError, UsageError, describe_range
+from ramblock.guest.block import RamBlock
 from ramblock.guest.memory import GuestMemory
 from ramblock.guest_program.image import build_image
 from ramblock.guest_program.long_mode import enter_long_mode
@@ -38,7 +39,6 @@ from ramblock.kvm import (
     MmioExit,
     ShutdownExit,
 )
-from ramblock.memory.block import RamBlock
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["GuestEvent", "GuestProgram", "IdleEvent"]
@@ -53,18 +53,19 @@ class IdleEvent:
     """The guest has done all its commands and waits for more."""
 
 
-#: What :meth:`GuestProgram.run` comes back with.
+#: Results of :meth:`GuestProgram.run`.
 GuestEvent: TypeAlias = HypercallExit | MemoryFaultExit | IdleEvent
 
 
 class GuestProgram:
     """
-    A guest that does what it is told. One vCPU; one thread at a time uses it. A context manager.
+    A guest that obeys commands. One vCPU; one thread at a time uses it. A context manager.
 
     :param vm: Where it runs. Its memory slot stays there until :meth:`close`.
-    :param cpuid: What its CPUID answers.
-    :param base: Guest physical address of its memory, a multiple of the page size, where nothing else may be.
-    :param reach: What it is to touch, as (gpa, size) in bytes; elsewhere it faults.
+    :param cpuid: Its CPUID entries.
+    :param base: Guest physical address of its memory, a multiple of the page size, where nothing
+        else may be.
+    :param reach: Memory that it may touch, as (gpa, size) in bytes; elsewhere it faults.
     :param call: How it asks for conversions. For a hypercall, the exits of the VM are enabled.
     :raises UsageError: Something is out of reach; nothing is held.
     :raises OSError: KVM refused, or the host has no memory; nothing is held.
@@ -86,7 +87,8 @@ class GuestProgram:
         with ExitStack() as resources:
             block = resources.enter_context(RamBlock.create("guest-program", size))
             block.write(0, image.content)
-            # A memory of its own: closing the block takes the slot away first, or keeps the pages if that is refused.
+            # A memory of its own: closing the block takes the slot away first, or keeps the pages
+            # if that is refused.
             GuestMemory(vm).map(block, base)
             if call is not ConversionCall.DOORBELL:
                 vm.enable_map_gpa_range_exits()
@@ -100,7 +102,7 @@ class GuestProgram:
             self._block = block
             resources.pop_all()
 
-    # -- commands -------------------------------------------------------------------------------------------------
+    # -- commands ----------------------------------------------------------------------------------
 
     @property
     def room(self) -> int:
@@ -117,9 +119,9 @@ class GuestProgram:
 
     def results(self) -> list[Result]:
         """
-        Take the results of what was done since the last time, oldest first.
+        Take the results since the last time, oldest first.
 
-        :raises GuestProgramError: The guest says that it did what it was not told.
+        :raises GuestProgramError: The guest says that it did commands that it was not given.
         :raises UsageError: The program is closed.
         """
         return self._open_mailbox().results()
@@ -130,14 +132,15 @@ class GuestProgram:
             raise UsageError("the guest program is closed", value=self)
         return self._mailbox
 
-    # -- running --------------------------------------------------------------------------------------------------
+    # -- running -----------------------------------------------------------------------------------
 
     def run(self) -> GuestEvent:
         """
         Let the guest run until it asks for something.
 
-        :return: A :class:`~ramblock.kvm.HypercallExit`, also where it was a doorbell: it wants a conversion, and is told by
-            :meth:`answer`. A :class:`~ramblock.kvm.MemoryFaultExit`: a page was not of the kind of its access.
+        :return: A :class:`~ramblock.kvm.HypercallExit`, also where it was a doorbell: it wants a
+            conversion, and is told by :meth:`answer`. A :class:`~ramblock.kvm.MemoryFaultExit`: a
+            page was not of the kind of its access.
         :raises GuestProgramError: It cannot go on; the text names RIP.
         :raises OSError: KVM cannot run it.
         :raises KeyboardInterrupt: It can be run again.
@@ -155,7 +158,7 @@ class GuestProgram:
 
     def answer(self, result: HypercallResult) -> None:
         """
-        Tell the guest what became of the conversion that it asked for; unanswered, it is refused.
+        Answer the guest's request for a conversion; unanswered, it is refused.
 
         :raises UsageError: It asked for none.
         """
@@ -181,7 +184,8 @@ class GuestProgram:
             address = cr2 if vector == _PAGE_FAULT else None
             where = "" if address is None else f" at {address:#x}"
             return GuestProgramError(
-                f"the guest program got exception {vector}{where}, error code {code:#x}, RIP {rip:#x}",
+                f"the guest program got exception {vector}{where}, error code {code:#x},"
+                f" RIP {rip:#x}",
                 rip=rip,
                 vector=vector,
                 address=address,
@@ -189,22 +193,24 @@ class GuestProgram:
         rip = registers.rip
         if isinstance(exit, MmioExit):
             return GuestProgramError(
-                f"the guest program touched {describe_range(exit.gpa, exit.size)}, where no memory is, RIP {rip:#x}",
+                f"the guest program touched {describe_range(exit.gpa, exit.size)},"
+                f" where no memory is, RIP {rip:#x}",
                 rip=rip,
                 address=exit.gpa,
             )
         if isinstance(exit, ShutdownExit):
             if rip == _RESET_RIP:
-                # shutdown_interception(), arch/x86/kvm/svm/svm.c: what was in the registers is gone.
+                # shutdown_interception(), arch/x86/kvm/svm/svm.c: the registers are lost.
                 return GuestProgramError(
-                    "the guest program ended in a triple fault; its RIP is not known, KVM has reset the vCPU"
+                    "the guest program ended in a triple fault; its RIP is not known,"
+                    " KVM has reset the vCPU"
                 )
             return GuestProgramError(
                 f"the guest program ended in a triple fault, RIP {rip:#x}", rip=rip
             )
         return GuestProgramError(f"the guest program stopped with {exit!r}, RIP {rip:#x}", rip=rip)
 
-    # -- life -----------------------------------------------------------------------------------------------------
+    # -- life --------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Take it out of its VM. Twice is the same as once."""

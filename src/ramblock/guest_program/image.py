@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The guest program's memory: descriptor tables, stack, code, mailbox and page tables, in one piece of ordinary RAM.
+The guest program's memory, one piece of ordinary RAM.
 
 ::
 
@@ -8,11 +8,11 @@ The guest program's memory: descriptor tables, stack, code, mailbox and page tab
            stack                one page, for exceptions only
            code                 one page
            mailbox              header and ring
-           PML4, PDPTs, PDs     one to one, in pages of 2 MiB, for the GiBs that the guest has to reach
+           PML4, PDPTs, PDs     one to one, in pages of 2 MiB, for each GiB that the guest reaches
 
-Pages of 2 MiB and not of 1 GiB: where KVM builds guests from software page tables the larger ones may be missing (kvm-pvm
-refuses them), and a page directory of 4 KiB for each GiB costs nothing. Formats: AMD64 Architecture Programmer's Manual,
-volume 2, 4.8 and 5.3.
+Pages of 2 MiB and not of 1 GiB: where KVM builds guests from software page tables the larger ones
+may be missing (kvm-pvm refuses them), and a page directory of 4 KiB for each GiB costs nothing.
+Formats: AMD64 Architecture Programmer's Manual, volume 2, 4.8 and 5.3.
 """
 
 from __future__ import annotations
@@ -68,10 +68,12 @@ def build_image(program: Program, base: int, reach: Iterable[tuple[int, int]]) -
     Lay the program out.
 
     :param base: Guest physical address of the memory, a multiple of the page size.
-    :param reach: What the guest touches, as (gpa, size) in bytes; the GiBs around it are mapped, and the image itself.
+    :param reach: Memory that the guest touches, as (gpa, size) in bytes; the GiBs around it are
+        mapped, and the image itself.
     :raises UsageError: Something lies past 2**47, which is as far as the page tables go.
     """
-    # The image is far smaller than a GiB, page tables for all there is included: it lies in one or two.
+    # The image is far smaller than a GiB, page tables for all there is included: it lies in one or
+    # two.
     gibs = {base // GIB, base // GIB + 1}
     for gpa, size in (*reach, (base, GIB)):
         if gpa < 0 or gpa + size > _REACH_LIMIT:
@@ -117,7 +119,7 @@ def _gate(handler: int) -> bytes:
 
 
 def _page_tables(base: int, gibs: list[int]) -> bytes:
-    """Map each of *gibs* to itself: a PML4 at *base*, the PDPTs that it needs, and a PD for each GiB."""
+    """Map each of *gibs* to itself: a PML4 at *base*, its PDPTs, and a PD for each GiB."""
     roots = sorted({gib // _ENTRIES for gib in gibs})
     pdpts = {root: base + PAGE_SIZE * (1 + number) for number, root in enumerate(roots)}
     first = base + PAGE_SIZE * (1 + len(roots))

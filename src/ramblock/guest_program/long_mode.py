@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state in which the program runs: 64-bit mode, flat segments, paging by the image's own tables, interrupts off."""
+"""The program's CPU state: 64-bit mode, flat segments, the image's page tables, no interrupts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ def _segment(kind: int, selector: int, *, code: bool) -> KvmSegment:
 
 
 def enter_long_mode(vcpu: Vcpu, image: Image) -> None:
-    """Put *vcpu*, fresh from reset, into 64-bit mode; its next run begins at the program's first instruction."""
+    """
+    Put *vcpu*, fresh from reset, into 64-bit mode.
+
+    Its next run begins at the program's first instruction.
+    """
     special = vcpu.special_registers
     special.cs = _segment(_CODE, CODE_SELECTOR, code=True)
     for name in ("ds", "es", "fs", "gs", "ss"):

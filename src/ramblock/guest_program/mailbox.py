@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What host and guest program share: a ring of commands, each with room for its result.
+The memory between host and guest program: a ring of commands with room for their results.
 
 ::
 
@@ -8,8 +8,8 @@ What host and guest program share: a ring of commands, each with room for its re
                TAIL  commands that the host has written
     ring       RING_COMMANDS slots of 128 bytes, used in turn; commands HEAD to TAIL are waiting
 
-Both numbers only grow; each side writes one of them. All fields are 64 bits wide. The guest is not trusted: what the host
-reads here is a number that may be anything, and decides about nothing but what is reported.
+Both numbers only grow; each side writes one of them. All fields are 64 bits wide. The guest is not
+trusted: a number here may be anything, and the host uses it for nothing but its report.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Field(IntEnum):
 
 
 class Operation(IntEnum):
-    """What the guest can be told to do."""
+    """Commands to the guest."""
 
     CONVERT = 1
     """Ask for a conversion of SIZE pages at GPA with the attribute word VALUE."""
@@ -87,7 +87,11 @@ class Status(IntEnum):
 
 
 class Command(NamedTuple):
-    """One command. It is written as it is, with each number cut to 64 bits: tests send nonsense too."""
+    """
+    One command.
+
+    It is written as it is, with each number cut to 64 bits: tests send nonsense too.
+    """
 
     operation: int
     gpa: int
@@ -99,13 +103,17 @@ class Command(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What the guest program wrote about a command."""
+    """The guest program's result of a command."""
 
     command: Command
     status: int
     """A :class:`Status`, if the guest program is sane."""
     found: int
-    """CONVERT: the answer it got, negative where KVM itself refused. CHECK: the word that differs."""
+    """
+    CONVERT: the answer it got, negative where KVM itself refused.
+
+    CHECK: the word that differs.
+    """
     address: int
     """CHECK: where that word is."""
 
@@ -114,7 +122,8 @@ class Mailbox:
     """
     The host's side.
 
-    :param memory: The guest's memory from the header on, writable, in 64-bit words; MAILBOX_SIZE bytes.
+    :param memory: The guest's memory from the header on, writable, in 64-bit words; MAILBOX_SIZE
+        bytes.
     """
 
     def __init__(self, memory: memoryview[int]) -> None:
@@ -152,7 +161,7 @@ class Mailbox:
         """
         Take the results of the commands that were finished since the last time, oldest first.
 
-        :raises GuestProgramError: The guest says that it finished what it was not given.
+        :raises GuestProgramError: The guest says that it finished commands that it was not given.
         """
         finished = self._memory[HeaderField.HEAD // _WORD]
         if not self._read <= finished <= self._written:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which instruction a guest can ask with on this host: found out from what KVM says, never by trying it."""
+"""The instruction that a guest can ask with on this host: KVM tells it, no guest tries it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def choose_call(kvm: Kvm) -> ConversionCall:
     """
     Choose the instruction.
 
-    A hypercall needs an exit for it, and a kernel that knows private pages. The second may seem to be too much: but where KVM runs
-    without hardware support (kvm-pvm) it offers the exit, and a guest that executes VMCALL never comes back.
+    A hypercall needs an exit for it, and a kernel that knows private pages. The second may seem to
+    be too much: but where KVM runs without hardware support (kvm-pvm) it offers the exit, and a
+    guest that executes VMCALL never comes back.
     """
     has_exit = bool(kvm.exit_hypercall & 1 << KVM_HC_MAP_GPA_RANGE)
     has_attributes = MemoryAttributes.KVM_MEMORY_ATTRIBUTE_PRIVATE in kvm.memory_attributes

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The guest's code: takes commands from a ring in its memory, asks for conversions, touches pages, writes down what it found.
+The guest's code: takes commands from a ring, converts and touches pages, writes results.
 
-Theory of operation. The code is flat and 64-bit: no interrupts, no stack but for exceptions, every address is a guest physical
-one (``image.py`` maps them one to one). Where things are comes in registers (:data:`RING`, :data:`MAILBOX`), so the code
-runs anywhere. A conversion is asked for with the registers of KVM_HC_MAP_GPA_RANGE
-(Documentation/virt/kvm/x86/hypercalls.rst) in any case; what differs is one instruction, :class:`ConversionCall`:
+Theory of operation. The code is flat and 64-bit: no interrupts, no stack but for exceptions, every
+address is a guest physical one (``image.py`` maps them one to one). Where things are comes in
+registers (:data:`RING`, :data:`MAILBOX`), so the code runs anywhere. A conversion is asked for with
+the registers of KVM_HC_MAP_GPA_RANGE (Documentation/virt/kvm/x86/hypercalls.rst) in any case; only
+one instruction differs, :class:`ConversionCall`:
 
     RAX 12    RBX guest physical address    RCX 4 KiB pages    RDX attributes    answer in RAX
 
-Why not 32-bit: outside 64-bit mode KVM cuts the arguments of a hypercall to 32 bits (arch/x86/kvm/x86.c,
-____kvm_emulate_hypercall()), so a 32-bit guest cannot ask for anything above 4 GiB, where half of our guests' memory is. The host
-puts the vCPU into 64-bit mode before the first instruction, so that the code needs no mode switch either.
+Why not 32-bit: outside 64-bit mode KVM cuts the arguments of a hypercall to 32 bits
+(arch/x86/kvm/x86.c, ____kvm_emulate_hypercall()), so a 32-bit guest cannot ask for anything above 4
+GiB, where half of our guests' memory is. The host puts the vCPU into 64-bit mode before the first
+instruction, so that the code needs no mode switch either.
 
-An exception ends in a write to :data:`PORT_EXCEPTION` with what is known about it in registers: after a triple fault AMD's
-KVM has reset the vCPU (shutdown_interception(), arch/x86/kvm/svm/svm.c), and its RIP is not known any more.
+An exception ends in a write to :data:`PORT_EXCEPTION` with its details in registers: after a triple
+fault AMD's KVM has reset the vCPU (shutdown_interception(), arch/x86/kvm/svm/svm.c), and its RIP is
+not known any more.
 """
 
 from __future__ import annotations
@@ -44,12 +47,13 @@ __all__ = [
     "assemble",
 ]
 
-# Ports that no PC device uses. They fit into the instruction: DX holds an argument of the hypercall.
+# Ports that no PC device uses. They fit into the instruction: DX holds an argument of the
+# hypercall.
 PORT_CONVERT = 0xE0
 PORT_IDLE = 0xE1
 PORT_EXCEPTION = 0xE2
 
-#: What the host puts into registers before the first instruction.
+#: Registers that the host sets before the first instruction.
 MAILBOX = Register.R15
 RING = Register.R14
 
@@ -67,7 +71,11 @@ class ConversionCall(Enum):
     VMCALL = "vmcall"
     """Intel's."""
     DOORBELL = "doorbell"
-    """A read from :data:`PORT_CONVERT`: KVM_EXIT_IO on any CPU; the value that is read is the answer."""
+    """
+    A read from :data:`PORT_CONVERT`: KVM_EXIT_IO on any CPU.
+
+    The value that is read is the answer.
+    """
 
 
 class Program(NamedTuple):
@@ -133,7 +141,7 @@ def _convert(code: Assembler, call: ConversionCall) -> None:
 
 
 def _walk(code: Assembler, name: str) -> None:
-    """Begin a loop over words: RSI the address, RCX its end, RDX the stride, RAX the value, RBX what it grows by."""
+    """Begin a loop over words: RSI address, RCX its end, RDX stride, RAX value, RBX its growth."""
     code.label(name)
     code.load(Register.RDX, _COMMAND, Field.STRIDE)
     code.cmp_immediate(Register.RDX, 8)

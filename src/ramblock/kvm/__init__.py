@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The kernel's KVM: VMs with private pages, guest_memfd, vCPUs and their exits, and what a guest's requests are answered.
+The kernel's KVM: VMs with private pages, guest_memfd, vCPUs and their exits, answers to guests.
 
-A :class:`KvmVm` is the ``vm`` of a :class:`~ramblock.GuestMemory`, a :class:`GuestMemfd` the ``private`` of a
-:class:`~ramblock.RamBlock`, and :class:`GuestConversions` turns the exits of a :class:`Vcpu` into conversions.
+A :class:`KvmVm` is the ``vm`` of a :class:`~ramblock.GuestMemory`, a :class:`GuestMemfd` the
+``private`` of a :class:`~ramblock.RamBlock`, and :class:`GuestConversions` turns the exits of a
+:class:`Vcpu` into conversions.
 """
 
 from ramblock.kvm.conversions import GuestConversions

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a guest asks of its memory, and what it is told.
+A guest's requests to its memory, and their answers.
 
 =============================================  ======================  ==================
-what happened                                  the guest is told       what has changed
+event                                          the guest is told       change
 =============================================  ======================  ==================
 converted, or was so already                   0                       the pages
 to shared, and there is only a hole or MMIO    0                       nothing
@@ -16,10 +16,11 @@ pages are pinned (in-place conversion)         EAGAIN                  nothing
 poisoned                                       the vCPU stops          see ``in_doubt()``
 =============================================  ======================  ==================
 
-Firmware makes MMIO windows shared on purpose, so that accesses to them come out of the guest, and QEMU says 0 to that
-(kvm_convert_memory(), accel/kvm/kvm-all.c). QEMU looks at the first region in the range only: of a range that is RAM in part
-it sets the attributes of all, then refuses what goes beyond the one block, and the VM stops. Here such a range is refused
-whole: a guest that does not know where its RAM ends has made a mistake, and doing half of what it asks would hide it.
+Firmware makes MMIO windows shared on purpose, so that accesses to them come out of the guest, and
+QEMU says 0 to that (kvm_convert_memory(), accel/kvm/kvm-all.c). QEMU looks at the first region in
+the range only: of a range that is RAM in part it sets the attributes of all, then refuses the part
+beyond the one block, and the VM stops. Here such a range is refused whole: a guest that does not
+know where its RAM ends has made a mistake, and doing half of its request would hide it.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from __future__ import annotations
 import errno
 import logging
 
+from ramblock.discard.attributes import PageState
 from ramblock.errors import (
     ConversionError,
-    ConversionInterrupted,
     MappingLimitError,
     PoisonedError,
     RamblockError,
@@ -41,7 +42,6 @@ from ramblock.kvm.exits import HypercallExit, MemoryFaultExit
 from ramblock.kvm.faults import FaultGuard, StuckGuestError, StuckReason, wanted_state
 from ramblock.kvm.hypercall import HypercallResult, MapGpaRange
 from ramblock.logs import Sparingly
-from ramblock.memory.attributes import PageState
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_range
 
 __all__ = ["GuestConversions"]
@@ -51,10 +51,13 @@ _log = logging.getLogger(__name__)
 
 class GuestConversions:
     """
-    Answers the requests of one guest. Nothing that a guest can send raises, but what has to stop a vCPU.
+    Answers the requests of one guest.
 
-    The work and the memory of a request are bounded by the range that it names, and over holes by the number of sections.
-    Any thread may call; conversions take the memory's lock one after the other.
+    No request of a guest raises, unless it has to stop a vCPU.
+
+    The work and the memory of a request are bounded by the range that it names, and over holes by
+    the number of sections. Any thread may call; conversions take the memory's lock one after the
+    other.
 
     :param memory: The guest's.
     """
@@ -68,12 +71,13 @@ class GuestConversions:
 
     def answer(self, call: HypercallExit) -> HypercallResult:
         """
-        Do what a hypercall asks for.
+        Carry out a hypercall.
 
         :return: For :meth:`Vcpu.set_hypercall_result`.
         :raises PoisonedError: The memory is poisoned, or became so: the vCPU must not go on.
-        :raises KeyboardInterrupt: Nothing has changed (:class:`~ramblock.errors.ConversionInterrupted`), or, while freeing,
-            the conversion is done. The call is not answered: :meth:`answer` it again, or the guest is told EINVAL.
+        :raises KeyboardInterrupt: Nothing has changed
+            (:class:`~ramblock.errors.ConversionInterrupted`), or, while freeing, the conversion is
+            done. The call is not answered: :meth:`answer` it again, or the guest is told EINVAL.
         """
         try:
             request = MapGpaRange.decode(call)
@@ -84,7 +88,7 @@ class GuestConversions:
 
     def request(self, gpa: int, size: int, to: PageState) -> HypercallResult:
         """
-        Do what the guest asks for, however it asked; raises like :meth:`answer`.
+        Carry out a request, however the guest asked; raises like :meth:`answer`.
 
         :param gpa: Any number.
         :param size: In bytes; any number.
@@ -93,14 +97,18 @@ class GuestConversions:
 
     def memory_fault(self, fault: MemoryFaultExit, vcpu: int = 0) -> None:
         """
-        Resolve a memory fault by an implicit conversion to the kind of the access; then the vCPU can run again.
+        Resolve a memory fault by an implicit conversion to the kind of the access.
 
-        A conversion that is refused is tried once more when the fault comes again: pages that were pinned may not be.
+        Then the vCPU can run again.
+
+        A conversion that is refused is tried once more when the fault comes again: pages that were
+        pinned may not be.
 
         :param vcpu: Which one faulted; progress is watched for each.
         :raises StuckGuestError: It cannot be resolved; nothing has changed.
         :raises PoisonedError: As for :meth:`answer`.
-        :raises KeyboardInterrupt: As for :meth:`answer`; the vCPU can run again, and faults again if it has to.
+        :raises KeyboardInterrupt: As for :meth:`answer`; the vCPU can run again, and faults again
+            if it has to.
         """
         to = wanted_state(fault, vcpu=vcpu)
         refusal = self._convert(fault.gpa, fault.size, to)[1]
@@ -112,7 +120,7 @@ class GuestConversions:
     ) -> tuple[HypercallResult, RamblockError | None]:
         try:
             result = self._memory.convert(gpa, size, to)
-        except (PoisonedError, ConversionInterrupted):
+        except PoisonedError:
             raise
         except UsageError as error:
             if to is PageState.SHARED and self._is_hole(gpa, size):

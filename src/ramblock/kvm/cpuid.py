@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the CPUID instruction answers in a vCPU."""
+"""The answers of the CPUID instruction in a vCPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ _MAX_ENTRIES = 256
 
 
 class CpuidTable(ctypes.Structure):
-    """``struct kvm_cpuid2`` with room for all that there can be; ``entries[:header.nent]`` count."""
+    """
+    ``struct kvm_cpuid2`` with room for all that there can be.
+
+    ``entries[:header.nent]`` count.
+    """
 
     _fields_ = (("header", KvmCpuid2), ("entries", KvmCpuidEntry2 * _MAX_ENTRIES))
     header: KvmCpuid2
@@ -23,7 +27,7 @@ class CpuidTable(ctypes.Structure):
 
 
 def read_supported(system: Descriptor) -> CpuidTable:
-    """Ask /dev/kvm for what this host supports."""
+    """Ask /dev/kvm for the entries that this host supports."""
     table = CpuidTable(header=KvmCpuid2(nent=_MAX_ENTRIES))
     system.call(KVM_GET_SUPPORTED_CPUID, "KVM_GET_SUPPORTED_CPUID", table)
     return table

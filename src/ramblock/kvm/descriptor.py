@@ -18,7 +18,8 @@ class Descriptor(OwnedDescriptor):
     """
     Of /dev/kvm, a VM, a vCPU or a guest_memfd.
 
-    A call and :meth:`close` wait for each other: a number that was closed meanwhile may be that of another VM.
+    A call and :meth:`close` wait for each other: a number that was closed meanwhile may be that of
+    another VM.
     """
 
     def __init__(self, fd: int, name: str) -> None:

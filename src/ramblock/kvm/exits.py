@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a vCPU came back from the guest: one frozen value per reason (Documentation/virt/kvm/api.rst, "The kvm_run structure")."""
+"""Exits of a vCPU as frozen values (Documentation/virt/kvm/api.rst, "The kvm_run structure")."""
 
 from __future__ import annotations
 
@@ -37,28 +37,36 @@ class IoExit:
     """How many accesses (``rep outs``, ``rep ins``)."""
     write: bool
     data: bytes
-    """What was written, ``size * count`` bytes; empty for a read."""
+    """The data written, ``size * count`` bytes; empty for a read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MmioExit:
-    """An access where no memory slot is. A read is answered by :meth:`Vcpu.complete_io` with ``size`` bytes."""
+    """
+    An access where no memory slot is.
+
+    A read is answered by :meth:`Vcpu.complete_io` with ``size`` bytes.
+    """
 
     gpa: int
     size: int
     """In bytes, at most 8."""
     write: bool
     data: bytes
-    """What was written; empty for a read."""
+    """The data written; empty for a read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HypercallExit:
-    """A hypercall for user space. Answered by :meth:`Vcpu.set_hypercall_result`; refused if nobody does."""
+    """
+    A hypercall for user space.
+
+    Answered by :meth:`Vcpu.set_hypercall_result`; refused if nobody does.
+    """
 
     nr: int
     args: tuple[int, int, int, int, int, int]
-    """Whatever the guest had in its registers."""
+    """The guest's registers, unchecked."""
     long_mode: bool
     """Whether it was made in 64-bit mode."""
 

@@ -2,7 +2,8 @@
 """
 Memory faults: which of them are a wish to convert, and when a guest makes no progress.
 
-KVM leaves the guard against the same fault for ever to its user (Documentation/virt/kvm/api.rst, 8.44).
+KVM leaves the guard against the same fault for ever to its user (Documentation/virt/kvm/api.rst,
+8.44).
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import os
 from enum import Enum
 from threading import Lock
 
+from ramblock.discard.attributes import PageState
 from ramblock.errors import RamblockError, describe_range
 from ramblock.kvm.exits import EHWPOISON, MemoryFaultExit
-from ramblock.memory.attributes import PageState
 from ramblock.uapi.kvm import MemoryFaultFlags
 
 __all__ = ["FaultGuard", "StuckGuestError", "StuckReason", "wanted_state"]
@@ -33,19 +34,23 @@ class StuckReason(Enum):
 
 class StuckGuestError(RamblockError):
     """
-    A memory fault that cannot be resolved: running the vCPU again would bring it again. Other vCPUs can go on.
+    A memory fault that cannot be resolved: running the vCPU again would bring it again.
+
+    Other vCPUs can go on.
 
     :ivar gpa: Start of the range of the fault, in guest physical bytes.
     :ivar size: Its size in bytes.
     :ivar flags: The flags of the fault.
     :ivar errno: The errno that came with it.
     :ivar vcpu: The vCPU.
-    :ivar reason: Why it cannot be resolved. With ``NO_PROGRESS``, the refusal of the conversion is chained, where there was one.
+    :ivar reason: Why it cannot be resolved. With ``NO_PROGRESS``, the refusal of the conversion is
+        chained, where there was one.
     """
 
     def __init__(self, fault: MemoryFaultExit, *, vcpu: int, reason: StuckReason) -> None:
         super().__init__(
-            f"vCPU {vcpu}: memory fault at {describe_range(fault.gpa, fault.size)}, flags {fault.flags:#x}, "
+            f"vCPU {vcpu}: memory fault at {describe_range(fault.gpa, fault.size)},"
+            f" flags {fault.flags:#x}, "
             f"{os.strerror(fault.errno)}: {reason.value}"
         )
         self.gpa = fault.gpa
@@ -58,7 +63,7 @@ class StuckGuestError(RamblockError):
 
 def wanted_state(fault: MemoryFaultExit, *, vcpu: int) -> PageState:
     """
-    Tell what a fault asks for: the access was of this kind, so its pages would have to be.
+    Return the state that a fault asks for: the kind of the access.
 
     :raises StuckGuestError: It asks for nothing that is known: EHWPOISON, or unknown flags.
     """
@@ -73,10 +78,11 @@ def wanted_state(fault: MemoryFaultExit, *, vcpu: int) -> PageState:
 
 class FaultGuard:
     """
-    Notices a vCPU that faults for ever: twice in the same way, with no conversion in between that changed anything.
+    Notices a vCPU that faults for ever: twice in the same way, with no change in between.
 
-    A conversion on another vCPU counts as a change, for it can bring the fault about again without anybody being stuck: two
-    vCPUs that touch one page at once fault both, and only the first answer changes something.
+    A conversion on another vCPU counts as a change, for it can bring the fault about again without
+    anybody being stuck: two vCPUs that touch one page at once fault both, and only the first answer
+    changes something.
     """
 
     def __init__(self) -> None:
@@ -91,7 +97,11 @@ class FaultGuard:
             self._changes += 1
 
     def is_stuck(self, fault: MemoryFaultExit, vcpu: int) -> bool:
-        """Note that *fault* was answered; tell whether it is the one before, with nothing changed since, this answer included."""
+        """
+        Note that *fault* was answered.
+
+        Tell whether it is the one before, with nothing changed since, this answer included.
+        """
         with self._lock:
             seen = fault, self._changes
             stuck = self._last.get(vcpu) == seen

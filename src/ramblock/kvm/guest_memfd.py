@@ -4,35 +4,35 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
 
+from ramblock.hostmem.backing import punch_hole
 from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.page_cache import cached_bytes
-from ramblock.memory.host_calls import punch_hole
+from ramblock.process import OfOneProcess
 from ramblock.uapi.kvm import GuestMemfdFlags
 from ramblock.units import PAGE_SIZE, check_range, format_size
-
-if TYPE_CHECKING:
-    from ramblock.kvm.vm import KvmVm
 
 __all__ = ["GuestMemfd"]
 
 
-class GuestMemfd:
+class GuestMemfd(OfOneProcess):
     """
-    A guest_memfd of one VM: a private backing for :class:`~ramblock.RamBlock`. Made by :meth:`KvmVm.create_guest_memfd`.
+    A guest_memfd of one VM: a private backing for :class:`~ramblock.RamBlock`.
 
-    It is the caller's to close, like every private backing. The kernel keeps the VM as long as one of its guest_memfds is
-    open, and a VM whose guest_memfd is gone answers each access to those pages with a memory fault.
+    Made by :meth:`KvmVm.create_guest_memfd`.
+
+    It is the caller's to close, like every private backing. The kernel keeps the VM as long as one
+    of its guest_memfds is open, and a VM whose guest_memfd is gone answers each access to those
+    pages with a memory fault.
     """
 
     def __init__(
-        self, descriptor: Descriptor, size: int, flags: GuestMemfdFlags, vm: KvmVm
+        self, descriptor: Descriptor, size: int, flags: GuestMemfdFlags, vm: object
     ) -> None:
         self._descriptor = descriptor
         self.size = size
         self.flags = flags
-        #: The only VM that can use it.
+        #: The KvmVm that can use it; no other can.
         self.vm = vm
 
     @property

@@ -2,8 +2,8 @@
 """
 KVM_HC_MAP_GPA_RANGE, taken apart by field (Documentation/virt/kvm/x86/hypercalls.rst, 9).
 
-The third argument is a word of fields, and its lowest bit is a hint about page sizes: testing the word as if it were a flag
-converts in the wrong direction.
+The third argument is a word of fields, and its lowest bit is a hint about page sizes: testing the
+word as if it were a flag converts in the wrong direction.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import errno
 from dataclasses import dataclass
 from enum import IntEnum
 
+from ramblock.discard.attributes import PageState
 from ramblock.errors import UsageError
 from ramblock.kvm.exits import HypercallExit
-from ramblock.memory.attributes import PageState
 from ramblock.uapi.kvm_para import KVM_HC_MAP_GPA_RANGE, MapGpaRangeBits
 from ramblock.units import GIB, KIB, MIB
 
 __all__ = ["HypercallResult", "MapGpaRange"]
 
-# Whatever the host's page size is.
+# With any page size of the host.
 _UNIT = 4 * KIB
 _PAGE_SIZE_FIELD = 0xF
 _PAGE_SIZES = {
@@ -34,7 +34,9 @@ _RESERVED = ~(_PAGE_SIZE_FIELD | _ENCRYPTED)
 
 class HypercallResult(IntEnum):
     """
-    What a guest may be told; with anything else the next KVM_RUN can fail (kvm_is_valid_map_gpa_range_ret()).
+    Answers to a guest.
+
+    With anything else the next KVM_RUN can fail (kvm_is_valid_map_gpa_range_ret()).
 
     The numbers are positive, unlike those of KVM's own refusals.
     """
@@ -48,14 +50,22 @@ class HypercallResult(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MapGpaRange:
-    """What the guest asks for. Nothing is known about the range: it may go past 2**64, and be empty or unaligned."""
+    """
+    The guest's request.
+
+    Nothing is known about the range: it may go past 2**64, and be empty or unaligned.
+    """
 
     gpa: int
     size: int
     """In bytes."""
     to: PageState
     page_size_hint: int | None
-    """The page size that the guest would like, in bytes; None: one that has no meaning yet. A hint: ignoring it is fine."""
+    """
+    The page size that the guest would like, in bytes; None: one that has no meaning yet.
+
+    A hint: ignoring it is fine.
+    """
 
     @classmethod
     def decode(cls, call: HypercallExit) -> MapGpaRange:

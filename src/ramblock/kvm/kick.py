@@ -2,9 +2,10 @@
 """
 The signal that takes a vCPU out of the guest.
 
-It is blocked in the threads that run vCPUs and let through only inside KVM_RUN (KVM_SET_SIGNAL_MASK), which it ends with
-EINTR. So it needs no handler, which Python would install for the whole process and from the main thread only, and one
-that comes just before KVM_RUN is not lost: it waits. The price, a few locks per KVM_RUN, does not show beside Python.
+It is blocked in the threads that run vCPUs and let through only inside KVM_RUN
+(KVM_SET_SIGNAL_MASK), which it ends with EINTR. So it needs no handler, which Python would install
+for the whole process and from the main thread only, and one that comes just before KVM_RUN is not
+lost: it waits. The price, a few locks per KVM_RUN, does not show beside Python.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from ramblock.uapi.kvm import KVM_SET_SIGNAL_MASK
 
 __all__ = ["discard_kick", "enter_thread", "send_kick", "set_mask"]
 
-# The first that the C library leaves to programs; crosvm and Cloud Hypervisor use it for the same thing.
+# The first that the C library leaves to programs; crosvm and Cloud Hypervisor use it for the same
+# thing.
 _KICK = signal.SIGRTMIN
 
 # sizeof(sigset_t) of the kernel, not of the C library.
@@ -28,9 +30,11 @@ _MASK_BYTES = 8
 
 def enter_thread() -> frozenset[int]:
     """
-    Block the signal in the calling thread, from now on. Called before each run: somebody may have put an older mask back.
+    Block the signal in the calling thread, from now on.
 
-    :return: What is blocked there otherwise.
+    Called before each run: somebody may have put an older mask back.
+
+    :return: Other signals that are blocked there.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {_KICK})
     return frozenset(int(number) for number in before) - {_KICK}
@@ -46,7 +50,7 @@ def set_mask(vcpu: Descriptor, blocked: Iterable[int]) -> None:
 
 
 def send_kick(thread: int) -> None:
-    """Send it to a thread that has called :func:`enter_thread`, by ``threading.get_ident()``, and that still lives."""
+    """Send it to a live thread that has called :func:`enter_thread`, by ``get_ident()``."""
     signal.pthread_kill(thread, _KICK)
 
 

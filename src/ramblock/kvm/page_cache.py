@@ -2,8 +2,9 @@
 """
 How many pages a file without a block count holds.
 
-fstat() says 0 blocks for any guest_memfd, empty or full: nothing in virt/kvm/guest_memfd.c keeps ``i_blocks``. Its pages are
-the page cache of its inode, though, and cachestat(2), which is older than guest_memfd (Linux 6.5 and 6.8), counts that.
+fstat() says 0 blocks for any guest_memfd, empty or full: nothing in virt/kvm/guest_memfd.c keeps
+``i_blocks``. Its pages are the page cache of its inode, though, and cachestat(2), which is older
+than guest_memfd (Linux 6.5 and 6.8), counts that.
 """
 
 from __future__ import annotations

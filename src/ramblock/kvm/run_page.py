@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The memory that a vCPU shares with its user (``struct kvm_run`` and what follows it), as exits and as answers to them.
+The memory that a vCPU shares with its user (``struct kvm_run``), as exits and their answers.
 
 It makes no system call: a buffer of the right size is all it needs.
 """
@@ -30,7 +30,8 @@ from ramblock.uapi.kvm import KVM_EXIT_IO_OUT, ExitReason, KvmRun
 
 __all__ = ["RunPage"]
 
-# KVM_RUN fails with one of these at KVM_EXIT_MEMORY_FAULT; with any other errno the exit reason means nothing.
+# KVM_RUN fails with one of these at KVM_EXIT_MEMORY_FAULT; with any other errno the exit reason
+# means nothing.
 _MEMORY_FAULT_ERRNOS = frozenset({errno.EFAULT, EHWPOISON})
 
 # KVM_EXIT_HYPERCALL_LONG_MODE, Documentation/virt/kvm/api.rst; the header has no name for it.
@@ -41,7 +42,8 @@ class RunPage:
     """
     Reads exits from a run page and writes answers into it.
 
-    :param buffer: Writable, at least as large as ``struct kvm_run``; the mapping of a vCPU, or bytes of a test.
+    :param buffer: Writable, at least as large as ``struct kvm_run``; the mapping of a vCPU, or
+        bytes of a test.
     """
 
     def __init__(self, buffer: mmap.mmap | bytearray) -> None:
@@ -49,11 +51,15 @@ class RunPage:
         self._run = KvmRun.from_buffer(buffer)
 
     def request_exit(self, *, wanted: bool) -> None:
-        """Let KVM_RUN return at once with EINTR, after it has completed what is pending; or take that back."""
+        """
+        Let KVM_RUN complete the pending exit and return at once with EINTR.
+
+        Or take that back.
+        """
         self._run.immediate_exit = wanted
 
     def forget_exit(self) -> None:
-        """Clear the exit reason, so that a KVM_RUN that fails without setting it cannot be taken for the exit before."""
+        """Clear the exit reason: a KVM_RUN that fails without setting it is not the exit before."""
         self._run.exit_reason = ExitReason.KVM_EXIT_UNKNOWN
 
     def read_exit(self, error: int | None = None) -> Exit | None:
@@ -75,9 +81,10 @@ class RunPage:
 
     def answer_read(self, exit: IoExit | MmioExit, data: bytes) -> None:
         """
-        Give the guest what it reads.
+        Give the guest the data of its read.
 
-        :raises UsageError: *exit* is a write, or *data* has not the size that it reads; nothing is answered.
+        :raises UsageError: *exit* is a write, or *data* has not the size that it reads; nothing is
+            answered.
         """
         size = exit.size * exit.count if isinstance(exit, IoExit) else exit.size
         if exit.write or len(data) != size:
@@ -98,7 +105,11 @@ class RunPage:
         self._run.hypercall.ret = result
 
     def release(self) -> None:
-        """Let go of the buffer, so that it can be unmapped; nothing else may be called after that but this again."""
+        """
+        Let go of the buffer, so that it can be unmapped.
+
+        Nothing else may be called after that but this again.
+        """
         vars(self).pop("_run", None)
         vars(self).pop("_buffer", None)
 

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory slots of a VM: which section is where, and what to do when Ctrl-C came in the middle of a change."""
+"""The memory slots of a VM: the place of each section, and changes that Ctrl-C interrupted."""
 
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 
+from ramblock.discard.section import RamSection
 from ramblock.errors import UsageError, describe_range
 from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.guest_memfd import GuestMemfd
-from ramblock.memory.section import RamSection
 from ramblock.uapi.kvm import (
     KVM_SET_USER_MEMORY_REGION,
     KVM_SET_USER_MEMORY_REGION2,
@@ -22,20 +21,16 @@ from ramblock.units import PAGE_SIZE
 __all__ = ["SlotTable"]
 
 
-@dataclass(slots=True)
-class _Slot:
-    number: int
-    sure: bool = False
-    """Whether the kernel certainly has it. False from before a call until it has returned."""
-
-
 # KVM_MEM_MAX_NR_PAGES (include/linux/kvm_host.h): the kernel says EINVAL to more, and not why.
 _MAX_SLOT_BYTES = ((1 << 31) - 1) * PAGE_SIZE
 
 
 class SlotTable:
     """
-    Memory slots by section. Adding what is there and removing what is not changes nothing, so that either can be an undo.
+    Memory slots by section.
+
+    Adding a present section and removing an absent one change nothing, so that either can be an
+    undo.
 
     :param vm: The descriptor of the VM.
     :param limit: How many slots it has.
@@ -44,32 +39,19 @@ class SlotTable:
     def __init__(self, vm: Descriptor, limit: int) -> None:
         self._vm = vm
         self._limit = limit
-        self._slots: dict[RamSection, _Slot] = {}
+        self._slots: dict[RamSection, int] = {}
 
     def add(self, section: RamSection, private: GuestMemfd | None) -> None:
         """
         Let the guest see *section*.
 
-        :param private: What serves its private pages, if anything does.
+        :param private: The backing of its private pages, if any.
         :raises OSError: Refused: the guest does not see it.
         """
-        slot = self._slots.get(section)
-        if slot is None:
-            slot = self._slots[section] = _Slot(self._free_number())
-            been_there = False
-        elif slot.sure:
-            return
-        else:
-            # A removal was interrupted. What the guest may still have must not blink, so it is not removed first.
-            been_there = True
-        try:
-            self._set(slot.number, section, private)
-        except OSError as error:
-            # A slot with guest_memfd cannot be changed, not even to what it is (kvm_set_memory_region()): it is still there.
-            if not (been_there and error.errno == errno.EINVAL):
-                del self._slots[section]
-                raise
-        slot.sure = True
+        if section not in self._slots:
+            number = self._free_number()
+            self._set(number, section, private)
+            self._slots[section] = number
 
     def remove(self, section: RamSection) -> None:
         """
@@ -79,28 +61,17 @@ class SlotTable:
 
         :raises OSError: Refused: the guest still sees it.
         """
-        slot = self._slots.get(section)
-        if slot is None:
-            return
-        if self._vm.closed:
-            del self._slots[section]
-            return
-        was_sure, slot.sure = slot.sure, False
-        try:
+        number = self._slots.get(section)
+        if number is not None and not self._vm.closed:
             self._vm.call(
                 KVM_SET_USER_MEMORY_REGION,
-                f"removing slot {slot.number} at {section.gpa:#x}",
-                KvmUserspaceMemoryRegion(slot=slot.number),
+                f"removing slot {number} at {section.gpa:#x}",
+                KvmUserspaceMemoryRegion(slot=number),
             )
-        except OSError as error:
-            # EINVAL: there is no such slot. That is no news where an addition or a removal was interrupted.
-            if was_sure or error.errno != errno.EINVAL:
-                slot.sure = was_sure
-                raise
-        del self._slots[section]
+        self._slots.pop(section, None)
 
     def _free_number(self) -> int:
-        taken = {slot.number for slot in self._slots.values()}
+        taken = set(self._slots.values())
         number = next(number for number in range(len(taken) + 1) if number not in taken)
         if number >= self._limit:
             raise OSError(errno.ENOSPC, f"{self._vm.name}: all {self._limit} memory slots are used")
@@ -109,7 +80,8 @@ class SlotTable:
     def _set(self, number: int, section: RamSection, private: GuestMemfd | None) -> None:
         if section.size > _MAX_SLOT_BYTES:
             raise UsageError(
-                f"{section!r}: a memory slot has at most {_MAX_SLOT_BYTES:#x} bytes, not {section.size:#x}",
+                f"{section!r}: a memory slot has at most {_MAX_SLOT_BYTES:#x} bytes,"
+                f" not {section.size:#x}",
                 value=section.size,
                 expected="the block mapped in several sections",
             )

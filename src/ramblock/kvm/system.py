@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""/dev/kvm: what the kernel can do, and new VMs."""
+"""/dev/kvm: the kernel's abilities, and new VMs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from types import TracebackType
 from ramblock.kvm.cpuid import CpuidTable, read_supported
 from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.vm import KvmVm, VmType
+from ramblock.process import OfOneProcess
 from ramblock.uapi.kvm import (
     KVM_API_VERSION,
     KVM_CHECK_EXTENSION,
@@ -32,12 +33,12 @@ _HINTS = {
 }
 
 
-class Kvm:
+class Kvm(OfOneProcess):
     """
     The kernel's KVM. A context manager; VMs live on when it is closed.
 
     :param path: The device.
-    :raises OSError: It cannot be opened, or speaks another version; the text says what may help.
+    :raises OSError: It cannot be opened, or speaks another version; the text has a hint.
     """
 
     def __init__(self, path: str | os.PathLike[str] = "/dev/kvm") -> None:
@@ -60,14 +61,15 @@ class Kvm:
         if version != KVM_API_VERSION:
             raise OSError(
                 errno.EPROTO,
-                f"{self._descriptor.name} speaks version {version} of KVM's API, not {KVM_API_VERSION}",
+                f"{self._descriptor.name} speaks version {version} of KVM's API,"
+                f" not {KVM_API_VERSION}",
             )
 
     def capability(self, capability: Capability) -> int:
         """
         Ask for a capability of the kernel; a VM may have less (:meth:`KvmVm.capability`).
 
-        :return: 0: it has none. What another number means is the capability's own.
+        :return: 0: it has none. The meaning of another number is the capability's own.
         """
         return self._descriptor.call(KVM_CHECK_EXTENSION, capability.name, capability)
 
@@ -90,7 +92,11 @@ class Kvm:
 
     @property
     def guest_memfd_flags(self) -> GuestMemfdFlags:
-        """The flags that guest_memfd takes for some type of VM; a VM of another type may refuse them."""
+        """
+        The flags that guest_memfd takes for some type of VM.
+
+        A VM of another type may refuse them.
+        """
         return GuestMemfdFlags(self.capability(Capability.KVM_CAP_GUEST_MEMFD_FLAGS))
 
     @property
@@ -99,7 +105,7 @@ class Kvm:
         return self.capability(Capability.KVM_CAP_EXIT_HYPERCALL)
 
     def supported_cpuid(self) -> CpuidTable:
-        """Tell what a vCPU's CPUID can answer on this host, for :meth:`Vcpu.set_cpuid`."""
+        """Return the CPUID entries that a vCPU can have here, for :meth:`Vcpu.set_cpuid`."""
         return read_supported(self._descriptor)
 
     def create_vm(self, type: VmType = VmType.DEFAULT) -> KvmVm:
@@ -113,7 +119,8 @@ class Kvm:
             try:
                 fd = self._descriptor.call(KVM_CREATE_VM, f"VM of type {type.name}", type)
             except InterruptedError:
-                # A signal came while the kernel waited for its notifiers (mmu_notifier_register()); nothing was made.
+                # A signal came while the kernel waited for its notifiers (mmu_notifier_register());
+                # nothing was made.
                 continue
             return KvmVm(Descriptor(fd, "VM"), type, run_size=run_size)
 

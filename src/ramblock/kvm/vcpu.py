@@ -15,6 +15,7 @@ from ramblock.kvm.exits import Exit, HypercallExit, InterruptedExit, IoExit, Mmi
 from ramblock.kvm.hypercall import HypercallResult
 from ramblock.kvm.kick import discard_kick, enter_thread, send_kick, set_mask
 from ramblock.kvm.run_page import RunPage
+from ramblock.process import OfOneProcess
 from ramblock.uapi import ioctl
 from ramblock.uapi.kvm import (
     KVM_GET_REGS,
@@ -30,16 +31,19 @@ from ramblock.uapi.kvm import (
 __all__ = ["Vcpu"]
 
 
-class Vcpu:
+class Vcpu(OfOneProcess):
     """
-    A vCPU, made by :meth:`KvmVm.create_vcpu`. One thread at a time runs it; any thread may kick or close it.
+    A vCPU, made by :meth:`KvmVm.create_vcpu`.
+
+    One thread at a time runs it; any thread may kick or close it.
 
     The first run in a thread blocks SIGRTMIN there, which is the kick, for good.
     """
 
     def __init__(self, descriptor: Descriptor, id: int, *, run_size: int, keeps: object) -> None:
         self.id = id
-        # The slots: the kernel keeps them as long as the vCPU is open, so what the guest sees has to live as long.
+        # The slots: the kernel keeps them as long as the vCPU is open, so the guest's memory has to
+        # live as long.
         self._keeps = keeps
         self._descriptor = descriptor
         try:
@@ -51,14 +55,16 @@ class Vcpu:
         self._closing = False
         # Held while it runs.
         self._run_lock = threading.Lock()
-        # Held for moments. Reentrant: the handler of a signal may kick while its own thread is entering or leaving.
+        # Held for moments. Reentrant: the handler of a signal may kick while its own thread is
+        # entering or leaving.
         self._kick_lock = threading.RLock()
         self._runner: int | None = None
-        # Who is inside run(); and whether a kick's signal is on its way: they queue, and one is enough.
+        # Who is inside run(); and whether a kick's signal is on its way: they queue, and one is
+        # enough.
         self._user: int | None = None
         self._signalled = False
         self._mask: frozenset[int] | None = None
-        # The last exit that was handed out, and whether what it asked for was given.
+        # The last exit that was handed out, and whether it was answered.
         self._exit: Exit | None = None
         self._answered = False
 
@@ -71,7 +77,7 @@ class Vcpu:
         """
         return self._descriptor.fd
 
-    # -- state ------------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     @property
     def registers(self) -> KvmRegs:
@@ -97,26 +103,27 @@ class Vcpu:
 
     def set_cpuid(self, table: CpuidTable) -> None:
         """
-        Set what CPUID answers, before the first run; otherwise it answers nothing.
+        Set the answers of CPUID, before the first run; otherwise there are none.
 
         :param table: From :meth:`Kvm.supported_cpuid`.
         """
         self._descriptor.call(KVM_SET_CPUID2, "KVM_SET_CPUID2", table)
 
-    # -- running ----------------------------------------------------------------------------------------------------
+    # -- running -----------------------------------------------------------------------------------
 
     def run(self) -> Exit:
         """
         Enter the guest until it needs something.
 
-        What the exit before this one asked for is completed first. A read that was not answered reads as ones, as on an
-        empty bus; a hypercall that was not answered is refused (EINVAL). So it is with an exit that Ctrl-C kept from
-        whoever ran it.
+        The request of the exit before this one is completed first. A read that was not answered
+        reads as ones, as on an empty bus; a hypercall that was not answered is refused (EINVAL). So
+        it is with an exit that the caller lost to Ctrl-C.
 
-        :return: :class:`InterruptedExit` after a kick, also one that came while nobody ran it, and after any signal.
+        :return: :class:`InterruptedExit` after a kick, also one that came while nobody ran it, and
+            after any signal.
         :raises UsageError: It is closed.
         :raises OSError: KVM cannot run it.
-        :raises KeyboardInterrupt: Or whatever the handler of a signal raises. It can be run again.
+        :raises KeyboardInterrupt: Or the exception of a signal's handler. It can be run again.
         """
         with self._run_lock:
             if self._closing:
@@ -159,8 +166,8 @@ class Vcpu:
         except OSError as error:
             return error.errno
         finally:
-            # A bare assignment, before which Ctrl-C cannot strike; then the kicks that are on their way have been sent.
-            # So none goes to a thread that has ended.
+            # A bare assignment, before which Ctrl-C cannot strike; then the kicks that are on their
+            # way have been sent. So none goes to a thread that has ended.
             self._runner = None
             with self._kick_lock:
                 pass
@@ -173,7 +180,7 @@ class Vcpu:
             self._signalled = False
 
     def _refuse_unanswered(self) -> None:
-        """Fail closed: KVM itself presets success for a hypercall, and for a read what was there before."""
+        """Fail closed: KVM itself presets success for a hypercall, and stale data for a read."""
         if self._answered:
             return
         # The page knows of an exit that was interrupted on its way out of here.
@@ -186,10 +193,11 @@ class Vcpu:
 
     def complete_io(self, data: bytes) -> None:
         """
-        Give the guest what it reads, after an :class:`IoExit` or :class:`MmioExit` that is a read.
+        Give the guest the data of a read, after an :class:`IoExit` or :class:`MmioExit`.
 
         :param data: Little-endian; ``size * count`` bytes for port I/O, ``size`` bytes for MMIO.
-        :raises UsageError: The last exit is none of these, or *data* has another size; nothing is answered.
+        :raises UsageError: The last exit is none of these, or *data* has another size; nothing is
+            answered.
         """
         exit = self._exit
         if not isinstance(exit, IoExit | MmioExit):
@@ -207,7 +215,8 @@ class Vcpu:
         """
         Answer the guest's hypercall, after a :class:`HypercallExit`.
 
-        :raises UsageError: The last exit is none, or *result* is not one that KVM takes; nothing is answered.
+        :raises UsageError: The last exit is none, or *result* is not one that KVM takes; nothing is
+            answered.
         """
         if not isinstance(self._exit, HypercallExit) or not isinstance(result, HypercallResult):
             raise UsageError(
@@ -224,11 +233,13 @@ class Vcpu:
         if self._mapping.closed:
             raise UsageError(f"{self._descriptor.name} is closed", value=self.id)
 
-    # -- stopping ---------------------------------------------------------------------------------------------------
+    # -- stopping ----------------------------------------------------------------------------------
 
     def kick(self) -> None:
         """
-        Make the run that is under way, or else the next one, return :class:`InterruptedExit`. From any thread.
+        Make the run that is under way, or else the next one, return :class:`InterruptedExit`.
+
+        From any thread.
 
         A kick is never lost, but several may become one. On a closed vCPU nothing happens.
         """
@@ -243,12 +254,14 @@ class Vcpu:
 
     def close(self) -> None:
         """
-        Close it, and unmap what it shared; whoever runs it is kicked out first. Twice is the same as once.
+        Close it, and unmap its shared page; a thread that runs it is kicked out first.
+
+        Twice is the same as once.
 
         From a signal's handler in the thread that runs it, it is closed when that run returns.
 
-        :raises OSError: EAGAIN: the kick cannot be sent, because the user's signals have used up RLIMIT_SIGPENDING. Nothing
-            is closed, and the guest runs.
+        :raises OSError: EAGAIN: the kick cannot be sent, because the user's signals have used up
+            RLIMIT_SIGPENDING. Nothing is closed, and the guest runs.
         """
         self._closing = True
         self.kick()

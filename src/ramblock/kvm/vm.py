@@ -7,12 +7,13 @@ import errno
 from enum import IntEnum
 from types import TracebackType
 
+from ramblock.discard.section import RamSection
 from ramblock.errors import UsageError, describe_range
 from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.guest_memfd import GuestMemfd
 from ramblock.kvm.slots import SlotTable
 from ramblock.kvm.vcpu import Vcpu
-from ramblock.memory.section import RamSection
+from ramblock.process import OfOneProcess
 from ramblock.uapi.kvm import (
     KVM_CHECK_EXTENSION,
     KVM_CREATE_GUEST_MEMFD,
@@ -37,7 +38,7 @@ _PRIVATE = MemoryAttributes.KVM_MEMORY_ATTRIBUTE_PRIVATE
 
 
 class VmType(IntEnum):
-    """What kind of VM."""
+    """The type of VM."""
 
     DEFAULT = VmTypeNumber.KVM_X86_DEFAULT_VM
     """An ordinary one. It has no private pages: attributes are tracked and not enforced."""
@@ -45,20 +46,25 @@ class VmType(IntEnum):
     """
     Private pages without encryption, for testing (CONFIG_KVM_SW_PROTECTED_VM).
 
-    One trait of it, in Linux 7.3: where its guest looked while nothing was there, KVM keeps an MMIO entry that neither a slot
-    nor an attribute removes, and takes an access through it for a shared one (kvm_mmu_page_fault(), arch/x86/kvm/mmu/mmu.c).
-    A private page that appears there later is then answered with a memory fault, flags 0.
+    One trait of it, in Linux 7.3: where its guest looked while nothing was there, KVM keeps an MMIO
+    entry that neither a slot nor an attribute removes, and takes an access through it for a shared
+    one (kvm_mmu_page_fault(), arch/x86/kvm/mmu/mmu.c). A private page that appears there later is
+    then answered with a memory fault, flags 0.
     """
 
 
-class KvmVm:
+class KvmVm(OfOneProcess):
     """
-    A VM, made by :meth:`Kvm.create_vm`; satisfies :class:`~ramblock.guest.Vm` and :class:`~ramblock.guest.MemorySlots`.
+    A VM, made by :meth:`Kvm.create_vm`.
 
-    A context manager. The kernel keeps the VM until the last descriptor of it is closed: its own, those of its vCPUs,
-    which :meth:`close` closes too, and those of its guest_memfds, which belong to whoever made them. Any order is safe.
+    Satisfies :class:`~ramblock.guest.Vm` and :class:`~ramblock.guest.MemorySlots`.
 
-    Slots and attributes are changed by one thread at a time: a :class:`~ramblock.GuestMemory` does so under its lock.
+    A context manager. The kernel keeps the VM until the last descriptor of it is closed: its own,
+    those of its vCPUs, which :meth:`close` closes too, and those of its guest_memfds, which belong
+    to their makers. Any order is safe.
+
+    Slots and attributes are changed by one thread at a time: a :class:`~ramblock.GuestMemory` does
+    so under its lock.
     """
 
     def __init__(self, descriptor: Descriptor, type: VmType, *, run_size: int) -> None:
@@ -68,7 +74,8 @@ class KvmVm:
         self._vcpus: list[Vcpu] = []
         self._next_id = 0
         self._slots = SlotTable(descriptor, self.capability(Capability.KVM_CAP_NR_MEMSLOTS))
-        #: Whether the kernel knows private pages for this VM. If not, attributes are only tracked, by the page states.
+        #: Whether the kernel knows private pages for this VM. If not, attributes are only tracked,
+        #: by the page states.
         self.enforces_attributes = bool(
             self.capability(Capability.KVM_CAP_MEMORY_ATTRIBUTES) & _PRIVATE
         )
@@ -84,7 +91,7 @@ class KvmVm:
 
     def capability(self, capability: Capability) -> int:
         """
-        Ask for a capability of this VM, which may be less than what :meth:`Kvm.capability` says.
+        Ask for a capability of this VM, which may be less than that of :meth:`Kvm.capability`.
 
         :return: 0: it has none.
         """
@@ -95,14 +102,19 @@ class KvmVm:
         """The flags that :meth:`create_guest_memfd` takes."""
         return GuestMemfdFlags(self.capability(Capability.KVM_CAP_GUEST_MEMFD_FLAGS))
 
-    # -- memory -----------------------------------------------------------------------------------------------------
+    # -- memory ------------------------------------------------------------------------------------
 
-    def set_memory_attributes(self, gpa: int, size: int, private: bool) -> None:  # noqa: FBT001 - a fixed name
+    def set_memory_attributes(
+        self,
+        gpa: int,
+        size: int,
+        private: bool,  # noqa: FBT001 - a fixed name
+    ) -> None:
         """
-        Make ``[gpa, gpa + size)`` private or shared for the guest, in one call: it is done whole or not at all.
+        Make ``[gpa, gpa + size)`` private or shared for the guest, whole or not at all.
 
-        It may span slots and holes. Nothing happens where :attr:`enforces_attributes` is False, or when the VM is closed and
-        there is no guest any more.
+        It may span slots and holes. Nothing happens where :attr:`enforces_attributes` is False, or
+        when the VM is closed and there is no guest any more.
 
         :raises UsageError: Unaligned, empty or past 2**64; nothing has changed.
         :raises OSError: Refused (ENOMEM); nothing has changed.
@@ -122,7 +134,8 @@ class KvmVm:
         Make a private backing of *size* bytes; nothing is allocated yet.
 
         :raises UsageError: *size* is not a positive multiple of the page size.
-        :raises OSError: EINVAL: the kernel does not have *flags* for this VM; ENOTTY: it has no guest_memfd.
+        :raises OSError: EINVAL: the kernel does not have *flags* for this VM; ENOTTY: it has no
+            guest_memfd.
         """
         check_range(0, size, limit=(1 << 63) - 1, align=PAGE_SIZE, what="guest_memfd")
         fd = self._descriptor.call(
@@ -134,28 +147,34 @@ class KvmVm:
 
     def add_memory_slot(self, section: RamSection) -> None:
         """
-        Let the guest see *section*, with the guest_memfd of its block where it has one; if it sees it already, nothing happens.
+        Let the guest see *section*, with the guest_memfd of its block where it has one.
 
-        :raises UsageError: The private side of the block cannot serve this VM; the guest does not see the section.
+        If it sees it already, nothing happens.
+
+        :raises UsageError: The block's private side cannot serve this VM; the guest does not see
+            it.
         :raises OSError: Refused: the guest does not see it.
         """
         self._slots.add(section, self._private_side(section))
 
     def remove_memory_slot(self, section: RamSection) -> None:
         """
-        Take *section* away from the guest; if it does not see it, or the VM is closed, nothing happens.
+        Take *section* away from the guest.
+
+        If it does not see it, or the VM is closed, nothing happens.
 
         :raises OSError: Refused: the guest still sees it.
         """
         self._slots.remove(section)
 
     def _private_side(self, section: RamSection) -> GuestMemfd | None:
-        """Find the guest_memfd for a slot; None: it has none."""
+        """Check the private side of a slot; None: it needs none."""
         private = section.block.private
         if not isinstance(private, GuestMemfd):
             if private is not None and self.enforces_attributes:
                 raise UsageError(
-                    f"{section!r}: the guest could not touch its private pages: {private!r} is no guest_memfd",
+                    f"{section!r}: the guest could not touch its private pages:"
+                    f" {private!r} is no guest_memfd",
                     value=private,
                     expected="a GuestMemfd of this VM",
                 )
@@ -167,9 +186,11 @@ class KvmVm:
                 expected="a GuestMemfd of this VM",
             )
         if private.flags & GuestMemfdFlags.GUEST_MEMFD_FLAG_MMAP:
-            # KVM_MEMSLOT_GMEM_ONLY: the guest's shared pages would come from it too, where no device looks.
+            # KVM_MEMSLOT_GMEM_ONLY: the guest's shared pages would come from it too, where no
+            # device looks.
             raise UsageError(
-                f"{section!r}: a guest_memfd that can be mapped serves shared pages as well, and hides the block's own",
+                f"{section!r}: a guest_memfd that can be mapped serves shared pages as well,"
+                " and hides the block's own",
                 value=private,
                 expected="a GuestMemfd without GUEST_MEMFD_FLAG_MMAP",
             )
@@ -181,11 +202,13 @@ class KvmVm:
             )
         return private
 
-    # -- vCPUs ------------------------------------------------------------------------------------------------------
+    # -- vCPUs -------------------------------------------------------------------------------------
 
     def enable_map_gpa_range_exits(self) -> None:
         """
-        Let the guest's KVM_HC_MAP_GPA_RANGE come out of :meth:`Vcpu.run`; without it KVM answers the guest -ENOSYS.
+        Let the guest's KVM_HC_MAP_GPA_RANGE come out of :meth:`Vcpu.run`.
+
+        Without it KVM answers the guest -ENOSYS.
 
         :raises OSError: EOPNOTSUPP: the kernel does not have it.
         """
@@ -193,7 +216,8 @@ class KvmVm:
         if not self.capability(Capability.KVM_CAP_EXIT_HYPERCALL) & bit:
             raise OSError(
                 errno.EOPNOTSUPP,
-                f"{self._descriptor.name}: the kernel has no KVM_CAP_EXIT_HYPERCALL for KVM_HC_MAP_GPA_RANGE",
+                f"{self._descriptor.name}: the kernel has no KVM_CAP_EXIT_HYPERCALL for"
+                " KVM_HC_MAP_GPA_RANGE",
             )
         argument = KvmEnableCap(cap=Capability.KVM_CAP_EXIT_HYPERCALL)
         argument.args[0] = bit
@@ -204,7 +228,7 @@ class KvmVm:
         Make a vCPU, in the state of a processor after reset.
 
         :param id: Unlike that of any vCPU there has been: KVM gives none back. None: the next.
-        :raises OSError: EEXIST: there is one; EINVAL: beyond what the kernel allows.
+        :raises OSError: EEXIST: there is one; EINVAL: beyond the kernel's limit.
         """
         id = self._next_id if id is None else id
         fd = self._descriptor.call(KVM_CREATE_VCPU, f"vCPU {id}", id)

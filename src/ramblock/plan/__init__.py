@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans: what a guest will need of its host's mappings, by formula, by simulation, and from a recording."""
+"""Plans: a guest's need of mappings, by formula, by simulation, and from a recording."""
 
 from ramblock.plan.guest import Guest, OsProfile, Pluggable, Profile, Technology
 from ramblock.plan.guest_plan import GuestPlan, plan_guest

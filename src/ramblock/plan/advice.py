@@ -28,7 +28,7 @@ class Advice(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     """Which target it is about."""
     setting: str
-    """What to write, and where."""
+    """The text to write, and its place."""
     number: int | None = None
     """The value that is set; None: there is none."""
     effect: str
@@ -37,9 +37,9 @@ class Advice(msgspec.Struct, frozen=True, kw_only=True):
 
 def advise(guest: Guest, rows: Sequence[Row]) -> list[Advice]:
     """
-    Say what helps those rows that do not fit; empty where all fit.
+    Give advice for the rows that do not fit; empty where all fit.
 
-    Ranked: first what removes the limit, then what raises it, then what makes the guest smaller.
+    Ranked: remove the limit, then raise it, then make the guest smaller.
     """
     lacking = [each for each in rows if each.need is not None and not _starts(each)]
     if not lacking:
@@ -75,7 +75,8 @@ def _other_targets(rows: Sequence[Row]) -> Iterator[Advice]:
         if each.target == "iommufd-cutting" and each.policy == "run":
             yield Advice(
                 target="iommufd-cutting",
-                setting="iommufd with mappings that are cut: IommufdIoas in mode cutting, policy run"
+                setting="iommufd with mappings that are cut: IommufdIoas in mode cutting,"
+                " policy run"
                 " (IOMMU_OPTION_HUGE_PAGES=0, VFIO_IOMMU_UNMAP_DMA on /dev/iommu)",
                 effect=f"{need.boot_entries} mappings at boot, no limit",
                 caveat="needs a VMM that does it; QEMU maps page by page",
@@ -83,7 +84,8 @@ def _other_targets(rows: Sequence[Row]) -> Iterator[Advice]:
         elif each.target == "iommufd" and each.policy == "page":
             yield Advice(
                 target="iommufd",
-                setting="QEMU: -object iommufd,id=iommufd0 -device vfio-pci,host=...,iommufd=iommufd0;"
+                setting="QEMU: -object iommufd,id=iommufd0 -device"
+                " vfio-pci,host=...,iommufd=iommufd0;"
                 " kata: iommufd devices (/dev/vfio/devices/vfioN) in the CDI file",
                 effect=f"{need.peak_entries} mappings, no limit; QEMU does not check",
                 caveat="kernel memory and calls for each page remain",
@@ -100,10 +102,12 @@ def _type1(each: Row, need: Need) -> Iterator[Advice]:
         text += f", and {each.qemu.needed:,} for QEMU's own check"
     yield Advice(
         target="type1",
-        setting=f"options vfio_iommu_type1 dma_entry_limit={number} (in /etc/modprobe.d, or /sys/module/vfio_iommu_type1/parameters)",
+        setting=f"options vfio_iommu_type1 dma_entry_limit={number} (in /etc/modprobe.d,"
+        " or /sys/module/vfio_iommu_type1/parameters)",
         number=number,
         effect=text,
-        caveat="counts for containers that are opened later; the host's memory pays for each mapping",
+        caveat="counts for containers that are opened later; the host's memory pays for each"
+        " mapping",
     )
 
 
@@ -112,7 +116,8 @@ def _vdpa(each: Row, need: Need) -> Iterator[Advice]:
     if number <= _MOST_OF_VHOST:
         yield Advice(
             target="vhost-vdpa",
-            setting=f"modprobe vhost_vdpa max_iotlb_entries={number} (and mlx5_vdpa, where that drives the device)",
+            setting=f"modprobe vhost_vdpa max_iotlb_entries={number} (and mlx5_vdpa,"
+            " where that drives the device)",
             number=number,
             effect=f"{need.peak_entries.high:,} mappings at most, for each device",
             caveat="read-only while the module is loaded",
@@ -129,7 +134,8 @@ def _vfio_user(each: Row, need: Need) -> Iterator[Advice]:
         )
     yield Advice(
         target="vfio-user",
-        setting=f"the server's max_dma_maps={number} (libvfio-user: max_regions of vfu_setup_device_dma())",
+        setting=f"the server's max_dma_maps={number} (libvfio-user:"
+        " max_regions of vfu_setup_device_dma())",
         number=number,
         effect=f"{need.peak_entries.high:,} mappings at most, for each device",
         caveat=caveat,
@@ -165,7 +171,7 @@ def _pinning(lacking: Sequence[Row]) -> Iterator[Advice]:
 
 
 def _smaller_pool(guest: Guest, lacking: Sequence[Row]) -> Iterator[Advice]:
-    """Say what pool of the guest would fit the smallest limit, if one does that a guest can live with."""
+    """Size a pool that fits the smallest limit, if it is one that a guest can live with."""
     limits = [
         room.limit
         for each in lacking
@@ -186,7 +192,8 @@ def _smaller_pool(guest: Guest, lacking: Sequence[Row]) -> Iterator[Advice]:
         setting=f"swiotlb={pool // SLAB} on the guest's kernel command line",
         number=pool // SLAB,
         effect=f"a SWIOTLB pool of {format_size(pool)}, so that the guest comes up below the limit",
-        caveat="too small a pool makes its DMA fail (\"swiotlb buffer is full\"); QEMU's own check counts all memory all the same",
+        caveat="too small a pool makes its DMA fail (\"swiotlb buffer is full\");"
+        " QEMU's own check counts all memory all the same",
     )  # fmt: skip
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a guest needs of one target under one policy, by arithmetic.
+A guest's needs of one target under one policy, by arithmetic.
 
-At each end of a range the number is exact for that end: the simulation of the same guest at that end comes to the same
-(tests/plan/test_simulation.py). The low end of a count of runs has one mapping for each request of the guest: what a device gets that is
-attached when the guest is up, or from a VMM that joins the slices of a request. The high end has one for each slice.
+At each end of a range the number is exact for that end: the simulation of the same guest at that
+end comes to the same (tests/plan/test_simulation.py). The low end of a count of runs has one
+mapping for each request of the guest: so it is for a device that is attached when the guest is up,
+or with a VMM that joins the slices of a request. The high end has one for each slice.
 """
 
 from __future__ import annotations
@@ -29,14 +30,18 @@ from ramblock.units import GIB, MIB, PAGE_SIZE
 
 __all__ = ["Need", "need", "pages", "pieces", "total_size"]
 
-_LEAF = 2 * MIB  # what one table of an IOMMU with four levels covers: 512 pages
+_LEAF = 2 * MIB  # span of one table of an IOMMU with four levels: 512 pages
 _NOTHING = Span.exactly(0)
 # Buffers that come and go after boot: powers of two from 4 KiB to 2 MiB, 102 pages on average.
 _PAGES_OF_A_BUFFER = Span(1, 102, 512)
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True):
-    """What is needed of one target (of each device's, where they have one each); bytes unless it says otherwise."""
+    """
+    Needs of one target (of each device's, where they have one each).
+
+    Bytes unless it says otherwise.
+    """
 
     boot_entries: Span
     """Mappings when the guest is up."""
@@ -44,7 +49,7 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
     """Most mappings at once, after so many conversions as the guest was said to make."""
     final_entries: Span
     worst_entries: int
-    """One for each page of the guest: what a guest gets that wants to use up mappings."""
+    """One for each page of the guest: reached by a guest that wants to use up mappings."""
     boot_maps: Span
     """Calls, until the guest is up; those of firmware among them."""
     boot_unmaps: Span
@@ -65,7 +70,7 @@ def pages(size: int) -> int:
 
 
 def pieces(size: int, requests: int, slice_size: int | None) -> int:
-    """Count the conversions that *requests* of like sizes come to, where none has more than *slice_size* bytes."""
+    """Count the conversions of *requests* of like sizes, none of more than *slice_size* bytes."""
     count = min(requests, pages(size))
     if slice_size is None or not count:
         return count
@@ -83,7 +88,7 @@ def total_size(shares: Sequence[Share]) -> Span:
 
 
 def need(guest: Guest, policy: MappingPolicy, target: TargetKind) -> Need:
-    """Work out what *guest* needs."""
+    """Work out the needs of *guest*."""
     boot = boot_shares(guest)
     staying = boot + later_shares(guest)
     everything = [*staying, buffers(guest)]
@@ -91,8 +96,9 @@ def need(guest: Guest, policy: MappingPolicy, target: TargetKind) -> Need:
     boot_entries = _entries(guest, policy, boot)
     peak = _entries(guest, policy, everything)
     if policy is MappingPolicy.RUN:
-        # Mappings and the gaps between them grow by two with each conversion at most: a cut leaves a mapping and a gap more, and what is
-        # shared over gaps fills each with a mapping. There are never more than one for each page.
+        # Mappings and the gaps between them grow by two with each conversion at most: a cut leaves
+        # a mapping and a gap more, and sharing over gaps fills each with a mapping. There are never
+        # more than one for each page.
         most = _entries(guest, policy, staying).high + 2 * guest.conversions
         fragmented = min(most, pages(shared.high))
         peak = Span(peak.low, peak.expected, max(fragmented, peak.expected))
@@ -145,10 +151,11 @@ def _pinned(guest: Guest, target: TargetKind, shared: Span, boot: Span) -> Span:
 
 def _held_twice(guest: Guest, shares: Sequence[Share], shared: Span) -> Span:
     """
-    Work out what the host holds on both sides.
+    Work out the memory that the host holds on both sides.
 
-    With pages of 4 KiB one side of a conversion is held until it is committed and the other is freed. A huge page of the shared side is
-    held as long as any of it is shared, and each contiguous piece has two ends in one.
+    With pages of 4 KiB one side of a conversion is held until it is committed and the other is
+    freed. A huge page of the shared side is held as long as any of it is shared, and each
+    contiguous piece has two ends in one.
     """
     unit = guest.backing_page
     slice_size = guest.technology.slice_size
@@ -168,7 +175,11 @@ def _held_twice(guest: Guest, shares: Sequence[Share], shared: Span) -> Span:
 
 
 def _page_tables(guest: Guest, shares: Sequence[Share], shared: Span) -> Span:
-    """Count tables of four levels, 4 KiB each; unmapping single pages frees none, so they are those of all that was ever mapped."""
+    """
+    Count tables of four levels, 4 KiB each.
+
+    Unmapping single pages frees none, so they are those of all that was ever mapped.
+    """
     reach = guest.most_memory + 2 * GIB  # the hole below 4 GiB
 
     def size(mapped: int, requests: int) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest that is planned for: its memory, its devices, and what runs in it."""
+"""The guest that is planned for: its memory, its devices, its system and load."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ __all__ = ["LEAST_MEMORY", "Guest", "OsProfile", "Pluggable", "Profile", "Techno
 LEAST_MEMORY = 256 * MIB
 #: Guest physical addresses have at most 52 bits.
 _MOST_MEMORY = 1 << 52
-# QEMU's q35 machine places all memory below 4 GiB where it fits there, else 2 GiB (hw/i386/pc_q35.c).
+# QEMU's q35 machine places all memory below 4 GiB where it fits there, else 2 GiB
+# (hw/i386/pc_q35.c).
 _FITS_LOW = 0xB0000000
 _LOW_MEMORY = 2 * GIB
 _SMALLEST_BLOCK = 4 * KIB
@@ -37,14 +38,16 @@ class Technology(StrEnum):
         """
         Most bytes of a guest's request that one conversion has.
 
-        TDX: KVM hands a MapGPA over in pieces of 2 MiB (TDX_MAP_GPA_MAX_LEN, arch/x86/kvm/vmx/tdx.c). SNP: a guest of Linux asks for
-        64 entries of at most 2 MiB at once (VMGEXIT_PSC_MAX_ENTRY, arch/x86/include/asm/sev.h), and KVM joins those that are neighbours.
+        TDX: KVM hands a MapGPA over in pieces of 2 MiB (TDX_MAP_GPA_MAX_LEN,
+        arch/x86/kvm/vmx/tdx.c). SNP: a guest of Linux asks for 64 entries of at most 2 MiB at once
+        (VMGEXIT_PSC_MAX_ENTRY, arch/x86/include/asm/sev.h), and KVM joins those that are
+        neighbours.
         """
         return 2 * MIB if self is Technology.TDX else 128 * MIB
 
 
 class Profile(StrEnum):
-    """What an assigned device is."""
+    """The kind of an assigned device."""
 
     NIC = "nic"
     NVME = "nvme"
@@ -53,7 +56,11 @@ class Profile(StrEnum):
 
 
 class OsProfile(StrEnum):
-    """What the guest's system does with its memory. The first two exclude each other, and so do the others."""
+    """
+    Ways of the guest's system with its memory.
+
+    The first two exclude each other, and so do the others.
+    """
 
     SWIOTLB = "linux-swiotlb"
     SWIOTLB_DYNAMIC = "linux-swiotlb-dynamic"
@@ -84,17 +91,17 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     technology: Technology = Technology.TDX
     virtio_mem: Pluggable | None = None
     backing_page: int = PAGE_SIZE
-    """Page size of the shared memory on the host: a huge page is held as long as any of it is shared."""
+    """Page size of the host's shared memory: a huge page is held while any of it is shared."""
     conversions: int = 10_000
     """After boot, how many conversions are looked at: they fragment."""
     rate: Span | None = None
-    """Conversions per second after boot; None: what the devices suggest."""
+    """Conversions per second after boot; None: the devices' suggestion."""
 
     def check(self) -> None:
         """
         Check the values against each other.
 
-        :raises UsageError: One makes no sense; the text says which and what was expected.
+        :raises UsageError: One makes no sense; the text names it and the expected values.
         """
         if not LEAST_MEMORY <= self.memory <= _MOST_MEMORY or self.memory % PAGE_SIZE:
             raise UsageError(
@@ -115,7 +122,8 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
             raise UsageError(
                 f"profiles {', '.join(self.os)} of the guest's system exclude each other",
                 value=self.os,
-                expected="one of linux-swiotlb and linux-swiotlb-dynamic, one of lazy-accept and eager-accept",
+                expected="one of linux-swiotlb and linux-swiotlb-dynamic,"
+                " one of lazy-accept and eager-accept",
             )
         if self.backing_page not in (PAGE_SIZE, 2 * MIB, GIB):
             raise UsageError(
@@ -155,14 +163,14 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def most_memory(self) -> int:
-        """Bytes that can be there at all, what virtio-mem may plug among them."""
+        """Bytes that can be there at all, virtio-mem's among them."""
         return self.memory + (self.virtio_mem.size if self.virtio_mem else 0)
 
     def sections(self) -> list[int]:
         """
         Sizes of the parts of the guest's addresses that have RAM, in bytes, ascending.
 
-        Each node has a backend of its own, one after the other; the hole below 4 GiB divides one of them.
+        Each node has a backend of its own, one after the other; the hole below 4 GiB divides one.
         """
         low = self.memory if self.memory < _FITS_LOW else _LOW_MEMORY
         share = self.memory // self.numa_nodes // PAGE_SIZE * PAGE_SIZE
@@ -175,5 +183,5 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _question(profile: OsProfile) -> str:
-    """Name what a profile answers."""
+    """Name the options of a profile."""
     return "swiotlb" if "swiotlb" in profile else "accept"

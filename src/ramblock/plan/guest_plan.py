@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan for a guest: every policy on every target, and what to set where it does not fit."""
+"""A plan for a guest: every policy on every target, and settings where it does not fit."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def plan_guest(
     every = [row(guest, policy, target, limits) for target in TARGETS for policy in POLICIES]
     wanted = {(policy.value, target.name) for policy in policies for target in targets}
     rows = [each for each in every if (each.policy, each.target) in wanted]
-    # What would fit instead may be something that was not asked for.
+    # The choice that would fit instead may be one that was not asked for.
     lacking = {(each.policy, each.target) for each in rows}
     others = [each for each in every if (each.policy, each.target) not in lacking]
     fine = [each for each in others if each.verdict is Verdict.FITS and each.qemu is None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The limits of a host: the kernel's defaults, or what this host has."""
+"""The limits of a host: the kernel's defaults, or this host's own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ __all__ = ["Limits", "limits_of_host"]
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What a guest may run into. The defaults are those of Linux 7.3 and QEMU 10.1; None: no limit."""
+    """
+    Limits that a guest may reach.
+
+    The defaults are those of Linux 7.3 and QEMU 10.1; None: no limit.
+    """
 
     dma_entry_limit: int = 65_535
     """Mappings of a type1 container (drivers/vfio/vfio_iommu_type1.c: U16_MAX)."""
@@ -23,15 +27,19 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     server_maps: int = 65_535
     """Mappings that a vfio-user server takes; QEMU's default (VFIO_USER_DEF_MAP_MAX)."""
     memlock: int | None = None
-    """RLIMIT_MEMLOCK in bytes: what may be pinned."""
+    """RLIMIT_MEMLOCK in bytes: the limit on pinned memory."""
     cgroup: int | None = None
     """Memory of the control group, in bytes."""
     memslots: int = 32_764
-    """KVM's memory slots as QEMU sees them; its own check takes them into account (kata-containers #11721)."""
+    """
+    KVM's memory slots as QEMU sees them.
+
+    Its own check takes them into account (kata-containers #11721).
+    """
 
 
 def limits_of_host(root: Path = Path("/")) -> Limits:
-    """Read the limits of this host; what cannot be read is the default."""
+    """Read the limits of this host; a default stands for an unreadable one."""
     defaults = Limits()
     locked = locked_memory(root=root)
     return Limits(

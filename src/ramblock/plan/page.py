@@ -23,7 +23,8 @@ def write_guest_plan(path: Path, plan: GuestPlan) -> None:
     """
     Write the page of a guest that was simulated.
 
-    :raises UsageError: Plotly is not installed, the guest was not simulated, or the file cannot be written.
+    :raises UsageError: Plotly is not installed, the guest was not simulated, or the file cannot be
+        written.
     """
     if plan.simulated is None:
         raise UsageError("a plan without a simulation has no picture", expected="simulate it")
@@ -93,7 +94,7 @@ def write_trace_plan(path: Path, plan: TracePlan) -> None:
         columns=["policy", "target", "verdict", "most mappings", "at the end", "why"],
         rows=rows,
         notes=plan.notes,
-        notes_title="What this recording cannot tell",
+        notes_title="Gaps of this recording",
     )
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a recording tells of a guest: where its memory is, what it converted, and what its VMM's mappings came to.
+The facts of a recording: the guest's memory, its conversions, and its VMM's mappings.
 
-If the trace has the guest's side (page attributes or page states) the conversions are taken from that. Else the mappings of its busiest
-target are: what it maps is taken to become shared, and what it unmaps private. Nothing is replayed here; see
-:mod:`~ramblock.plan.trace_plan`.
+If the trace has the guest's side (page attributes or page states) the conversions are taken from
+that. Else the mappings of its busiest target are: a map is taken to make pages shared, an unmap to
+make them private. Nothing is replayed here; see :mod:`~ramblock.plan.trace_plan`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import islice, takewhile
 
 import msgspec
 
-from ramblock.memory.attributes import PageState
+from ramblock.discard.attributes import PageState
 from ramblock.plan.simulation import Place
 from ramblock.plan.workload import Request
 from ramblock.trace.events import (
@@ -35,14 +35,14 @@ from ramblock.units import PAGE_SIZE
 
 __all__ = ["Observed", "Recorded", "Steps"]
 
-#: Largest guest address that can be placed: what one process can reserve on x86 is 128 TiB.
+#: Largest guest address that can be placed: one process can reserve 128 TiB on x86.
 _MOST_ADDRESS = 1 << 46
 # Blocks of memory that a VMM makes; more in a row are conversions.
 _MOST_DECLARED = 64
 
 
 class Observed(msgspec.Struct):
-    """What a target did in the trace."""
+    """The calls of a target in the trace."""
 
     name: str
     maps: int = 0
@@ -189,11 +189,11 @@ class Recorded:
     def _target(self, name: str) -> _Target:
         return self._targets.setdefault(name, _Target(name))
 
-    # -- what it comes to -----------------------------------------------------------------------------------------
+    # -- results -----------------------------------------------------------------------------------
 
     @property
     def observed(self) -> list[Observed]:
-        """What each target did, busiest first."""
+        """The calls of each target, busiest first."""
         return [target.observed for target in self._by_calls()]
 
     def _by_calls(self) -> list[_Target]:
@@ -212,21 +212,21 @@ class Recorded:
             targets = self._by_calls()
             return targets[0].steps if targets else Steps()
         if self._ends and len(self._conversions):
-            # Our own traces say how each request ended; what was put back is left out.
+            # Our own traces tell the end of each request; one that was rolled back is left out.
             return self._conversions
         return self._attributes if len(self._attributes) else self._states
 
     @property
     def told_layout(self) -> bool:
-        """Whether the trace tells where the guest has memory, and not only what it converted."""
+        """Whether the trace tells where the guest has memory, besides its conversions."""
         return bool(self._declared) or self.from_mappings
 
     def ends(self, request: Request) -> bool:
         """
         Whether *request* takes a place away rather than to convert it.
 
-        A VMM that ends clears the attributes of its memory. Where the trace does not tell the end of a request, that looks like a guest that shares
-        all of a place at once.
+        A VMM that ends clears the attributes of its memory. Where the trace does not tell the end
+        of a request, that looks like a guest that shares all of a place at once.
         """
         if self._ends or self.from_mappings or request.to is PageState.PRIVATE:
             return False
@@ -236,8 +236,9 @@ class Recorded:
         """
         Find out where the guest has memory.
 
-        From the trace's own layout where it has one, and from what is made private before anything is shared: a VMM does so with its memory when it
-        makes it. All other ranges lie in one place around them. If the mappings stand for the guest there is one place around all of them.
+        From the trace's own layout where it has one, and from the ranges made private before
+        anything is shared: a VMM does so with new memory. All other ranges lie in one place around
+        them. If the mappings stand for the guest there is one place around all of them.
         """
         if self.from_mappings:
             end = max((end for _, end in self.steps.ranges()), default=0)

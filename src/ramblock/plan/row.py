@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One line of a plan: a policy, a target, what is needed, and which limits are in the way."""
+"""One line of a plan: a policy, a target, its needs, and the limits in the way."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Verdict(StrEnum):
 
     FITS = "fits"
     UNSURE = "may not fit"
-    """It fits at the low end of what is known and not at the high end."""
+    """It fits at the low end of the range and not at the high end."""
     REFUSED = "refused"
     """It does not fit even at the low end."""
     IMPOSSIBLE = "impossible"
-    """The target cannot do what the policy asks."""
+    """The target cannot follow the policy."""
 
 
 _ORDER = list(Verdict)
@@ -45,15 +45,19 @@ class Headroom(msgspec.Struct, frozen=True, kw_only=True):
     """At the high end; negative: how much is missing."""
     verdict: Verdict
     cause: str
-    """What uses it up, in words; empty where it fits."""
+    """The cause, in words; empty where it fits."""
     fails_at: int | None = None
-    """Bytes of shared memory that cannot be mapped any more; None: it fits, or mappings are not counted in pages."""
+    """
+    Bytes of shared memory that cannot be mapped any more.
+
+    None: it fits, or mappings are not counted in pages.
+    """
     counts_mappings: bool = False
     """Whether the limit is one of mappings, else of bytes."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """What comes of one policy on one target."""
+    """The outcome of one policy on one target."""
 
     policy: str
     target: str
@@ -73,7 +77,8 @@ def row(guest: Guest, policy: MappingPolicy, target: TargetKind, limits: Limits)
             policy=policy.value,
             target=target.name,
             verdict=Verdict.IMPOSSIBLE,
-            why=f"{target.name} cannot cut: a mapping has to be unmapped whole, so it must be no larger than a page",
+            why=f"{target.name} cannot cut: a mapping has to be unmapped whole,"
+            " so it must be no larger than a page",
         )
     wanted = need(guest, policy, target)
     least = total_size(boot_shares(guest)).low
@@ -82,7 +87,8 @@ def row(guest: Guest, policy: MappingPolicy, target: TargetKind, limits: Limits)
             policy=policy.value,
             target=target.name,
             verdict=Verdict.REFUSED,
-            why=f"the guest would share {format_size(least)} at boot, and has {format_size(guest.memory)}",
+            why=f"the guest would share {format_size(least)} at boot,"
+            f" and has {format_size(guest.memory)}",
             need=wanted,
         )
     headroom = _headroom(guest, policy, target, limits, wanted)
@@ -119,17 +125,17 @@ def _headroom(
             _compare(target.limit_name, limit, entries, cause, fails_at, counts_mappings=True)
         )
     if limits.memlock is not None and target.pins:
-        cause = "what is mapped is pinned, and pinned memory counts as locked"
+        cause = "mapped memory is pinned, and pinned memory counts as locked"
         found.append(_compare("RLIMIT_MEMLOCK", limits.memlock, wanted.pinned, cause))
     if limits.cgroup is not None:
-        # Memory that was accepted has a page of the host's; what was not may never be touched.
+        # Memory that was accepted has a page of the host's; the rest may never be touched.
         least = guest.memory if guest.eager_accept else total_size(boot_shares(guest)).low
         least = min(least, guest.memory)
         held = Span(least, guest.memory, guest.most_memory)
         held += wanted.held_twice + wanted.page_tables
         found.append(
             _compare("memory of the control group", limits.cgroup, held,
-                     "the guest's memory, what is held twice, and the IOMMU's tables")
+                     "the guest's memory, the part that is held twice, and the IOMMU's tables")
         )  # fmt: skip
     return found
 
@@ -161,7 +167,8 @@ def _compare(
 
 def _who_crosses(guest: Guest, limit: int, fails_at: int) -> str:
     """Say in which piece of shared memory the limit is reached."""
-    first = f"{limit:,} mappings of a page each: first fails at {format_size(fails_at)} of shared memory"
+    size = format_size(fails_at)
+    first = f"{limit:,} mappings of a page each: first fails at {size} of shared memory"
     total = 0
     for share in [*boot_shares(guest), *later_shares(guest), buffers(guest)]:
         total += share.size.high

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a guest shares, piece by piece, with the reason for each number.
+The memory that a guest shares, piece by piece, with the reason for each number.
 
-Where the number follows from a kernel's source it says which. Where it does not (what a GPU's driver stages, say) it is *assumed*, the
-range is wide, and the plan says so.
+Where the number follows from a kernel's source it says which. Where it does not (the staging
+buffers of a GPU's driver, say) it is *assumed*, the range is wide, and the plan says so.
 """
 
 from __future__ import annotations
@@ -48,13 +48,14 @@ class Share(msgspec.Struct, frozen=True):
 
 
 def boot_shares(guest: Guest) -> list[Share]:
-    """List what is shared when the guest is up, and stays so."""
+    """List the memory that is shared when the guest is up, and stays so."""
     return [
         Share(
             "SWIOTLB pool",
             swiotlb_bytes(guest.memory, guest.vcpus),
             Span.exactly(1),
-            "6 % of RAM, 64 MiB to 1 GiB (arch/x86/mm/mem_encrypt.c); rounded up to a power of two since Linux 6.0 (kernel/dma/swiotlb.c)",
+            "6 % of RAM, 64 MiB to 1 GiB (arch/x86/mm/mem_encrypt.c);"
+            " rounded up to a power of two since Linux 6.0 (kernel/dma/swiotlb.c)",
         ),
         _atomic_pools(guest),
         *_per_cpu(guest),
@@ -65,12 +66,16 @@ def boot_shares(guest: Guest) -> list[Share]:
             "virtqueues of console, disk, vsock and the like",
             assumed=True,
         ),
-        *(share for number, profile in enumerate(guest.devices) for share in _rings(guest, profile, number)),
+        *(
+            share
+            for number, profile in enumerate(guest.devices)
+            for share in _rings(guest, profile, number)
+        ),
     ]  # fmt: skip
 
 
 def _atomic_pools(guest: Guest) -> Share:
-    """DMA buffers for atomic contexts: a pool for each memory zone (kernel/dma/pool.c, dma_atomic_pool_init())."""
+    """DMA pools for atomic contexts, one per zone (dma_atomic_pool_init(), kernel/dma/pool.c)."""
     wanted = max(guest.memory // (GIB // (128 * KIB)), 128 * KIB)
     one = min(1 << (wanted - 1).bit_length(), _LARGEST_CHUNK)
     pools = Span.between(2, 3)  # the zones DMA and DMA32; NORMAL, where there is memory above 4 GiB
@@ -89,14 +94,15 @@ def _per_cpu(guest: Guest) -> Iterator[Share]:
             "GHCBs and KVM's clocks",
             pages.each(lambda count: count * PAGE_SIZE),
             pages,
-            "a GHCB for each vCPU, and what KVM writes to it (arch/x86/coco/sev, arch/x86/kernel/kvm.c)",
+            "a GHCB for each vCPU, and KVM's clocks (arch/x86/coco/sev, arch/x86/kernel/kvm.c)",
         )
 
 
 def _rings(guest: Guest, profile: Profile, number: int) -> Iterator[Share]:
     name = f"{profile} {number + 1}"
     if profile is Profile.NVME:
-        # A queue pair for each processor, if the device has as many: 1024 entries of 64 and of 16 bytes; the admin queue has 32.
+        # A queue pair for each processor, if the device has as many: 1024 entries of 64 and of 16
+        # bytes; the admin queue has 32.
         queues = Span.between(1, guest.vcpus)
         yield Share(
             f"{name}: queues",
@@ -128,7 +134,7 @@ def _rings(guest: Guest, profile: Profile, number: int) -> Iterator[Share]:
 
 
 def later_shares(guest: Guest) -> list[Share]:
-    """List what may be shared besides while the guest runs."""
+    """List the memory that may be shared besides while the guest runs."""
     shares = [
         Share(
             f"{profile} {number + 1}: staging buffers",
@@ -150,14 +156,19 @@ def later_shares(guest: Guest) -> list[Share]:
                 "SWIOTLB growth",
                 growth,
                 growth.each(lambda size: size // _LARGEST_CHUNK),
-                "pools of at most 4 MiB whenever the bounce buffers are used up, without a limit (CONFIG_SWIOTLB_DYNAMIC)",
+                "pools of at most 4 MiB whenever the bounce buffers are used up,"
+                " without a limit (CONFIG_SWIOTLB_DYNAMIC)",
             )
         )
     return shares
 
 
 def buffers(guest: Guest) -> Share:
-    """Describe what is shared in the conversions after boot; none of it where there are no such conversions."""
+    """
+    Describe the memory shared by the conversions after boot.
+
+    None of it where there are no such conversions.
+    """
     room = buffer_room(guest)
     return Share(
         "DMA buffers that come and go",
@@ -173,19 +184,28 @@ def buffers(guest: Guest) -> Share:
 
 
 def buffer_room(guest: Guest) -> int:
-    """Tell how many bytes are in such buffers at most; :mod:`~ramblock.plan.workload` keeps to it."""
+    """
+    Tell how many bytes are in such buffers at most.
+
+    :mod:`~ramblock.plan.workload` keeps to it.
+    """
     room = guest.memory // 8 // (2 * PAGE_SIZE) * (2 * PAGE_SIZE)
     return min(_MOST_BUFFERS, room, guest.conversions * _LARGEST_BUFFER)
 
 
 def firmware() -> Share:
-    """Describe the buffers that firmware shares for one request each, and takes back; none stays."""
+    """
+    Describe the buffers that firmware shares for one request each, and takes back.
+
+    None stays.
+    """
     requests = Span(0, 2_500, 5_000)
     return Share(
         "firmware's buffers",
         Span(0, requests.expected * 4 * PAGE_SIZE, requests.high * 8 * PAGE_SIZE),
         requests,
-        "about 5,000 in a boot through grub, most below 32 KiB (tianocore/edk2 PR 3709); none with a kernel that the VMM loads",
+        "about 5,000 in a boot through grub, most below 32 KiB (tianocore/edk2 PR 3709);"
+        " none with a kernel that the VMM loads",
         assumed=True,
     )
 
@@ -199,7 +219,11 @@ _RATES = {
 
 
 def conversion_rate(guest: Guest) -> Span:
-    """Tell how many conversions per second to expect after boot; assumed, unless the guest says so."""
+    """
+    Tell how many conversions per second to expect after boot.
+
+    Assumed, unless the guest says so.
+    """
     if guest.rate is not None:
         return guest.rate
     rate = _NONE

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a guest needs, found out by doing it: the conversions go through the real guest memory and the real mapper.
+A guest's needs by simulation. The conversions go through the real guest memory and mapper.
 
-One guest memory has three mappers, since no more differ in what they call: one mapping per page on a target that wants whole mappings back
-in any number (type1, vhost-vdpa), one per page on a target that wants each back by itself (iommufd, vfio-user), and one per run on a target that
-cuts (iommufd-cutting). The memory is real too, but nobody writes to it, so it costs nothing.
+One guest memory has three mappers, since no more differ in their calls: one mapping per page on a
+target that wants whole mappings back in any number (type1, vhost-vdpa), one per page on a target
+that wants each back by itself (iommufd, vfio-user), and one per run on a target that cuts
+(iommufd-cutting). The memory is real too, but nobody writes to it, so it costs nothing.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from types import TracebackType
 import msgspec
 
 from ramblock.bitmap import SparseBitmap
+from ramblock.discard.attributes import PageState
 from ramblock.dma.mapper import Mapper
 from ramblock.dma.target import DmaCapabilities, HostRange, MappingPolicy
 from ramblock.errors import DmaError, describe_range
 from ramblock.guest import GuestMemory
-from ramblock.memory.attributes import PageState
-from ramblock.memory.block import RamBlock
+from ramblock.guest.block import RamBlock
 from ramblock.plan.guest import Guest
 from ramblock.plan.targets import TargetKind
 from ramblock.plan.workload import End, Request, boot_requests, steady_requests
@@ -32,7 +33,7 @@ __all__ = ["Counts", "Place", "Simulated", "Simulation", "kind_of", "simulate"]
 
 _HIGH_START = 4 * GIB
 _MOST_POINTS = 2_000
-_TABLE = 2 * MIB  # what one table of the last level covers
+_TABLE = 2 * MIB  # span of one table of the last level
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -44,7 +45,7 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class Counts(msgspec.Struct):
-    """What one mapper did; it made one call to its target for each of these."""
+    """Counts of one mapper; it made one call to its target for each of these."""
 
     entries: int = 0
     peak_entries: int = 0
@@ -53,11 +54,11 @@ class Counts(msgspec.Struct):
     mapped: int = 0
     """Bytes."""
     tables: int = 0
-    """Tables of the last level of an IOMMU: pieces of 2 MiB of guest addresses that were ever mapped."""
+    """Tables of an IOMMU's last level: pieces of 2 MiB of guest addresses that were ever mapped."""
 
 
 class Simulated(msgspec.Struct, kw_only=True):
-    """What came of a simulation; by the names that :func:`kind_of` gives."""
+    """The outcome of a simulation; by the names that :func:`kind_of` gives."""
 
     boot: dict[str, Counts]
     """When the guest is up; of a trace: before its first conversion."""
@@ -67,7 +68,11 @@ class Simulated(msgspec.Struct, kw_only=True):
     """Bytes that are shared at the end."""
     peak_shared: int
     series: list[tuple[float, int, int, int]]
-    """Time or number of the conversion, bytes shared, mappings by page, mappings by run; peaks are kept when it is thinned."""
+    """
+    Time or number of the conversion, bytes shared, mappings by page, mappings by run.
+
+    Peaks are kept when it is thinned.
+    """
 
 
 def kind_of(target: TargetKind, policy: MappingPolicy) -> str:
@@ -79,7 +84,7 @@ def kind_of(target: TargetKind, policy: MappingPolicy) -> str:
 
 class _Target:
     """
-    An IOMMU that knows which pages are mapped and nothing else: that is all a count needs, and it is fast.
+    An IOMMU that knows which pages are mapped and nothing else: enough for a count, and fast.
 
     It also counts the tables that a hardware one would have.
     """
@@ -96,7 +101,7 @@ class _Target:
     def map(self, iova: int, memory: HostRange, *, writable: bool = True) -> None:
         end = iova + memory.size
         if self._mapped.set(iova // PAGE_SIZE, end // PAGE_SIZE) * PAGE_SIZE != memory.size:
-            raise DmaError(f"{describe_range(iova, memory.size)} is mapped", errno.EEXIST)
+            raise DmaError(errno.EEXIST, f"{describe_range(iova, memory.size)} is mapped")
         self._tables.set(iova // _TABLE, (end - 1) // _TABLE + 1)
 
     def unmap(self, iova: int, size: int) -> int:
@@ -133,10 +138,11 @@ class _Watched:
 
 class _ByPage:
     """
-    What a mapper with one mapping per page would have done, from what the one with runs did.
+    The work of a mapper with one mapping per page, derived from the one with runs.
 
-    A mapping is a page, so there are as many mappings as pages mapped, and as many calls as pages were mapped. To unmap, it makes the calls of the
-    other one, or one for each page where the target is exact.
+    A mapping is a page, so there are as many mappings as pages mapped, and as many calls as pages
+    were mapped. To unmap, it makes the calls of the other one, or one for each page where the
+    target is exact.
     """
 
     def __init__(self, by_run: _Watched, *, exact: bool) -> None:
@@ -165,8 +171,8 @@ class Simulation:
     A guest memory with the three mappers; a context manager, since it holds memory descriptors.
 
     :param places: Where the guest has memory; they must not overlap.
-    :param count_pages: Count what mappers with one mapping per page would do from what the one with runs does: the same numbers without
-        a call for each page, for guests that map terabytes.
+    :param count_pages: Count the work of mappers with one mapping per page from that of the one
+        with runs: the same numbers without a call for each page, for guests that map terabytes.
     """
 
     def __init__(self, places: Iterable[Place], *, count_pages: bool = False) -> None:
@@ -292,7 +298,7 @@ def simulate(
     Boot *guest* and let it convert, at one end of the ranges.
 
     :param progress: Called with the number of conversions since the last call.
-    :raises UsageError: The guest has too little memory for what it would share.
+    :raises UsageError: The guest has less memory than it would share.
     """
     low = min(guest.memory, 2 * GIB)
     places = [Place(0, low, confidential=True)]

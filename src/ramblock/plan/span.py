@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A number that is not known exactly: at least, at most, and what is most likely."""
+"""A number that is not known exactly: at least, at most, and most likely."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Span(msgspec.Struct, frozen=True):
         )
 
     def each(self, function: Callable[[int], int]) -> Span:
-        """Return what a function that never falls makes of it."""
+        """Apply a function that never falls."""
         return Span(function(self.low), function(self.expected), function(self.high))
 
     def __str__(self) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many guests: every combination of what varies, and one row of a table for each policy and target."""
+"""Many guests: each combination of values, and one row of a table for each policy and target."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from ramblock.units import MIB, parse_size
 
 __all__ = ["AXES", "COLUMNS", "Sweep", "parse_axis"]
 
-#: What can vary. ``policy`` and ``target`` choose rows, ``dma-entry-limit`` changes the host, the others the guest.
+#: The fields that can vary. ``policy`` and ``target`` choose rows, ``dma-entry-limit`` changes the
+#: host, the others the guest.
 AXES = (
     "memory", "vcpus", "numa", "device", "os", "tee", "virtio-mem", "backing", "conversions",
     "policy", "target", "dma-entry-limit",
@@ -32,8 +33,8 @@ _SPANS = (
 
 #: The columns of the table, in order. Bytes, and numbers; a range is three columns.
 COLUMNS = (
-    "guest", "memory", "vcpus", "numa_nodes", "devices", "os", "technology", "virtio_mem", "backing_page", "conversions",
-    "dma_entry_limit", "policy", "target", "verdict", "why",
+    "guest", "memory", "vcpus", "numa_nodes", "devices", "os", "technology", "virtio_mem",
+    "backing_page", "conversions", "dma_entry_limit", "policy", "target", "verdict", "why",
     *(f"{name}_{end}" for name in _SPANS for end in ("low", "expected", "high")),
     "worst_entries", "limit", "left", "qemu_needed", "qemu_passes",
 )  # fmt: skip
@@ -65,8 +66,10 @@ def parse_axis(text: str) -> tuple[str, tuple[str, ...]]:
     step = parse_size(step_text) if plus else 0
     if not 0 < low <= high or (plus and step <= 0):
         raise UsageError(
-            f"--sweep {text}", value=text, expected="LOW..HIGH with 0 < LOW <= HIGH, and a STEP above 0"
-        )  # fmt: skip
+            f"--sweep {text}",
+            value=text,
+            expected="LOW..HIGH with 0 < LOW <= HIGH, and a STEP above 0",
+        )
     found = []
     value = low
     while value <= high:
@@ -83,7 +86,7 @@ class Sweep(msgspec.Struct, frozen=True, kw_only=True):
     """A sweep; it can be sent to another process."""
 
     guest: Guest
-    """What does not vary."""
+    """The fixed values."""
     limits: Limits
     axes: tuple[tuple[str, tuple[str, ...]], ...]
 
@@ -117,7 +120,7 @@ class Sweep(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def names(self) -> list[str]:
-        """Name what varies from guest to guest."""
+        """Name the fields that vary from guest to guest."""
         return [name for name, _ in self.axes if name not in ("policy", "target")]
 
     def rows(self, first: int, points: Sequence[Point]) -> list[dict[str, Value]]:
@@ -144,7 +147,7 @@ class Sweep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _apply(guest: Guest, limits: Limits, values: Mapping[str, str]) -> tuple[Guest, Limits]:
-    """Change what varies."""
+    """Change the fields that vary."""
     for name, value in values.items():
         try:
             if name == "dma-entry-limit":

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a sweep: on the cores of this machine, or on a Dask cluster. Either can be interrupted and keeps what it has."""
+"""
+Running a sweep: on the cores of this machine, or on a Dask cluster.
+
+Either can be interrupted and keeps its rows.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ Progress = Callable[[int], None]
 
 
 class Swept(msgspec.Struct):
-    """What a sweep came to."""
+    """The outcome of a sweep."""
 
     rows: Table
     """In the order of the guests; those that were not reached are missing."""

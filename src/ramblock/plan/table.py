@@ -18,7 +18,8 @@ def check_table(path: Path) -> None:
     """
     Check that a table can be written there, before the work is done.
 
-    :raises UsageError: Neither CSV nor Parquet, the extra ``parquet`` is not installed, or there is no such folder.
+    :raises UsageError: Neither CSV nor Parquet, the extra ``parquet`` is not installed, or there is
+        no such folder.
     """
     if path.suffix not in (".csv", ".parquet"):
         raise UsageError(f"--table {path}", value=str(path), expected="a name in .csv or .parquet")
@@ -49,7 +50,7 @@ def write_table(path: Path, rows: Sequence[dict[str, Value]]) -> None:
 
 
 def write_csv(file: TextIO, rows: Sequence[dict[str, Value]]) -> None:
-    """Write the rows, with their names in the first line; what there is no value for is empty."""
+    """Write the rows, with their names in the first line; a missing value is empty."""
     writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

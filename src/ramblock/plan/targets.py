@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may map for the devices, what each can do, and where its limit is set."""
+"""The targets that can map for devices: abilities, and where the limit of each is set."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class TargetKind(msgspec.Struct, frozen=True, kw_only=True):
     exact: bool = False
     """An unmap has to name one whole mapping."""
     pins: bool = True
-    """Whether what is mapped is pinned in the host's memory."""
+    """Whether mapped memory is pinned on the host."""
     per_device: bool = False
     """Whether each device has a table of its own; else all devices of the guest share one."""
     limit: str | None = None
     """Which of the :class:`Limits` counts its mappings."""
     limit_name: str = ""
     checked_by_qemu: bool = False
-    """Whether QEMU adds up what may be mapped, and refuses to start (hw/vfio/listener.c)."""
+    """Whether QEMU adds up the possible mappings, and refuses to start (hw/vfio/listener.c)."""
 
     def max_mappings(self, limits: Limits) -> int | None:
         """How many mappings it may have; None: any number."""
@@ -55,7 +55,8 @@ TARGETS = (
         limit_name="vfio_iommu_type1.dma_entry_limit",
         checked_by_qemu=True,
     ),
-    # The kernel takes one unmap over several mappings too, but may stop half-way and does not say where; so our target asks for each.
+    # The kernel takes one unmap over several mappings too, but may stop half-way and does not say
+    # where; so our target asks for each.
     TargetKind(name="iommufd", exact=True),
     TargetKind(name="iommufd-cutting", cuts=True),
     TargetKind(

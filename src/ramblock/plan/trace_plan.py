@@ -24,7 +24,7 @@ _MOST_MAPPED = 16 * GIB
 
 
 class TraceRow(msgspec.Struct, frozen=True, kw_only=True):
-    """What one policy on one target would have needed for what is in the trace."""
+    """The needs of one policy on one target for the trace's conversions."""
 
     policy: str
     target: str
@@ -36,17 +36,17 @@ class TraceRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TracePlan(msgspec.Struct, kw_only=True):
-    """What a recording comes to."""
+    """The plan of a recording."""
 
     source: str
     rows: list[TraceRow]
     observed: list[Observed]
-    """What the recorded program did, by target."""
+    """The calls of the recorded program, by target."""
     simulated: Simulated
     seconds: float
     """From the first event to the last conversion; 0: the trace has no times."""
     notes: list[str]
-    """What the trace cannot tell, in sentences."""
+    """Gaps of the trace, in sentences."""
 
     @property
     def hopeless(self) -> bool:
@@ -108,7 +108,8 @@ def _make_simulation(path: str, recorded: Recorded, places: Sequence[Place]) -> 
     except OSError as error:
         size = sum(place.size for place in places)
         raise TraceError(
-            f"{path}: a guest with memory of {format_size(size)} cannot be laid out here: {error.strerror}",
+            f"{path}: a guest with memory of {format_size(size)} cannot be laid out here:"
+            f" {error.strerror}",
             path=path,
             line=0,
         ) from error
@@ -179,22 +180,27 @@ def _notes(recorded: Recorded, left_out: _LeftOut) -> list[str]:
     notes = []
     if recorded.from_mappings:
         notes.append(
-            "the trace has no page states: what its busiest target maps is taken for shared, each map call for one run"
+            "the trace has no page states: pages that its busiest target maps are taken for shared,"
+            " each map call for one run"
         )
     if recorded.unplaced:
         notes.append(
-            f"{recorded.unplaced:,} changes of page states are left out: the trace does not tell where their block is"
+            f"{recorded.unplaced:,} changes of page states are left out:"
+            " the trace does not tell where their block is"
         )
     if not recorded.told_layout:
         notes.append(
-            "the trace does not tell where the guest has memory, so it may begin in the middle: what was shared before is not in it"
+            "the trace does not tell where the guest has memory, so it may begin in the middle:"
+            " memory shared before is not in it"
         )
     if left_out.ends:
         notes.append(
-            f"{left_out.ends:,} requests that share all of a block at once are taken for its end, and left out"
+            f"{left_out.ends:,} requests that share all of a block at once are taken for its end,"
+            " and left out"
         )
     if left_out.elsewhere:
         notes.append(
-            f"{left_out.elsewhere:,} conversions are left out: they are not in one piece of memory that the trace tells of"
+            f"{left_out.elsewhere:,} conversions are left out: they are not in one piece of memory"
+            " that the trace tells of"
         )
     return notes

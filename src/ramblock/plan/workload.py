@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The conversions of a planned guest, in order: what it shares at boot, then buffers that come and go.
+The conversions of a planned guest, in order: those of boot, then buffers that come and go.
 
-Boot has what the formula counts, request by request, in the slices in which it reaches the VMM. After boot, under a seed: half of the conversions
-share a buffer of 4 KiB to 2 MiB (powers of two), the others make private the rest of one, or a quarter of the time only a part of it, which
-is what fragments. No more than 192 MiB, or an eighth of the guest, is in such buffers at once.
+Boot has the requests that the formula counts, in the slices in which it reaches the VMM. After
+boot, under a seed: half of the conversions share a buffer of 4 KiB to 2 MiB (powers of two), the
+others make private the rest of one, or a quarter of the time only a part of it, which fragments
+memory. No more than 192 MiB, or an eighth of the guest, is in such buffers at once.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from ramblock.discard.attributes import PageState
 from ramblock.errors import UsageError
-from ramblock.memory.attributes import PageState
 from ramblock.plan.formula import pages
 from ramblock.plan.guest import Guest
 from ramblock.plan.shares import Share, boot_shares, buffer_room, firmware
@@ -69,7 +70,7 @@ class _Addresses:
 
 
 def boot_requests(guest: Guest, end: End) -> Iterator[Request]:
-    """Yield the conversions of boot: firmware's buffers, which go again, and then what stays."""
+    """Yield the conversions of boot: firmware's buffers, which go again, then the lasting ones."""
     slice_size = None if end is End.LOW else guest.technology.slice_size
     addresses = _Addresses(guest)
     transient = firmware()
@@ -125,7 +126,7 @@ def steady_requests(guest: Guest, seed: int) -> Iterator[Request]:
             first = source.randrange(1, total - 1)
             start = buffer.gpa + first * PAGE_SIZE
             end = buffer.gpa + source.randrange(first + 1, total) * PAGE_SIZE
-            # What is left of it is freed later, as two buffers.
+            # The rest of it is freed later, as two buffers.
             live.append(_Buffer(buffer.gpa, start - buffer.gpa, buffer.slot))
             live.append(_Buffer(end, buffer.gpa + buffer.size - end, buffer.slot))
         buffer.slot.shared -= end - start
@@ -151,7 +152,7 @@ class _Buffer(NamedTuple):
 
 
 def _steady_part(guest: Guest) -> tuple[int, int]:
-    """Choose where buffers come and go, as (start, end): the upper half of the larger part of the guest's memory."""
+    """Choose the buffers' place, as (start, end): the upper half of the larger part of memory."""
     low = min(guest.memory, _LOW_END)
     high = guest.memory - low
     start, end = (0, low) if high <= low else (_HIGH_START, _HIGH_START + high)
@@ -160,7 +161,11 @@ def _steady_part(guest: Guest) -> tuple[int, int]:
 
 
 class _Slots:
-    """Room for buffers in the upper half of the guest's memory; those of one size are multiples of it."""
+    """
+    Room for buffers in the upper half of the guest's memory.
+
+    Those of one size are multiples of it.
+    """
 
     def __init__(self, guest: Guest) -> None:
         self._next, self._end = _steady_part(guest)
@@ -176,12 +181,13 @@ class _Slots:
         self._next = gpa + size
         if self._next > self._end:
             raise UsageError(
-                f"{size:#x} bytes at {gpa:#x} do not fit into the guest, which ends at {self._end:#x}",
+                f"{size:#x} bytes at {gpa:#x} do not fit into the guest,"
+                f" which ends at {self._end:#x}",
                 value=gpa,
                 expected="more memory, or fewer conversions",
             )
         return gpa
 
     def give_back(self, gpa: int, size: int) -> None:
-        """Note that nothing of a buffer of *size* bytes is shared any more, the last of it at *gpa*."""
+        """Note that a buffer of *size* bytes is wholly private again, the last of it at *gpa*."""
         self._free.setdefault(size, []).append(gpa // size * size)

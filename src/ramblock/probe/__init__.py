@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A vfio-user device that any VMM can plug in: it shows, records and checks which guest memory its VMM lets a device reach.
+A vfio-user device that any VMM can plug in; it checks the guest memory that a device reaches.
 
-:class:`Probe` is the server. ``ramblock probe`` runs one with a view for people; tests use it as a context manager.
+:class:`Probe` is the server. ``ramblock probe`` runs one with a view for people; tests use it as a
+context manager.
 """
 
 from ramblock.probe.record import Record, StaleWindow, Violation

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The config space of the probe's device: a type 0 header with one memory BAR, no interrupts and no capabilities.
+The config space of the probe's device: a type 0 header with one memory BAR, no interrupts.
 
 Layout: PCI Local Bus Specification 3.0, chapter 6; numbers as in include/uapi/linux/pci_regs.h.
 """
@@ -18,7 +18,7 @@ CONFIG_SIZE = 256
 _VENDOR, _COMMAND, _REVISION, _BAR0, _SUBSYSTEM = 0x00, 0x04, 0x08, 0x10, 0x2C
 _CACHE_LINE, _LATENCY, _INTERRUPT_LINE = 0x0C, 0x0D, 0x3C
 _CLASS_UNASSIGNED = 0xFF0000
-# Memory space and bus master: what the device has.
+# Memory space and bus master: all that the device has.
 _COMMAND_MASK = 0x0006
 _BUS_MASTER = 0x0004
 
@@ -48,12 +48,12 @@ class ConfigSpace:
         return bytes(self._bytes[offset : offset + size])
 
     def write(self, offset: int, data: bytes) -> None:
-        """Write; what is read-only stays as it is."""
+        """Write; read-only bits stay as they are."""
         for position, value in enumerate(data, offset):
             mask = self._mask[position]
             self._bytes[position] = self._bytes[position] & ~mask | value & mask
 
     def reset(self) -> None:
-        """Forget what a driver has written."""
+        """Forget a driver's writes."""
         for position, mask in enumerate(self._mask):
             self._bytes[position] &= ~mask

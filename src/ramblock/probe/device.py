@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a VMM sees of the probe: a PCI device with config space and one small BAR, by VFIO's messages."""
+"""The probe as a VMM sees it: a PCI device with config space and one small BAR, by messages."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ProbeDevice:
     """
     Answers everything but DMA_MAP and DMA_UNMAP.
 
-    :param memory: What its engine does DMA with.
+    :param memory: Its engine's access to the client's memory.
     """
 
     def __init__(self, memory: ReachesMemory) -> None:
@@ -59,7 +59,7 @@ class ProbeDevice:
         return self._config.bus_master
 
     def carry_out(self, message: Message) -> Message | int:
-        """Do what a request asks for; the answer, or the errno of a refusal."""
+        """Carry out a request; the answer, or the errno of a refusal."""
         match message:
             case GetDeviceInfo():
                 flags = DeviceFlags.VFIO_DEVICE_FLAGS_RESET | DeviceFlags.VFIO_DEVICE_FLAGS_PCI

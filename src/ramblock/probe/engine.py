@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registers of the probe's device, in BAR 0, and the engine behind them (layout: :mod:`ramblock.vfio.probe_registers`)."""
+"""The registers in BAR 0 (:mod:`ramblock.vfio.probe_registers`), and the engine behind them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class DmaEngine:
     """
     BAR 0.
 
-    :param memory: What it does DMA with.
+    :param memory: Its access to the client's memory.
     """
 
     def __init__(self, memory: ReachesMemory) -> None:
@@ -53,7 +53,7 @@ class DmaEngine:
         self.reset()
 
     def reset(self) -> None:
-        """Put all registers back to what they are at first."""
+        """Put all registers back to their first values."""
         self._bytes[:] = bytes(BAR_SIZE)
         struct.pack_into("<II", self._bytes, Register.MAGIC, MAGIC, _VERSION)
 

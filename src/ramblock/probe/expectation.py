@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a VMM says of itself, held against what it lets its device reach.
+A VMM's own account of its memory, held against its device's windows.
 
-QEMU tells over QMP how much of each virtio-mem device is plugged (query-memory-devices; qapi/machine.json). With a
-coordinated VMM the windows inside the device's region have as many bytes, once a change has settled.
+QEMU tells over QMP how much of each virtio-mem device is plugged (query-memory-devices;
+qapi/machine.json). With a coordinated VMM the windows inside the device's region have as many
+bytes, once a change has settled.
 """
 
 from __future__ import annotations
@@ -87,7 +88,11 @@ class VirtioMemExpectation:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop, and wait for the thread; QEMU may owe it an answer for ever (its one monitor is taken)."""
+        """
+        Stop, and wait for the thread.
+
+        QEMU may owe it an answer for ever (its one monitor is taken).
+        """
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -106,11 +111,11 @@ class VirtioMemExpectation:
     async def _watch(self) -> None:
         while not self._stopping.is_set():
             client = self._make_client()
-            # It says by itself what is no error here: that QEMU has not come yet.
+            # It logs an error that is none here: that QEMU has not come yet.
             client.logger.setLevel(logging.CRITICAL)
             try:
                 await client.connect(str(self._path))
-            except Exception:  # whatever it is, QEMU is not there yet, or not any more
+            except Exception:  # with any of them, QEMU is not there yet, or not any more
                 await asyncio.sleep(_EVERY_SECONDS)
                 continue
             try:
@@ -167,6 +172,7 @@ class VirtioMemExpectation:
                     now.gpa,
                     now.max_size,
                     None,
-                    f"of {now.name} {format_size(now.plugged)} are plugged, and windows have {format_size(now.mapped)}",
+                    f"of {now.name} {format_size(now.plugged)} are plugged,"
+                    f" and windows have {format_size(now.mapped)}",
                 )
             )

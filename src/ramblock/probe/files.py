@@ -2,11 +2,13 @@
 """
 The memory behind descriptors that a client sends.
 
-A client sends the same memfd with every map, each time as a new descriptor, thousands of times: one of them is kept.
+A client sends the same memfd with every map, each time as a new descriptor, thousands of times: one
+of them is kept.
 
-A client may make its file shorter at any moment. So nothing here is ever loaded from or stored to a mapping, which would be a
-SIGBUS: pread(2) tells, and for writes the kernel copies (process_vm_writev(2)). Not pwrite(2), which would make the file long
-again, and which hugetlbfs does not have.
+A client may make its file shorter at any moment. So nothing here is ever loaded from or stored to a
+mapping, which would be a SIGBUS: pread(2) tells, and for writes the kernel copies
+(process_vm_writev(2)). Not pwrite(2), which would make the file long again, and which hugetlbfs
+does not have.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ramblock.errors import describe_range
-from ramblock.memory.host_calls import address_of, write_own_memory
+from ramblock.hostmem.host_calls import address_of, write_own_memory
 
 __all__ = ["FileTable", "MemoryFile"]
 
@@ -41,7 +43,7 @@ class MemoryFile:
 
     @property
     def name(self) -> str:
-        """What it is, for people: ``/memfd:ram (deleted)``."""
+        """A description for people: ``/memfd:ram (deleted)``."""
         try:
             return str(Path(f"/proc/self/fd/{self._fd}").readlink())
         except OSError:
@@ -71,7 +73,8 @@ class MemoryFile:
         """
         Write bytes.
 
-        :raises OSError: They are not all there any more, or may not be written. Some of them may be.
+        :raises OSError: They are not all there any more, or may not be written. Some of them may
+            be.
         """
         if offset + len(data) > self.size():
             raise self._too_short(offset, len(data))

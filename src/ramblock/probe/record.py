@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a probe has seen: counts, violations, stale windows; and the events of its trace."""
+"""The record of a probe: counts, violations, stale windows; and the events of its trace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ramblock.units import PAGE_SIZE
 
 __all__ = ["Record", "StaleWindow", "Violation"]
 
-# Enough to look at; a client that goes astray for ever must not fill memory. All are counted, and all are in the trace.
+# Enough to look at; a client that goes astray for ever must not fill memory. All are counted, and
+# all are in the trace.
 _KEPT = 1000
 
 
@@ -28,7 +29,7 @@ class Violation(NamedTuple):
     address: int | None
     size: int | None
     errno: int | None
-    """What the client was told; None: nothing."""
+    """The answer to the client; None: nothing."""
     text: str
 
     def __str__(self) -> str:
@@ -64,7 +65,7 @@ class Record:
     def __init__(self, *traces: TraceWriter) -> None:
         self._traces = [trace for trace in traces if trace.active]
         self.clients = 0
-        #: What happened how often: ``map``, ``unmap``, ``touch``, ``scribble``, ``dma``, ``fault``.
+        #: Counts of events: ``map``, ``unmap``, ``touch``, ``scribble``, ``dma``, ``fault``.
         self.counts: Counter[str] = Counter()
         self.broken: Counter[Rule] = Counter()
         #: The first thousand.
@@ -94,7 +95,11 @@ class Record:
             trace.emit(event, **fields)
 
     def start(self, path: str, unmap: str) -> None:
-        """Note the start. A probe knows no blocks and no page states: only what its client lets a device reach."""
+        """
+        Note the start.
+
+        A probe knows no blocks and no page states: only the windows of its client.
+        """
         self.emit(
             "start",
             version=TRACE_VERSION,
@@ -145,7 +150,7 @@ class Record:
             windows=len(windows),
             bytes=sum(window.size for window in windows),
         )
-        # What was stale was so to the end: that a client leaves does not make it good.
+        # A stale window was stale to the end: it does not help that the client left.
         for window in windows:
             self._stale_now.pop(window, None)
         self.bytes_mapped = 0

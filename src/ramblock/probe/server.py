@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The probe: listens, serves one client after the other, touches what they map, and goes on until it is stopped."""
+"""The probe: listens, serves one client after the other, and touches their windows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LONGEST_PATH = 107
 
 class Probe:
     """
-    A vfio-user server that shows and checks what its client lets a device reach.
+    A vfio-user server that shows and checks its client's windows.
 
     Used as a context manager it serves on a thread of its own::
 
@@ -48,10 +48,10 @@ class Probe:
             probe.wait_for(lambda: probe.windows)
         assert probe.record.clean
 
-    It serves one client at a time; others wait. :attr:`record` says what it has seen.
+    It serves one client at a time; others wait. :attr:`record` has its observations.
 
     :param path: Where to listen. The socket of a probe that is gone is replaced.
-    :param unmap: What an unmap has to name.
+    :param unmap: The rule for an unmap.
     :param touch: Read random pages of the windows all the time.
     :param scribble: Write to them as well. The guest's data is lost.
     :param trace: Where events go; they stay the caller's to close.
@@ -91,7 +91,7 @@ class Probe:
         self._thread = threading.Thread(target=self._run, name="probe", daemon=True)
         self.record.start(str(self.path), unmap.value)
 
-    # -- for other threads ----------------------------------------------------------------------------------------
+    # -- for other threads -------------------------------------------------------------------------
 
     @property
     def windows(self) -> list[Window]:
@@ -139,9 +139,10 @@ class Probe:
 
     def read(self, address: int, size: int) -> bytes:
         """
-        Read as the device: what is behind the windows of the client that is there now.
+        Read as the device: memory behind the windows of the present client.
 
-        :raises IommuFault: A byte of it is not mapped, or is and cannot be had; or there is no client.
+        :raises IommuFault: A byte of it is not mapped, or is and cannot be had; or there is no
+            client.
         :raises RuntimeError: The probe does not serve.
         """
         future: Future[bytes] = Future()
@@ -163,7 +164,11 @@ class Probe:
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Stop serving, let go of the client, and remove the socket. Nothing happens the second time."""
+        """
+        Stop serving, let go of the client, and remove the socket.
+
+        Nothing happens the second time.
+        """
         self._stopping = True
         if self._bell >= 0:
             os.eventfd_write(self._bell, 1)
@@ -183,7 +188,7 @@ class Probe:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    # -- serving --------------------------------------------------------------------------------------------------
+    # -- serving -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
@@ -201,7 +206,7 @@ class Probe:
                 self._end(self._session, "the probe stops", bad=False)
 
     def _wait(self) -> None:
-        """Wait for whatever comes first."""
+        """Wait for the first event."""
         session = self._session
         if session is not None and session.has_more:
             return
@@ -259,7 +264,7 @@ class Probe:
 
     def _touch_page(self, session: Session, window: Window) -> None:
         if window.file is None and not session.bus_master:
-            return  # a client refuses what a device asks that may not do DMA yet
+            return  # a client refuses the requests of a device that may not do DMA yet
         address = window.address + self._random.randrange(0, window.size, PAGE_SIZE)
         # A window that cannot be reached is on record; the next one may be all right.
         with suppress(DmaRefusedError):
@@ -277,7 +282,11 @@ def _fault(address: int, size: int, why: str) -> IommuFault:
 
 
 def _listen(path: Path) -> socket.socket:
-    """Listen at *path*, which is there only when one can connect; a socket that nobody listens at any more is removed first."""
+    """
+    Listen at *path*, which is there only when one can connect.
+
+    A socket that nobody listens at any more is removed first.
+    """
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise UsageError(
             f"{path}: too long for a socket",
@@ -298,7 +307,8 @@ def _listen(path: Path) -> socket.socket:
 
 
 def _bind(listener: socket.socket, path: Path) -> None:
-    # The file appears with bind(2), and whoever connects before listen(2) is refused. So it gets its name last, if there is room for another.
+    # The file appears with bind(2), and a connection before listen(2) is refused. So it gets its
+    # name last, if there is room for another.
     first = path.with_name(f".{os.getpid():x}.{id(listener) & 0xFFFF:x}")
     if len(os.fsencode(first)) > _LONGEST_PATH:
         listener.bind(str(path))

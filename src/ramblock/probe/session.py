@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One client of a probe, from VERSION to its end: what it asks is answered, and held against the rules."""
+"""One client of a probe, from VERSION to its end: its requests are answered and checked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ramblock.probe.windows import Rule, RuleBroken, UnmapRule, Window, WindowTa
 
 __all__ = ["CAPABILITIES", "Session", "SessionEnded"]
 
-#: What the probe announces. The limit on windows is type1's, which VMMs know.
+#: The probe's announcement. The limit on windows is type1's, which VMMs know.
 CAPABILITIES = Capabilities(max_msg_fds=8, max_dma_maps=65535, write_multiple=True)
 
 # Plain numbers: the complement of an IntFlag has no bits but those that have names.
@@ -61,8 +61,9 @@ class Session:
     Serves one client. Not for several threads.
 
     :param link: The connection; closed by :meth:`close`.
-    :param rule: What an unmap has to name.
-    :param max_windows: How many windows there may be; the client is told its usual number, and meets this one as a refusal.
+    :param rule: The rule for an unmap.
+    :param max_windows: How many windows there may be. The client is told its usual number, and
+        meets this one as a refusal.
     """
 
     def __init__(
@@ -93,11 +94,11 @@ class Session:
         """Whether something is to be done although nothing may have arrived."""
         return bool(self._waiting)
 
-    # -- requests -------------------------------------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------------
 
     def serve(self) -> bool:
         """
-        Answer what has arrived, up to a number of requests.
+        Answer the requests that have arrived, up to a number.
 
         :return: Whether there may be more.
         :raises SessionEnded: The client has left, or has to.
@@ -134,7 +135,7 @@ class Session:
         try:
             outgoing = connection.reply(request, answer)
         except LocalProtocolError:
-            # More than the client takes, of what it asked for itself.
+            # More of its own request than the client takes.
             outgoing = connection.error(request, errno.EINVAL)
         self._send(outgoing)
 
@@ -161,7 +162,7 @@ class Session:
                 return self._unmap(message)
         return self._device.carry_out(message)
 
-    # -- windows --------------------------------------------------------------------------------------------------
+    # -- windows -----------------------------------------------------------------------------------
 
     def _map(self, message: DmaMap, request: Request) -> Message | int:
         try:
@@ -223,7 +224,7 @@ class Session:
         )
         return error.errno
 
-    # -- the device's DMA -----------------------------------------------------------------------------------------
+    # -- the device's DMA --------------------------------------------------------------------------
 
     def read(self, address: int, size: int) -> bytes:
         """
@@ -287,7 +288,7 @@ class Session:
         return DmaRefusedError(errno.EIO)
 
     def _ask(self, message: Message) -> Message | ErrorReply:
-        """Ask the client, and wait; what it asks meanwhile waits as well, in its order."""
+        """Ask the client, and wait; its requests of the meantime wait as well, in their order."""
         self._send(self._link.connection.request(message))
         deadline = monotonic() + _TIMEOUT_SECONDS
         while True:
@@ -311,7 +312,7 @@ class Session:
                     f"{_MOST_WAITING} requests and no answer to {message.command.name}", bad=True
                 )
 
-    # -- the end --------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
 
     def close(self, reason: str, *, bad: bool) -> None:
         """Let go of everything the client gave."""

@@ -24,7 +24,7 @@ _END = 1 << 64
 
 
 class UnmapRule(Enum):
-    """What an unmap has to name."""
+    """The rule for an unmap."""
 
     LENIENT = "lenient"
     """Whole windows, any number of them."""
@@ -33,7 +33,7 @@ class UnmapRule(Enum):
 
 
 class Rule(Enum):
-    """What a client can break."""
+    """Rules that a client can break."""
 
     EMPTY = "empty range"
     UNALIGNED = "not whole pages"
@@ -54,7 +54,7 @@ class Rule(Enum):
     PROTOCOL = "protocol"
     """The connection ended there."""
     EXPECTATION = "windows differ from what is plugged"
-    """The windows are not what the VMM says of itself."""
+    """The windows differ from the VMM's own account."""
 
 
 class RuleBroken(Exception):
@@ -62,7 +62,7 @@ class RuleBroken(Exception):
     A rule was broken, and nothing has changed.
 
     :ivar rule: Which.
-    :ivar errno: What the client is told.
+    :ivar errno: The answer to the client.
     """
 
     def __init__(self, rule: Rule, number: int, text: str) -> None:
@@ -84,7 +84,7 @@ class Window:
     offset: int
     """First byte in the file."""
     refused_unmap: tuple[int, int] | None = None
-    """The unmap, as (address, size), that should have removed it and was refused: the client may believe that it is gone."""
+    """The refused unmap, as (address, size): the client may believe that the window is gone."""
 
     @property
     def end(self) -> int:
@@ -104,7 +104,7 @@ class WindowTable:
     """
     Windows, disjoint, by address.
 
-    :param rule: What an unmap has to name.
+    :param rule: The rule for an unmap.
     :param limit: How many there may be.
     """
 
@@ -166,7 +166,8 @@ class WindowTable:
         Remove the windows of a range.
 
         :return: Those that were removed.
-        :raises RuleBroken: A rule forbids it. Windows that lie in the range as a whole stay, and are marked as stale.
+        :raises RuleBroken: A rule forbids it. Windows that lie in the range as a whole stay, and
+            are marked as stale.
         """
         _check(address, size)
         first, last = self._touching(address, size)
@@ -220,7 +221,8 @@ class WindowTable:
         """
         Find where an access goes.
 
-        :return: As (window, offset in the window, size), in order; empty: a byte of it may not be reached.
+        :return: As (window, offset in the window, size), in order; empty: a byte of it may not be
+            reached.
         """
         parts = []
         position, end = address, address + size

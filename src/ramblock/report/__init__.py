@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of what an audit saw: a page for browsers, a trace for the Perfetto UI."""
+"""Pictures of an audit: a page for browsers, a trace for the Perfetto UI."""

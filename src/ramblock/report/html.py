@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-One self-contained page: style, data, Plotly and our script in one file, and a policy that forbids it the network.
+One self-contained page: style, data, Plotly and our script in one file.
 
-A trace is not trusted: whatever it names (targets, files, rules) reaches the page as JSON, and our scripts put it there as text.
+A policy forbids it the network.
+
+A trace is not trusted: all its names (targets, files, rules) reach the page as JSON, and our
+scripts put it there as text.
 """
 
 from __future__ import annotations
@@ -42,15 +45,15 @@ def write_page(path: Path, *, title: str, data: object, body: str, script: str, 
     """
     Write a page.
 
-    :param data: What the script gets, as ``ramblock.data``.
+    :param data: The script's data, as ``ramblock.data``.
     :param body: HTML; a file of this package.
     :param script: JavaScript; a file of this package.
     :param style: CSS; a file of this package.
     :raises UsageError: Plotly is not installed.
-    :raises OSError: The file cannot be written. What was there may be gone.
+    :raises OSError: The file cannot be written. An older file may be gone.
     """
     plotly = require_plotly()
-    # "</script>" inside of a string would end the element, whatever JSON says.
+    # "</script>" inside of a string would end the element: HTML does not read JSON.
     encoded = msgspec.json.encode(data).decode().replace("<", "\\u003c")
     page = "\n".join(
         [

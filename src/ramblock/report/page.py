@@ -15,7 +15,8 @@ from ramblock.units import format_size
 
 __all__ = ["write_report"]
 
-#: Empty addresses between two parts of memory that are drawn as they are; wider ones are cut out of the picture.
+#: Empty addresses between two parts of memory that are drawn as they are; wider ones are cut out of
+#: the picture.
 _MOST_EMPTY = 16 << 20
 
 
@@ -33,8 +34,8 @@ def write_report(
     Write the page.
 
     :param findings: Worst first.
-    :param summary: What stands at its head, as pairs.
-    :param limits: What the trace cannot show, in sentences.
+    :param summary: The entries of its head, as pairs.
+    :param limits: Gaps of the trace, in sentences.
     :param timed: Whether the trace has times; else the order of its events stands for them.
     :raises UsageError: Plotly is not installed.
     :raises OSError: The file cannot be written.
@@ -45,7 +46,8 @@ def write_report(
     sentences = list(limits)
     if timeline.left_out:
         sentences.append(
-            f"the picture leaves out {timeline.left_out:,} parts that lasted at most {timeline.left_out_below / 1e9:g} s:"
+            f"the picture leaves out {timeline.left_out:,} parts that lasted at most"
+            f" {timeline.left_out_below / 1e9:g} s:"
             " there are too many to draw (the findings are complete)"
         )
     data = {
@@ -84,7 +86,7 @@ def write_report(
 def find_segments(
     rectangles: Sequence[Rectangle], findings: Sequence[Finding]
 ) -> list[tuple[int, int]]:
-    """Find the parts of the guest's addresses that there is something to show of: holes would be most of the picture."""
+    """Find the guest's addresses with something to show: holes would fill most of the picture."""
     ranges = sorted(
         [(each.start, each.end) for each in rectangles]
         + [(each.start, each.end) for each in findings if each.end > each.start]
@@ -103,7 +105,7 @@ def _rate(rate: Rate) -> dict[str, object]:
 
 
 def _stale_windows(findings: Sequence[Finding], ended: int) -> list[Rectangle]:
-    """Make rectangles of what stayed mapped after an unmap or an unplug: its page may not be known to be private."""
+    """Draw ranges that stayed mapped after an unmap or unplug: their state may be unknown."""
     return [
         Rectangle(
             each.since,

@@ -2,8 +2,9 @@
 """
 A trace for the Perfetto UI, in the Trace Event Format (JSON), which it opens as it is.
 
-Conversions are slices, findings instants (and windows slices of their own track), bytes shared and bytes mapped by each target are
-counters. It is written while the audit runs, so its memory does not grow with the trace.
+Conversions are slices, findings instants (and windows slices of their own track), bytes shared and
+bytes mapped by each target are counters. It is written while the audit runs, so its memory does not
+grow with the trace.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ _HELD = object()
 
 class PerfettoWriter:
     """
-    Watches an audit (:class:`~ramblock.trace.observer.AuditObserver`) and writes what it sees.
+    Watches an audit (:class:`~ramblock.trace.observer.AuditObserver`) and writes its events.
 
-    :param stream: Stays open; :meth:`close` completes what is in it.
+    :param stream: Stays open; :meth:`close` completes the file.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -96,7 +97,7 @@ class PerfettoWriter:
             self._instant(event.time, _FAULTS, f"{what} refused", f"{event.start:#x}", event.target)
 
     def found(self, finding: Finding) -> None:
-        """Write a finding: an instant where it began, and a slice for as long as its window was open."""
+        """Write a finding: an instant at its begin, and a slice for its window."""
         if finding.since is None:
             return
         track = self._track(finding.target or "the trace")
@@ -112,7 +113,8 @@ class PerfettoWriter:
         common = {"tid": track, "name": name, "cat": "finding", "args": args}
         self._write(ph="i", s="t", ts=finding.since / 1000, **common)
         if finding.duration:
-            # Windows of one target overlap, which slices of one track may not: asynchronous ones may.
+            # Windows of one target overlap, which slices of one track may not: asynchronous ones
+            # may.
             number = f"{finding.start:#x}/{finding.since}"
             self._write(ph="b", id=number, ts=finding.since / 1000, **common)
             end = finding.since + finding.duration

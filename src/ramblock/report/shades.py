@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a page of the guest looks like at one moment: its state, and who maps it.
+The shade of a guest page at one moment: its state, and who maps it.
 
-The audit tells page states and mappings; a picture needs both at once, for each run of pages. This joins them.
+The audit tells page states and mappings; a picture needs both at once, for each run of pages. This
+joins them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ __all__ = ["Cell", "GuestPicture", "Shade"]
 
 
 class Shade(IntEnum):
-    """How a run of pages is drawn. Where several share a point of the picture, the highest is seen."""
+    """
+    How a run of pages is drawn.
+
+    Where several share a point of the picture, the highest is seen.
+    """
 
     NOTHING = 0
     PRIVATE = 1
@@ -50,13 +55,15 @@ class Cell(NamedTuple):
 
 _NOTHING = Cell(0, None, frozenset())
 
-#: Called with the range, what it was, and what it is from now on.
+#: Called with the range, its old shade, and its new one.
 Changed = Callable[[int, int, Cell, Cell], None]
 
 
 class GuestPicture:
     """
-    The guest's memory as an audit shows it; one half of an :class:`~ramblock.trace.observer.AuditObserver`.
+    The guest's memory as an audit shows it.
+
+    One half of an :class:`~ramblock.trace.observer.AuditObserver`.
 
     :param changed: Called for each run whose state or targets change, before the change is kept.
     """
@@ -84,7 +91,7 @@ class GuestPicture:
                 self._set(low, high, cell, Cell(time, cell.private, cell.targets - {target}))
 
     def cells(self) -> list[tuple[int, int, Cell]]:
-        """Return what there is now, ascending."""
+        """Return the current ranges, ascending."""
         return list(self._cells.items())
 
     def _cells_in(self, start: int, end: int) -> list[tuple[int, int, Cell]]:

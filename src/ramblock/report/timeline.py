@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a report shows of a trace: rectangles of time and memory, and counts over time.
+The pictures of a trace: rectangles of time and memory, and counts over time.
 
-Its memory is bounded, whatever the length of the trace. When there are too many rectangles the shortest go, those that show a stale
-mapping last of all; when there are too many counts every second one goes, and of two the one with more stale bytes stays. What was
-left out is said on the page.
+Its memory is bounded for a trace of any length. When there are too many rectangles the shortest go,
+those that show a stale mapping last of all; when there are too many counts every second one goes,
+and of two the one with more stale bytes stays. The page tells of rectangles that were left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ _MOST_BUCKETS = 1_000
 
 
 class Rectangle(NamedTuple):
-    """A run of pages that looked the same for a while. Nanoseconds of the trace's clock, guest addresses in bytes; ends exclusive."""
+    """
+    A run of pages that looked the same for a while.
+
+    Nanoseconds of the trace's clock, guest addresses in bytes; ends exclusive.
+    """
 
     since: int
     until: int
@@ -67,7 +71,7 @@ class Rate:
 
 class Timeline:
     """
-    Watches an audit (:class:`~ramblock.trace.observer.AuditObserver`) and keeps what a picture of it needs.
+    Keeps the data of an audit's picture; an :class:`~ramblock.trace.observer.AuditObserver`.
 
     :param most: Rectangles to keep.
     """
@@ -84,7 +88,8 @@ class Timeline:
         #: Rectangles that were left out, and the longest of them in nanoseconds.
         self.left_out = 0
         self.left_out_below = 0
-        #: Conversions that ended, where the trace tells; else changes of page states; and accesses that an IOMMU refused.
+        #: Conversions that ended, where the trace tells; else changes of page states; and accesses
+        #: that an IOMMU refused.
         self.conversions = Rate()
         self.changes = Rate()
         self.faults = Rate()

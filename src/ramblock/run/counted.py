@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run's guest memory: notes of every request how it ended, whoever made it."""
+"""The run's guest memory: notes the outcome of every request, from script or guest."""
 
 from __future__ import annotations
 
 import logging
 from time import perf_counter_ns
 
+from ramblock.discard.attributes import PageState
 from ramblock.errors import (
     ConversionError,
-    ConversionInterrupted,
     MappingLimitError,
     PoisonedError,
     RamblockError,
@@ -17,7 +17,6 @@ from ramblock.errors import (
 from ramblock.guest.conversion import ConversionResult
 from ramblock.guest.memory import GuestMemory
 from ramblock.guest.vm import Vm
-from ramblock.memory.attributes import PageState
 from ramblock.run.guest_script import Action, Request
 from ramblock.run.tally import Outcome, Tally
 from ramblock.run.verifier import Verifier
@@ -45,7 +44,7 @@ class CountedMemory(GuestMemory):
         self.peak_entries = 0
         #: Most pages shared at once.
         self.peak_shared_pages = 0
-        #: What the next request is about; callers say so before they make it.
+        #: Purpose of the next request; callers set it before they make the request.
         self.action = Action.HOSTILE
         #: How the latest request ended.
         self.outcome = Outcome.REFUSED
@@ -57,19 +56,15 @@ class CountedMemory(GuestMemory):
         self.action = request.action
         try:
             self.convert(request.gpa, request.size, request.to)
-        except ConversionInterrupted:
-            raise
         except (UsageError, MappingLimitError, ConversionError) as error:
             _log.debug("request refused: %s", error)  # it is counted
         return self.outcome
 
     def convert(self, gpa: int, size: int, to: PageState) -> ConversionResult:
-        """Convert, and count; raises what it always raises."""
+        """Convert, and count; raises as its base does."""
         clock = _Clock(self._verifier)
         try:
             result = super().convert(gpa, size, to)
-        except ConversionInterrupted:
-            raise
         except RamblockError as error:
             clock.stop()
             self.outcome, reason = _classify(error)
@@ -112,7 +107,7 @@ class CountedMemory(GuestMemory):
 
 
 class _Clock:
-    """Times one conversion, with and without what the verifier spent meanwhile in this thread."""
+    """Times one conversion, with and without the verifier's time in this thread."""
 
     __slots__ = ("_began", "_verifier", "_watching", "own_ns", "took_ns")
 
@@ -129,7 +124,7 @@ class _Clock:
 
 
 def _classify(error: RamblockError) -> tuple[Outcome, str]:
-    """Tell what a failed conversion counts as, and why it failed, in a few words."""
+    """Return the outcome to count for a failed conversion, and the cause in a few words."""
     if isinstance(error, PoisonedError):
         return Outcome.POISONED, str(error)
     if isinstance(error, ConversionError):
@@ -137,22 +132,17 @@ def _classify(error: RamblockError) -> tuple[Outcome, str]:
     if isinstance(error, MappingLimitError):
         return Outcome.OVER_BUDGET, f"the budget of {error.limit} mappings is used up"
     if isinstance(error, UsageError):
-        return Outcome.REFUSED, _usage_reason(error)
+        return Outcome.REFUSED, _USAGE_REASONS.get(error.reason or "", str(error))
     raise error
 
 
-_USAGE_REASONS = (
-    ("nothing is mapped", "a hole"),
-    ("no private backing", "RAM without private backing"),
-    ("not aligned", "not aligned to pages"),
-    ("does not lie in", "past the end of the address space"),
-    ("must not be negative", "a negative address"),
-)
-
-
-def _usage_reason(error: UsageError) -> str:
-    text = str(error)
-    return next((reason for part, reason in _USAGE_REASONS if part in text), text)
+_USAGE_REASONS = {
+    "hole": "a hole",
+    "no private side": "RAM without private backing",
+    "alignment": "not aligned to pages",
+    "limit": "past the end of the address space",
+    "empty": "empty, or a negative address",
+}
 
 
 def _encodable(value: int) -> int | str:

@@ -2,8 +2,9 @@
 """
 A device that does DMA on a thread of its own, beside the conversions.
 
-It writes to the buffers that the guest gave it, reads back, and compares. And it misbehaves: it reads what it was not
-given (a buffer it gave back, any address), and reads and writes memory that the guest never shared, which must fault.
+It writes to the buffers that the guest gave it, reads back, and compares. And it misbehaves: it
+reads memory that it was not given (a buffer it gave back, any address), and reads and writes memory
+that the guest never shared, which must fault.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ __all__ = ["Buffer", "Device", "DeviceCounts", "SoftDevice"]
 
 #: One access in each of these: a page.
 ACCESS_STEP = 4096
-#: What one access transfers.
+#: Bytes of one access.
 ACCESS_BYTES = 64
-# A device is not the load here: it must run beside the conversions without starving them of the interpreter, on a machine that is
-# emulated as well. So it rests this many times as long as it was busy.
+# A device is not the load here: it must run beside the conversions without starving them of the
+# interpreter, on a machine that is emulated as well. So it rests this many times as long as it was
+# busy.
 _REST = 4
 
 
@@ -37,7 +39,7 @@ class Buffer:
     gpa: int
     size: int
     device: int
-    #: What the device wrote last at each offset: one word of 64 bits, repeated.
+    #: The device's last write at each offset: one word of 64 bits, repeated.
     written: dict[int, bytes] = field(default_factory=dict)
     #: Held while the device uses it.
     in_use: threading.Lock = field(default_factory=threading.Lock)
@@ -45,14 +47,14 @@ class Buffer:
 
 @dataclass
 class DeviceCounts:
-    """What the devices did."""
+    """Counts of the devices' work."""
 
     accesses: int = 0
     bytes: int = 0
     faults_own: int = 0
     """In the device's own buffers: must be none."""
     probes: int = 0
-    """Accesses to what the device was not given."""
+    """Accesses to memory that the device was not given."""
     probes_faulted: int = 0
     forbidden: int = 0
     """Accesses to memory that was never shared."""
@@ -65,10 +67,10 @@ class DeviceCounts:
 
 class Device(threading.Thread):
     """
-    What all devices have in common: their buffers, and a thread that does one round after the other.
+    The base of all devices: their buffers, and a thread that does rounds of DMA.
 
     :param number: Its index.
-    :param target: Name of what maps for it.
+    :param target: Name of its DMA target.
     :param pause: Seconds between two rounds, at least.
     """
 
@@ -82,7 +84,8 @@ class Device(threading.Thread):
         self._pause = pause
         self._buffers: list[Buffer] = []
         self.given_back: list[tuple[int, int]] = []
-        # A plain lock, not a Condition: the guest's thread can be interrupted by Ctrl-C, and a Condition would stay taken then.
+        # A plain lock, not a Condition: the guest's thread can be interrupted by Ctrl-C, and a
+        # Condition would stay taken then.
         self._lists = threading.Lock()
         self._stopping = threading.Event()
         self._serial = count(1)
@@ -137,7 +140,7 @@ class Device(threading.Thread):
         """Do DMA at *offset* of *buffer*, which stays the device's meanwhile."""
 
     def fresh_data(self) -> bytes:
-        """Make what was not written before: the device's number, and a serial number."""
+        """Make data that was not written before: the device's number, and a serial number."""
         word = next(self._serial) | (int(self.name.removeprefix("device")) + 1) << 48
         return word.to_bytes(8, "little") * (ACCESS_BYTES // 8)
 
@@ -149,9 +152,10 @@ class SoftDevice(Device):
     """
     A device that reads and writes on command: one in software, or that of a probe.
 
-    :param iommu: What it sits behind.
+    :param iommu: Its IOMMU.
     :param ram: Guest ranges it may probe, as (gpa, size).
-    :param forbidden: A range that the guest never shares, as (gpa, size); None where that is not known.
+    :param forbidden: A range that the guest never shares, as (gpa, size); None where that is not
+        known.
     """
 
     def __init__(
@@ -194,7 +198,11 @@ class SoftDevice(Device):
         self.counts.bytes += 2 * len(data)
 
     def _probe(self) -> None:
-        """Read what it was not given: whether that faults depends on what it is just now; the verifier knows."""
+        """
+        Read memory that it was not given: whether that faults depends on its present state.
+
+        The verifier knows.
+        """
         with self._lists:
             where = (
                 self.random.choice(self.given_back)

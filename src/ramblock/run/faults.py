@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults on purpose: which calls of a run fail, so that people can watch rollback, accounts and poison."""
+"""Faults on purpose: calls of a run that fail, to show rollback, accounts and poison."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FaultPlan:
     fail_free: set[int] = field(default_factory=set)
     armed: bool = False
     happened: Counter[str] = field(default_factory=Counter)
-    """What has failed so far, by kind."""
+    """Failures so far, by kind."""
     _attributes: int = 0
     _frees: int = 0
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What the guest does: a stream of conversion requests, made from a workload and a seed.
+The guest's script: a stream of conversion requests, made from a workload and a seed.
 
-The stream depends on the seed and on the answers, never on time or on the devices, so that a run can be repeated. A buffer
-is shared before a device gets it and taken back before it is made private, as a driver does; the hostile requests go to a
-part of memory of their own, and to addresses where nothing is.
+The stream depends on the seed and on the answers, never on time or on the devices, so that a run
+can be repeated. A buffer is shared before a device gets it and taken back before it is made
+private, as a driver does; the hostile requests go to a part of memory of their own, and to
+addresses where nothing is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from ramblock.memory.attributes import PageState
+from ramblock.discard.attributes import PageState
 from ramblock.run.device import Buffer
 from ramblock.run.layout import BlockPlace
 from ramblock.run.scenario import Workload
@@ -28,7 +29,7 @@ _SHARED, _PRIVATE = PageState.SHARED, PageState.PRIVATE
 
 
 class Action(Enum):
-    """What a request is about."""
+    """The purpose of a request."""
 
     SWIOTLB = "swiotlb"
     RING = "ring"
@@ -61,7 +62,7 @@ class _Zones:
 
 
 def swiotlb_size(memory: int) -> int:
-    """Size of the bounce buffer pool in bytes: 6 % of RAM, 64 MiB to 1 GiB (Linux arch/x86/mm/mem_encrypt.c)."""
+    """Bytes of the bounce buffer pool: 6 % of RAM, 64 MiB to 1 GiB (arch/x86/mm/mem_encrypt.c)."""
     return min(max(memory * 6 // 100, 64 * MIB), GIB) // _SLICE * _SLICE
 
 
@@ -69,7 +70,7 @@ class GuestScript:
     """
     The guest of one run.
 
-    :param workload: What it does.
+    :param workload: Its actions.
     :param places: Its blocks.
     :param devices: How many devices it has.
     :param seed: Same seed, same requests.
@@ -119,7 +120,11 @@ class GuestScript:
         )
 
     def _plan_slots(self) -> dict[int, list[int]]:
-        """Free places of each buffer size; each size has its own part of the zone, small ones the first."""
+        """
+        Free places of each buffer size.
+
+        Each size has its own part of the zone, small ones the first.
+        """
         buffers = self._workload.buffers
         sizes = []
         size = int(buffers.min_size)
@@ -135,10 +140,10 @@ class GuestScript:
             slots[size] = [start + number * size for number in range(count - 1, -1, -1)]
         return slots
 
-    # -- boot -----------------------------------------------------------------------------------------------------
+    # -- boot --------------------------------------------------------------------------------------
 
     def boot(self) -> Iterator[Request]:
-        """Yield what the guest shares at boot."""
+        """Yield the guest's requests at boot."""
         gpa, size = self._zones.swiotlb
         for start in range(gpa, gpa + size, _SLICE):
             yield Request(start, _SLICE, _SHARED, Action.SWIOTLB)
@@ -150,7 +155,7 @@ class GuestScript:
                 yield Request(ring.gpa, ring.size, _SHARED, Action.RING, ring)
                 start += ring.size
 
-    # -- afterwards -----------------------------------------------------------------------------------------------
+    # -- afterwards --------------------------------------------------------------------------------
 
     def steady(self) -> Iterator[Request]:
         """Yield requests without end."""
@@ -202,7 +207,11 @@ class GuestScript:
             self._free_slots[buffer.size].append(buffer.gpa)
 
     def _accept(self) -> Request:
-        """Lazily accepted memory: 2 MiB made private that is private; when all is accepted, single pages again."""
+        """
+        Lazily accepted memory: 2 MiB made private that is private.
+
+        When all is accepted, single pages again.
+        """
         gpa, size = self._zones.accept
         start = gpa + self._accepted
         if self._accepted + _SLICE <= size:

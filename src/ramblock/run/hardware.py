@@ -2,12 +2,14 @@
 """
 Real devices behind a real IOMMU, for a run: QEMU's edu and iommu-testdev, opened through VFIO.
 
-What both can do is to write somewhere and to tell whether it got there. iommu-testdev is told by its result register, at once. edu says
-nothing and takes a tenth of a second for each transfer; what it wrote it is made to read again, and a fault gives zeros.
+Both can write somewhere and tell whether it got there. iommu-testdev is told by its result
+register, at once. edu says nothing and takes a tenth of a second for each transfer; it is made to
+read its write again, and a fault gives zeros.
 
-Neither can read for its own sake without disturbing what is there, so a real device probes nothing that may be somebody's buffer: it
-tries memory that was never shared, a buffer that has just been made private (the caller sees to it that nobody converts
-meanwhile), and at the end of the run a sample of everything.
+Neither can read for its own sake without disturbing memory, so a real device probes nothing that
+may be somebody's buffer: it tries memory that was never shared, a buffer that has just been made
+private (the caller sees to it that nobody converts meanwhile), and at the end of the run a sample
+of everything.
 """
 
 from __future__ import annotations
@@ -50,12 +52,16 @@ class DmaEngine(Protocol):
 
     name: str
     rest_seconds: float
-    """Between two rounds: what is slow must not hold up who waits for a buffer."""
+    """Between two rounds: slow work must not hold up a thread that waits for a buffer."""
     audit_pages: int
     """How many pages of each kind it can try at the end."""
 
     def write(self, iova: int, data: bytes) -> bytes | None:
-        """Write to *iova*, *data* or what the device always writes; return it, or None if the IOMMU refused."""
+        """
+        Write to *iova*, *data* or the device's fixed value.
+
+        Return it, or None if the IOMMU refused.
+        """
 
 
 class TestdevEngine:
@@ -92,8 +98,8 @@ class EduEngine:
         """
         Refuse an edu that does not reach all of the guest.
 
-        The page lies behind all of it: what reaches the page reaches the guest. An address that is cut off faults, since
-        nothing else is mapped yet.
+        The page lies behind all of it: a device that reaches the page reaches the guest. An address
+        that is cut off faults, since nothing else is mapped yet.
         """
         proof = os.urandom(_PROOF_BYTES)
         self._bounce.write(proof)
@@ -102,7 +108,8 @@ class EduEngine:
         self._device.store(self._bounce.iova, len(proof))
         if self._bounce.read(len(proof)) != proof:
             raise UsageError(
-                f"edu does not reach {self._bounce.iova:#x}: its DMA mask is too small, or the IOMMU is not in its way",
+                f"edu does not reach {self._bounce.iova:#x}: its DMA mask is too small,"
+                " or the IOMMU is not in its way",
                 value=self._bounce.iova,
                 expected="QEMU started with -device edu,dma_mask=0xffffffffffff",
             )
@@ -120,7 +127,7 @@ class HardwarePort:
     :param kind: How.
     :param address: Which device.
     :param bounce_iova: Where a page of its driver's may be mapped: outside the guest.
-    :raises DmaError: The kernel refused; the device is bound to what it was bound to.
+    :raises DmaError: The kernel refused; the device is bound to its earlier driver.
     :raises UsageError: It is no device that this module drives.
     """
 
@@ -151,7 +158,7 @@ class HardwarePort:
 
     @property
     def description(self) -> str:
-        """What it is, for people."""
+        """A description, for people."""
         mode = "type1"
         if isinstance(self.target, IommufdIoas):
             mode = f"iommufd, {self.target.mode.value}"
@@ -164,7 +171,11 @@ class HardwarePort:
         return None if limit is None else limit - self.own_entries
 
     def entries_in_kernel(self) -> int | None:
-        """Tell how many mappings a mapper has made, as the kernel counts them; None where it does not."""
+        """
+        Tell how many mappings a mapper has made, as the kernel counts them.
+
+        None where it does not.
+        """
         if isinstance(self.target, IommufdIoas):
             return None
         limit, available = self.target.capabilities.max_mappings, self.target.available
@@ -172,7 +183,7 @@ class HardwarePort:
 
     def close(self) -> None:
         """
-        Unmap everything, close the device, and bind it to what it was bound to.
+        Unmap everything, close the device, and bind it to its earlier driver.
 
         :raises DmaError: The kernel refused one of these; the others were done.
         """
@@ -183,9 +194,10 @@ class HardwareDevice(Device):
     """
     A real device.
 
-    :param target: What maps for it, watched.
+    :param target: Its DMA target, watched.
     :param engine: Its driver.
-    :param forbidden: A range that the guest never shares, as (gpa, size); None where that is not known.
+    :param forbidden: A range that the guest never shares, as (gpa, size); None where that is not
+        known.
     """
 
     def __init__(
@@ -226,7 +238,11 @@ class HardwareDevice(Device):
         self.counts.bytes += len(written)
 
     def taken_away(self, buffer: Buffer) -> None:
-        """Try a buffer that has just been made private: it must fault. A slow device tries only now and then."""
+        """
+        Try a buffer that has just been made private: it must fault.
+
+        A slow device tries only now and then.
+        """
         if monotonic() < self._next_try:
             return
         self.counts.probes += 1
@@ -235,7 +251,7 @@ class HardwareDevice(Device):
 
     def audit(self, shared: Ranges, private: Ranges) -> None:
         """
-        Try a sample of all pages, once its thread has stopped: shared ones must be reached, private ones must not.
+        Try a sample of all pages after the thread has stopped: only shared ones are reached.
 
         :param shared: As (gpa, size), writable.
         :param private: As (gpa, size).
@@ -273,7 +289,7 @@ class HardwarePorts:
     """
     Real devices, each in a container or an address space of its own.
 
-    :param kind: What maps for them.
+    :param kind: Their DMA target.
     :param addresses: Which.
     :param bounce_iova: As for :class:`HardwarePort`.
     :raises DmaError: The kernel refused one of them; none is held.
@@ -293,7 +309,7 @@ class HardwarePorts:
 
     @property
     def descriptions(self) -> list[str]:
-        """What each of them is, for people."""
+        """A description of each, for people."""
         return [port.description for port in self._ports]
 
     def watch(self, watch: Watch) -> Sequence[WatchedTarget]:
@@ -331,7 +347,7 @@ class HardwarePorts:
         return {name: count for name, count in counts.items() if count is not None}
 
     def audit(self, shared: Ranges, private: Ranges) -> None:
-        """Let each device try a sample: what is not known from tables is at least tried."""
+        """Let each device try a sample, since no table is known."""
         for device in self._devices:
             device.audit(shared, private)
 
@@ -341,7 +357,7 @@ class HardwarePorts:
 
     def close(self) -> None:
         """
-        Unmap everything, and bind the devices to what they were bound to.
+        Unmap everything, and bind the devices to their earlier drivers.
 
         :raises DmaError: The kernel refused some of it; the rest was done.
         """

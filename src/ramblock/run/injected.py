@@ -35,7 +35,7 @@ class InjectedTarget:
         )
 
     def account(self) -> None:
-        """Add to the plan's account what has failed here."""
+        """Add the failures here to the plan's account."""
         plan, faulty = self._plan, self._faulty
         if faulty is not None:
             plan.happened["map"] = sum(number <= faulty.map_calls for number in plan.fail_map)

@@ -2,8 +2,9 @@
 """
 The main job: a confidential guest that converts pages while devices do DMA, watched by a verifier.
 
-Memory, its freeing, and the accesses through IOVAs are real in any case. Who makes the requests (a script, or a guest on a vCPU of
-KVM) and what the devices are (threads behind software IOMMUs, or real ones behind VFIO) is the scenario's choice.
+Memory, its freeing, and the accesses through IOVAs are real in any case. Who makes the requests (a
+script, or a guest on a vCPU of KVM) and the kind of the devices (threads behind software IOMMUs, or
+real ones behind VFIO) are the scenario's choice.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
+from ramblock.discard.attributes import PageState
 from ramblock.dma.mapper import Mapper
 from ramblock.dma.target import DmaTarget, HostRange
 from ramblock.errors import RamblockError
 from ramblock.events import StateChanged
-from ramblock.memory.attributes import PageState
-from ramblock.memory.backend import HostMemoryBackend
-from ramblock.memory.block import RamBlock
+from ramblock.guest.block import RamBlock
+from ramblock.hostmem.backend import HostMemoryBackend
 from ramblock.run.counted import CountedMemory
 from ramblock.run.device import Device
 from ramblock.run.faults import FaultPlan
@@ -55,7 +56,8 @@ __all__ = ["Progress", "Run"]
 
 _PROGRESS_EVERY = 64
 _REQUESTS = 26_000
-# With a vCPU or real devices, which may be emulated ones on an emulated machine, a hundred times slower: a minute or two there.
+# With a vCPU or real devices, which may be emulated ones on an emulated machine, a hundred times
+# slower: a minute or two there.
 _REQUESTS_ON_REAL_PARTS = 500
 
 
@@ -70,12 +72,13 @@ class Run:
     """
     One run: build it, :meth:`execute` it, read the report.
 
-    :param scenario: What to run.
+    :param scenario: The scenario.
     :param trace_path: Where to write the trace; None: nowhere.
-    :raises UsageError: Unknown workload, faults that cannot be read, or this host lacks what was asked for; the text says what.
+    :raises UsageError: Unknown workload, faults that cannot be read, or this host lacks a requested
+        part; the text names it.
     :raises TraceError: The workload is a trace that cannot be read.
-    :raises OSError: The host lacks memory, a file cannot be opened, or the kernel refused. Nothing is held, and devices are
-        bound to what they were bound to.
+    :raises OSError: The host lacks memory, a file cannot be opened, or the kernel refused. Nothing
+        is held, and devices are bound to their earlier drivers.
     """
 
     def __init__(self, scenario: Scenario, trace_path: Path | None = None) -> None:
@@ -86,7 +89,7 @@ class Run:
             self._build(trace_path, resources)
             self._resources = resources.pop_all()
 
-    # -- building -------------------------------------------------------------------------------------------------
+    # -- building ----------------------------------------------------------------------------------
 
     def _find_recording(self) -> RecordedGuest | None:
         name = self._scenario.run.workload
@@ -94,7 +97,7 @@ class Run:
         return RecordedGuest(path) if name not in workload_names() and path.is_file() else None
 
     def _build(self, trace_path: Path | None, resources: ExitStack) -> None:
-        """Make everything; what is made later is closed first."""
+        """Make everything; later parts are closed first."""
         scenario = self._scenario
         workload = None if self._recorded is not None else load_workload(scenario.run.workload)
         self._places = (
@@ -220,7 +223,7 @@ class Run:
         return mappers
 
     def _map_everything(self, targets: Sequence[WatchedTarget]) -> None:
-        """Map all RAM once, and tell nobody of what comes: what a VMM without this mechanism does."""
+        """Map all RAM once, and tell nobody of conversions, like a VMM without this mechanism."""
         for target in targets:
             for place in self._places:
                 block = self._ram.blocks[place.name]
@@ -242,7 +245,7 @@ class Run:
         resources.callback(program.close)
         return ProgrammedGuest(program, *parts, enforced=machine.enforced)
 
-    # -- running --------------------------------------------------------------------------------------------------
+    # -- running -----------------------------------------------------------------------------------
 
     def execute(self, progress: Progress) -> RunReport:
         """
@@ -325,7 +328,7 @@ class Run:
             after=event.after,
         )
 
-    # -- the end --------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
 
     def _finish(self, elapsed: int, *, interrupted: bool) -> RunReport:
         memory, verifier = self._memory, self._watch.verifier
@@ -378,7 +381,7 @@ class Run:
         )
 
     def _closed(self, report: RunReport) -> RunReport:
-        """Give everything back; what cannot be is part of the report."""
+        """Give everything back; failures are part of the report."""
         try:
             self._close()
         except (RamblockError, OSError) as error:

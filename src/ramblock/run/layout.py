@@ -8,7 +8,8 @@ Where a guest's memory is.
     4 GiB - 4M   the BIOS: ordinary RAM, read-only for devices
     4 GiB        high0, high1: the rest, in two halves              (NUMA nodes 0 and 1)
 
-As on QEMU's q35 machine (hw/i386/pc_q35.c); the high part lies on two nodes, so that a conversion can span two blocks.
+As on QEMU's q35 machine (hw/i386/pc_q35.c); the high part lies on two nodes, so that a conversion
+can span two blocks.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def plan_layout(memory: int, bios: int) -> list[BlockPlace]:
     """
     Lay out a guest.
 
-    :param memory: In bytes; what does not divide into 2 MiB pages goes to the last block.
+    :param memory: In bytes; a rest below a 2 MiB page goes to the last block.
     :param bios: In bytes; 0: none.
     :return: Blocks, ascending by guest address.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KVM's part of a run: whether there is one, its VM, the private side of the blocks, and the guest program."""
+"""KVM's part of a run: its VM, the private side of the blocks, and the guest program."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def open_kvm(kind: str) -> tuple[Kvm | None, str]:
     """
     Open /dev/kvm for a guest of *kind*, ``kvm`` or ``auto``.
 
-    :return: KVM, or None where the guest is to be a script; and why it came so, where that was left to us.
-    :raises UsageError: ``kvm``, and there is none; the text says what may help.
+    :return: KVM, or None where the guest is to be a script; and why it came so, where that was left
+        to us.
+    :raises UsageError: ``kvm``, and there is none; the text has a hint.
     """
     try:
         kvm = Kvm()
@@ -53,7 +54,9 @@ def enforces_attributes(kvm: Kvm) -> bool:
 
 class Machine:
     """
-    A VM without memory; the run places blocks in it, and starts the guest program when they are there.
+    A VM without memory.
+
+    The run places blocks in it, and starts the guest program when they are there.
 
     :param kvm: Taken over.
     :param why: Why there is one, for the report.
@@ -69,7 +72,7 @@ class Machine:
             self._vm = resources.enter_context(
                 kvm.create_vm(VmType.SW_PROTECTED if self.enforced else VmType.DEFAULT)
             )
-            #: What the guest memory is made with.
+            #: Arguments of the guest memory.
             self.vm = WatchedKvm(self._vm, watch)
             self._watch = watch
             self._call = choose_call(kvm)
@@ -77,7 +80,7 @@ class Machine:
 
     @property
     def facts(self) -> GuestFacts:
-        """What it is, for the report."""
+        """A description, for the report."""
         return GuestFacts(
             kind="kvm",
             why=self._why,

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-An IOMMU that holds on to its pages, as hardware does with pinned memory, for runs without coordination.
+An IOMMU that holds on to its pages, as hardware pins memory, for runs without coordination.
 
-VFIO pins what it maps. When the host frees a pinned page (a hole is punched, MADV_REMOVE), the file loses it and the
-device keeps it: its writes go to a page that nobody else sees, and the guest, which gets a new page at that place, never
-sees them. :meth:`PinnedIommu.about_to_free` does what the kernel does there: the mapping goes on with a page of its own
-that has the old content.
+VFIO pins mapped pages. When the host frees a pinned page (a hole is punched, MADV_REMOVE), the file
+loses it and the device keeps it: its writes go to a page that nobody else sees, and the guest,
+which gets a new page at that place, never sees them. :meth:`PinnedIommu.about_to_free` acts like
+the kernel: the mapping goes on with a page of its own that has the old content.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import weakref
 
 from ramblock.dma.soft import SoftIommu
 from ramblock.dma.target import HostRange
-from ramblock.memory.backing import read_fd, write_fd
+from ramblock.hostmem.backing import read_fd, write_fd
 
 __all__ = ["PinnedIommu"]
 
@@ -52,7 +52,7 @@ class PinnedIommu(SoftIommu):
         self.map(iova, orphan)
 
     def _copy_data(self, fd: int, offset: int, size: int) -> None:
-        """Copy what is there; holes read as zeros in the copy too."""
+        """Copy the content; holes read as zeros in the copy too."""
         position, end = offset, offset + size
         while position < end:
             try:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The devices of a run and what maps for each of them; here those in software, ``hardware.py`` has the real ones."""
+"""
+The devices of a run and the DMA target of each.
+
+Here those in software, ``hardware.py`` has the real ones.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +21,23 @@ Ranges = Sequence[tuple[int, int]]
 
 
 class Ports(Protocol):
-    """All devices, each with a target of its own. Targets and devices are made in the order of the names."""
+    """
+    All devices, each with a target of its own.
+
+    Targets and devices are made in the order of the names.
+    """
 
     names: list[str]
 
     @property
     def descriptions(self) -> list[str]:
-        """What each of them is, for people."""
+        """A description of each, for people."""
 
     def watch(self, watch: Watch) -> Sequence[WatchedTarget]:
         """Give the targets, watched."""
 
     def budget(self, number: int) -> int | None:
-        """How many mappings a mapper may make; None: what the target says."""
+        """How many mappings a mapper may make; None: the target's own."""
 
     def make_devices(
         self, watch: Watch, seed: int, ram: Ranges, forbidden: tuple[int, int] | None
@@ -37,18 +45,27 @@ class Ports(Protocol):
         """
         Make the devices, after :meth:`watch`.
 
-        :param ram: What they may probe, as (gpa, size).
-        :param forbidden: A range that the guest never shares, as (gpa, size); None where that is not known.
+        :param ram: Memory that they may probe, as (gpa, size).
+        :param forbidden: A range that the guest never shares, as (gpa, size); None where that is
+            not known.
         """
 
     def tables(self) -> dict[str, list[tuple[int, int]]]:
-        """List what is mapped, as (iova, size), by target; without those that do not tell."""
+        """List the mappings, as (iova, size), by target; without those that do not tell."""
 
     def kernel_entries(self) -> dict[str, int]:
-        """Tell how many mappings there are as the kernel counts them, by target; without those where it does not."""
+        """
+        Tell how many mappings there are as the kernel counts them, by target.
+
+        Without those where it does not.
+        """
 
     def audit(self, shared: Ranges, private: Ranges) -> None:
-        """Let the devices, once they have stopped, try a sample of pages; what must not be is noted as a violation."""
+        """
+        Let the devices, once they have stopped, try a sample of pages.
+
+        A wrong outcome is noted as a violation.
+        """
 
     def freed_while_mapped(self) -> int:
         """Bytes that devices reach and the guest does not any more, where that is known."""
@@ -78,7 +95,7 @@ class SoftPorts:
         return ["software"] * len(self.names)
 
     def pin(self, shared: WatchedShared) -> None:
-        """Let them hold on to what is freed of *shared*, if that is what they do."""
+        """Let them hold on to freed pages of *shared*, if they pin."""
         shared.pinned.extend(self._pinned)
 
     def watch(self, watch: Watch) -> Sequence[WatchedTarget]:
@@ -116,7 +133,7 @@ class SoftPorts:
         """Need none: the tables are known, all of them."""
 
     def freed_while_mapped(self) -> int:
-        """Add up what the IOMMUs held on to."""
+        """Add up the bytes that the IOMMUs held on to."""
         return sum(iommu.orphaned_bytes for iommu in self._pinned)
 
     def close(self) -> None:

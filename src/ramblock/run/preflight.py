@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run on real parts needs of the host: looked at before anything is touched, and all that is missing is told at once."""
+"""The needs of a run on real parts: checked before anything is touched, and told all at once."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _KNOWN = "edu (1234:11e8) and iommu-testdev (1b36:0005)"
 
 def choose_devices(named: Sequence[str], *, root: Path = _ROOT) -> list[PciAddress]:
     """
-    Choose the devices of a run: those that are named, else the edu and the iommu-testdev, if there is one of a kind.
+    Choose the devices of a run: the named ones, else the only edu and iommu-testdev.
 
-    :raises UsageError: A name is no PCI address, or one device is named twice; or there are several of a kind, and none is named.
+    :raises UsageError: A name is no PCI address, or one device is named twice; or there are several
+        of a kind, and none is named.
     """
     if named:
         addresses = [PciAddress.parse(text) for text in named]
@@ -33,7 +34,8 @@ def choose_devices(named: Sequence[str], *, root: Path = _ROOT) -> list[PciAddre
         found = find_devices(kind.VENDOR, kind.DEVICE, sysfs=root / "sys")
         if len(found) > 1:
             raise UsageError(
-                f"there are {len(found)} devices {kind.VENDOR:04x}:{kind.DEVICE:04x}: {', '.join(map(str, found))}",
+                f"there are {len(found)} devices {kind.VENDOR:04x}:{kind.DEVICE:04x}:"
+                f" {', '.join(map(str, found))}",
                 value=found,
                 expected="--device to name those that are meant",
             )
@@ -45,7 +47,8 @@ def refuse_unless_ready(kind: str, devices: Sequence[PciAddress], *, root: Path 
     """
     Refuse a run with ``--iommu`` *kind* on a host that cannot do it.
 
-    :raises UsageError: The text lists what is missing, and what to do, one line each. Nothing was touched.
+    :raises UsageError: The text lists each lack with its remedy, one line each. Nothing was
+        touched.
     """
     no_iommu = _iommu(root)
     problems = [*no_iommu, *_interface(kind, root), *_devices(devices, root)]
@@ -61,7 +64,10 @@ def _iommu(root: Path) -> list[str]:
     if groups.is_dir() and any(groups.iterdir()):
         return []
     return [
-        "no IOMMU is active: switch it on in firmware and on the kernel's command line (intel_iommu=on, amd_iommu=on)"
+        (
+            "no IOMMU is active: switch it on in firmware and on the kernel's command line"
+            " (intel_iommu=on, amd_iommu=on)"
+        )
     ]
 
 
@@ -111,8 +117,10 @@ def _groups(devices: Sequence[PciAddress], root: Path) -> list[str]:
             continue
         first = first_in.setdefault(group, address)
         if first != address:
-            # A group is in one container or address space at a time, and each device of a run has one of its own.
+            # A group is in one container or address space at a time, and each device of a run has
+            # one of its own.
             problems.append(
-                f"{first} and {address} are both in IOMMU group {group}: name one of them (--device)"
+                f"{first} and {address} are both in IOMMU group {group}:"
+                " name one of them (--device)"
             )
     return problems

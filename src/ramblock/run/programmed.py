@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A guest on a vCPU of KVM: the guest program makes the script's requests and touches the pages itself.
+A guest on a vCPU of KVM: the guest program makes the requests and touches the pages itself.
 
-Theory of operation. For each request the guest is given commands; it runs until its request comes out, as one exit, and the
-request is answered. What the guest is to do afterwards with the pages is put behind it, and is done when the guest runs on with
-the next request: one exit for each. The results are read at the next exit, in the order of the commands, each with a note of what
-a mismatch would mean, and of what may be done once the guest is through with it: a device gets a buffer only after the guest
+Theory of operation. For each request the guest is given commands; it runs until its request comes
+out, as one exit, and the request is answered. The guest's later work on the pages is put behind it,
+and is done when the guest runs on with the next request: one exit for each. The results are read at
+the next exit, in the order of the commands, each with a note of the meaning of a mismatch, and of
+the steps that follow once the guest is through with it: a device gets a buffer only after the guest
 has touched it.
 
-The guest writes one word at the end of a page (devices write at the start), in pages spread over the range, the first and the last
-among them. Where the kernel enforces page attributes it does so in both states, and:
+The guest writes one word at the end of a page (devices write at the start), in pages spread over
+the range, the first and the last among them. Where the kernel enforces page attributes it does so
+in both states, and:
 
-- what it wrote to a private page is there until the page is shared, and the host does not see it;
-- what it wrote to a shared page is there until the page is private, and the host sees it;
-- what a device wrote is there when the guest takes the buffer back.
+- its write to a private page stays until the page is shared, and the host does not see it;
+- its write to a shared page stays until the page is private, and the host sees it;
+- a device's write is there when the guest takes the buffer back.
 
-Where they are only tracked, the guest reaches the shared side in any state, so it touches shared pages only.
+Where they are only tracked, the guest reaches the shared side in any state, so it touches shared
+pages only.
 """
 
 from __future__ import annotations
@@ -25,10 +28,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+from ramblock.discard.attributes import PageState
 from ramblock.errors import GuestProgramError, PoisonedError
 from ramblock.guest_program import Command, GuestProgram, IdleEvent, Operation, Status
 from ramblock.kvm import GuestConversions, HypercallExit
-from ramblock.memory.attributes import PageState
 from ramblock.run.counted import CountedMemory
 from ramblock.run.device import Buffer, Device
 from ramblock.run.guest_script import Action, Request
@@ -44,7 +47,8 @@ __all__ = ["ProgrammedGuest"]
 _ENCRYPTED = int(MapGpaRangeBits.KVM_MAP_GPA_RANGE_ENCRYPTED)
 _WORD = 8
 _AT_END = PAGE_SIZE - _WORD
-# Of a range with twice as many pages or more, so many are touched: emulated, each first touch takes a third of a millisecond.
+# Of a range with twice as many pages or more, so many are touched: emulated, each first touch takes
+# a third of a millisecond.
 _TOUCHES = 64
 # Words of neighbouring pages differ, and so do those of one page after each request.
 _INCREMENT = 1 << 48 | 1
@@ -64,7 +68,7 @@ class _Span(NamedTuple):
 
 
 class _Expected(NamedTuple):
-    """What a mismatch of a command means, and what follows when the command is done."""
+    """The meaning of a command's mismatch, and the steps when the command is done."""
 
     kind: ViolationKind
     target: str = ""
@@ -80,7 +84,7 @@ def _spans(gpa: int, size: int) -> list[_Span]:
 
 
 def _can_be_said(request: Request) -> bool:
-    """Whether a hypercall can ask for it: in two registers, and in whole pages, unless it is refused for its address anyway."""
+    """Whether a hypercall can carry it: two registers, whole pages or a refused address."""
     fits = 0 <= request.gpa < ADDRESS_LIMIT and 0 <= request.size < ADDRESS_LIMIT
     return fits and bool(request.size % PAGE_SIZE == 0 or request.gpa % PAGE_SIZE)
 
@@ -89,7 +93,7 @@ class ProgrammedGuest:
     """
     The script's requests, made by a vCPU.
 
-    :param program: What runs on it.
+    :param program: The program on it.
     :param memory: Whose pages are converted.
     :param ram: The same memory, by address.
     :param devices: Its devices.
@@ -117,13 +121,14 @@ class ProgrammedGuest:
         self._serial = 0
         # Shared, and the guest has not touched it yet.
         self._not_given: Buffer | None = None
-        # What the guest wrote to the private pages of a buffer's place, which no other request touches.
+        # The guest's writes to the private pages of a buffer's place, which no other request
+        # touches.
         self._private_words: dict[tuple[int, int], int] = {}
         self._shared_words: dict[tuple[int, int], int] = {}
 
     def serve(self, request: Request) -> Outcome:
         """
-        Let the guest do what a driver does around one request, and the request.
+        Let the guest make one request, with a driver's work around it.
 
         :raises GuestProgramError: The guest cannot go on.
         :raises StuckGuestError: It faults for ever.
@@ -146,15 +151,15 @@ class ProgrammedGuest:
         return outcome
 
     def finish(self) -> None:
-        """Let the guest do what is left, and read the last results."""
+        """Let the guest finish, and read the last results."""
         if not self._memory.poisoned:
             self._drain()
 
-    # -- the vCPU -------------------------------------------------------------------------------------------------
+    # -- the vCPU ----------------------------------------------------------------------------------
 
     def _run_to_request(self, request: Request) -> Outcome:
         """Run until the guest has asked, and answer; it runs on with the next request."""
-        # What is refused while it is decoded never gets as far as the memory.
+        # A request that is refused while it is decoded never reaches the memory.
         self._memory.outcome = Outcome.REFUSED
         while True:
             event = self._program.run()
@@ -164,7 +169,8 @@ class ProgrammedGuest:
                     self._program.answer(self._conversions.answer(event))
                 return self._memory.outcome
             if isinstance(event, IdleEvent):
-                # KVM has refused it by itself (misaligned, or past the last page), which no exit tells. So must we.
+                # KVM has refused it by itself (misaligned, or past the last page), which no exit
+                # tells. So must we.
                 return self._memory.ask(request)
             self._conversions.memory_fault(event)
 
@@ -197,7 +203,7 @@ class ProgrammedGuest:
             if expected.then is not None:
                 expected.then()
 
-    # -- what the guest does with its pages ----------------------------------------------------------------------
+    # -- the guest's work on its pages -------------------------------------------------------------
 
     def _prepare(self, request: Request) -> None:
         """Look, before pages change, whether all is there that has to be."""
@@ -215,7 +221,11 @@ class ProgrammedGuest:
                 self._put(command, _Expected(ViolationKind.LOST_DATA))
 
     def _take(self, buffer: Buffer) -> None:
-        """Take a buffer back from its device; what the device wrote must be there, for guest and host."""
+        """
+        Take a buffer back from its device.
+
+        The device's write must be there, for guest and host.
+        """
         device = self._devices[buffer.device]
         if self._not_given is buffer:
             self._drain()
@@ -253,7 +263,11 @@ class ProgrammedGuest:
         )
 
     def _look(self, request: Request, word: int, *, private: bool) -> None:
-        """Look as the host at what the guest has just written; then the device may have a shared buffer."""
+        """
+        Look as the host at the guest's latest write.
+
+        Then the device may have a shared buffer.
+        """
         for address, value in self._words(request.gpa, request.size, word):
             seen = self._ram.read(address, _WORD) == value.to_bytes(_WORD, "little")
             if seen is private:

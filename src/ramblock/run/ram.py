@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from ramblock.memory.block import RamBlock
+from ramblock.guest.block import RamBlock
 from ramblock.run.layout import BlockPlace
 
 __all__ = ["GuestRam", "UsablePrivate"]

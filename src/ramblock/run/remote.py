@@ -2,8 +2,8 @@
 """
 Devices in processes of their own, behind vfio-user sockets, for a run.
 
-The device of ``ramblock probe`` is driven: it does DMA as the devices in software do. To any other server memory is mapped,
-and nothing more is asked of it.
+The device of ``ramblock probe`` is driven: it does DMA as the devices in software do. To any other
+server memory is mapped, and nothing more is asked of it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class RemotePorts:
 
     @property
     def descriptions(self) -> list[str]:
-        """What each of them is, for people."""
+        """A description of each, for people."""
         return [
             f"vfio-user server at {path}, "
             + ("which nobody drives" if driver is None else "a ramblock probe")
@@ -90,7 +90,7 @@ class RemotePorts:
         return self._watched
 
     def budget(self, number: int) -> int | None:
-        """Leave it at what the server takes."""
+        """Leave the server's own limit."""
 
     def make_devices(
         self, watch: Watch, seed: int, ram: Ranges, forbidden: tuple[int, int] | None
@@ -104,7 +104,7 @@ class RemotePorts:
         ]
 
     def tables(self) -> dict[str, list[tuple[int, int]]]:
-        """List what is mapped, as the servers' answers said."""
+        """List the mappings, by the servers' answers."""
         return {
             name: [(mapping.iova, mapping.size) for mapping in target.mappings()]
             for name, target in zip(self.names, self._targets, strict=True)
@@ -118,7 +118,7 @@ class RemotePorts:
         """Need none: the devices try all pages, and the tables are known."""
 
     def freed_while_mapped(self) -> int:
-        """Not known: a server that has the descriptor reaches what it likes."""
+        """Not known: a server that has the descriptor reaches all of it."""
         return 0
 
     def close(self) -> None:

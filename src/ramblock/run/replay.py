@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recorded trace as a workload: its guest, and its requests in the order in which they were made."""
+"""A recorded trace as a workload: its guest, and its requests in their order."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from ramblock.discard.attributes import PageState
 from ramblock.errors import TraceError
-from ramblock.memory.attributes import PageState
 from ramblock.run.guest_script import Action, Request
 from ramblock.run.layout import BlockPlace
 from ramblock.trace.writer import TRACE_VERSION
@@ -25,7 +25,8 @@ class _Event(msgspec.Struct):
     event: str
 
 
-# What a guest of ours can look like: a trace is not trusted to describe one that would take the host's memory.
+# The bounds of a guest of ours: a trace is not trusted, and might name one that takes the host's
+# memory.
 _Address = Annotated[int, msgspec.Meta(ge=0, multiple_of=PAGE_SIZE, le=1 << 52)]
 _Size = Annotated[int, msgspec.Meta(gt=0, multiple_of=PAGE_SIZE, le=1 << 40)]
 _Hex = Annotated[str, msgspec.Meta(pattern="^-?0x[0-9a-f]{1,32}$")]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run found, as data; drawing it is the command line's business."""
+"""The result of a run, as data; the command line draws it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["GuestFacts", "RunReport"]
 
 @dataclass(frozen=True, kw_only=True)
 class GuestFacts:
-    """What made the requests, and who kept the page attributes."""
+    """The maker of the requests, and the keeper of the page attributes."""
 
     kind: str
     """``kvm`` or ``script``."""
     why: str = ""
     """Why it was chosen, where it was left to the run."""
     call: str | None = None
-    """What the guest asks with."""
+    """The guest's call."""
     vm_type: str | None = None
     """Type of the VM."""
     enforced: bool = False
     """Whether the kernel enforces page attributes; otherwise they are only tracked."""
     private: str = "a stand-in"
-    """What private pages are in."""
+    """The backing of private pages."""
 
     @property
     def enforced_by(self) -> str:
@@ -50,7 +50,7 @@ class RunReport:
     scenario: Scenario
     guest: GuestFacts
     targets: dict[str, str]
-    """What each device is and sits behind, by the name of its target."""
+    """A description of each device and its IOMMU, by the name of its target."""
     places: list[BlockPlace]
     tally: Tally
     verifier: Verifier
@@ -61,7 +61,7 @@ class RunReport:
     kernel_entries: dict[str, int]
     """The same as the kernel counts them, where it does."""
     policy: str
-    """What AUTO came to; ``none`` without coordination."""
+    """The choice of AUTO; ``none`` without coordination."""
     peak_entries: int
     """Most mappings at once, all devices together."""
     peak_shared_pages: int
@@ -113,7 +113,7 @@ class RunReport:
         return total
 
     def per_page(self) -> dict[str, int]:
-        """Count what one mapping per page would have needed for the same conversions, on all devices."""
+        """Count the mappings of one per page for the same conversions, on all devices."""
         devices = len(self.devices)
         fixed = sum(place.size for place in self.places if not place.confidential) // PAGE_SIZE
         return {

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What to run, as data: a scenario file, the named workloads, and their defaults.
+The scenario of a run: a file, the named workloads, and their defaults.
 
-A scenario is TOML, decoded and checked by msgspec; the command line overrides single values. Every error names the file,
-the key and what was expected.
+A scenario is TOML, decoded and checked by msgspec; the command line overrides single values. Every
+error names the file, the key and the expected value.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Guest(_Strict, frozen=True):
-    """The guest: its memory, and what it runs on."""
+    """The guest: its memory, and its vCPU or script."""
 
     memory: Size = Size(4 * GIB)
     """Below 2 GiB first, the rest from 4 GiB up on two NUMA nodes."""
@@ -73,9 +73,13 @@ class Devices(_Strict, frozen=True):
     iommu: Literal["soft", "type1", "iommufd", "iommufd-native", "iommufd-cutting", "vfio-user"] = (
         "soft"
     )
-    """What maps for the devices; ``count`` has a meaning for ``soft`` only."""
+    """The DMA target of the devices; ``count`` has a meaning for ``soft`` only."""
     pci: list[str] = []
-    """Addresses of the real devices of this host; none: the edu and the iommu-testdev that are there."""
+    """
+    Addresses of the real devices of this host.
+
+    None: the edu and the iommu-testdev that are there.
+    """
     sockets: list[str] = []
     """With ``vfio-user``: where the servers listen, one device each."""
 
@@ -91,7 +95,7 @@ class Devices(_Strict, frozen=True):
 
 
 class Job(_Strict, frozen=True):
-    """How long to run, and what to do to it."""
+    """The length of the run, and its hardships."""
 
     conversions: Positive | None = None
     """Requests in all, those of boot among them; None: as many as suit the kind of guest."""
@@ -113,7 +117,7 @@ class Scenario(_Strict, frozen=True):
 
 
 class BootPhase(_Strict, frozen=True):
-    """What the guest shares before anything else."""
+    """Memory that the guest shares first."""
 
     swiotlb: bool
     rings: Weight
@@ -168,12 +172,14 @@ def _decode(text: str, kind: type[S], path: str) -> S:
         problem, _, where = str(error).partition(" - at `$.")
         key = where.rstrip("`")
         expected = _expected(kind, key, problem)
-        text = f"{path}: {key + ': ' if key else ''}{problem}{f', expected {expected}' if expected else ''}"
+        text = f"{path}: {key + ': ' if key else ''}{problem}"
+        if expected:
+            text += f", expected {expected}"
         raise UsageError(text, value=key, expected=expected) from None
 
 
 def _expected(kind: type, key: str, problem: str) -> str | None:
-    """Say what msgspec's message leaves out: which keys there are, and which words a key takes."""
+    """Complete msgspec's message: the keys there are, or the words that a key takes."""
     for name in key.split(".") if key else ():
         kind = next(field.type for field in msgspec.structs.fields(kind) if field.name == name)
     if "unknown field" in problem:
@@ -185,8 +191,8 @@ def load_scenario(path: Path) -> Scenario:
     """
     Read a scenario file.
 
-    :raises UsageError: It is no TOML, or a key is unknown or has a wrong value; the text names file, key and what was
-        expected.
+    :raises UsageError: It is no TOML, or a key is unknown or has a wrong value; the text names
+        file, key and the expected value.
     :raises OSError: It cannot be read.
     """
     try:
@@ -200,10 +206,11 @@ def load_scenario(path: Path) -> Scenario:
 
 def check_scenario(scenario: Scenario, where: str) -> None:
     """
-    Check what the types cannot say.
+    Check the rules that types cannot express.
 
     :param where: The file or the command line, for the message.
-    :raises UsageError: Too little memory; the text says how much. Or devices that do not go with the IOMMU.
+    :raises UsageError: Too little memory; the text says how much. Or devices that do not go with
+        the IOMMU.
     """
     devices = scenario.devices
     if devices.pci and not devices.on_hardware:
@@ -214,15 +221,18 @@ def check_scenario(scenario: Scenario, where: str) -> None:
         )
     if bool(devices.sockets) is not (devices.iommu == "vfio-user"):
         raise UsageError(
-            f"{where}: devices.sockets: {', '.join(devices.sockets) or 'none'} with devices.iommu {devices.iommu}",
+            f"{where}: devices.sockets: {', '.join(devices.sockets) or 'none'} with devices.iommu"
+            f" {devices.iommu}",
             value=devices.sockets,
-            expected="sockets where devices.iommu is vfio-user (--iommu vfio-user:PATH), and only there",
+            expected="sockets where devices.iommu is vfio-user (--iommu vfio-user:PATH),"
+            " and only there",
         )
     if scenario.run.uncoordinated and devices.iommu == "vfio-user":
         raise UsageError(
             f"{where}: run.uncoordinated with vfio-user",
             value=devices.iommu,
-            expected="an IOMMU that pins: a server with the descriptor reaches freed memory in any case",
+            expected="an IOMMU that pins: a server with the descriptor reaches freed memory in any"
+            " case",
         )
     if scenario.guest.memory < _LEAST_MEMORY:
         raise UsageError(

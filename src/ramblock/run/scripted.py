@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest that is only a script: its requests are made directly, and what it would do with its pages the run does for it."""
+"""A guest that is only a script: the run makes its requests, and accesses its pages for it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
-from ramblock.memory.attributes import PageState
+from ramblock.discard.attributes import PageState
 from ramblock.run.counted import CountedMemory
 from ramblock.run.device import Buffer, Device
 from ramblock.run.guest_script import Action, Request
@@ -18,13 +18,13 @@ __all__ = ["Guest", "ScriptedGuest", "check_device_data", "is_converted"]
 
 
 class Guest(Protocol):
-    """Whatever makes the script's requests, and uses the pages as a driver does."""
+    """Makes the script's requests, and uses the pages as a driver does."""
 
     def serve(self, request: Request) -> Outcome:
-        """Do what a driver does around one request, and the request."""
+        """Make one request, with a driver's work around it."""
 
     def finish(self) -> None:
-        """Do what is left to do after the last request."""
+        """Finish the work after the last request."""
 
 
 def is_converted(outcome: Outcome) -> bool:
@@ -33,7 +33,7 @@ def is_converted(outcome: Outcome) -> bool:
 
 
 def check_device_data(buffer: Buffer, ram: GuestRam, device: Device, verifier: Verifier) -> None:
-    """Read what the device wrote last: it must be there."""
+    """Read the device's last write: it must be there."""
     for offset, data in buffer.written.items():
         if ram.read(buffer.gpa + offset, len(data)) != data:
             verifier.violation(
@@ -63,7 +63,7 @@ class ScriptedGuest:
         self._verifier = verifier
 
     def serve(self, request: Request) -> Outcome:
-        """Do what a driver does around one request, and the request."""
+        """Make one request, with a driver's work around it."""
         buffer = request.buffer
         if request.action is Action.FREE and buffer is not None:
             device = self._devices[buffer.device]

@@ -39,7 +39,7 @@ def percentile(values: array[int], share: float) -> int:
 
 
 class Tally:
-    """What came of the requests."""
+    """Counts of the requests' outcomes."""
 
     def __init__(self) -> None:
         self.outcomes: Counter[Outcome] = Counter()

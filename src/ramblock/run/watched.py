@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from ramblock.dma.target import DmaCapabilities, DmaTarget, HostRange
 from ramblock.errors import DmaError, IommuFault
-from ramblock.memory.backing import SharedBacking, StandInPrivate
+from ramblock.hostmem.backing import SharedBacking, StandInPrivate
 from ramblock.run.faults import FaultPlan
 from ramblock.run.pinned import PinnedIommu
 from ramblock.run.verifier import Verifier

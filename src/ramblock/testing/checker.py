@@ -23,15 +23,15 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from ramblock.discard.section import RamSection
+from ramblock.discard.virtio_mem import VirtioMem
 from ramblock.dma.soft import Mapping
 from ramblock.dma.target import DmaCapabilities, DmaTarget, HostRange
 from ramblock.errors import describe_range
+from ramblock.guest.block import RamBlock
 from ramblock.guest.vm import MAKE_PRIVATE, MAKE_SHARED, MemorySlots, Vm
-from ramblock.memory.backing import PrivateBacking, SharedBacking
-from ramblock.memory.block import RamBlock
-from ramblock.memory.in_place import InPlaceBacking
-from ramblock.memory.section import RamSection
-from ramblock.memory.virtio_mem import VirtioMem
+from ramblock.hostmem.backing import PrivateBacking, SharedBacking
+from ramblock.hostmem.in_place import InPlaceBacking
 from ramblock.units import PAGE_SIZE
 
 __all__ = [
@@ -60,6 +60,8 @@ class GuestChecker:
         self.violations: list[str] = []
         #: How many calls were looked at.
         self.calls = 0
+        #: The guest is being reset: private memory that it used may be freed.
+        self.resetting = False
         #: Guest pages whose attribute is private, by guest address.
         self.private_pages: set[int] = set()
         #: Pages of memory in place whose attribute is private, by host address.
@@ -282,7 +284,7 @@ class CheckedPrivate(_Side):
     def discard(self, offset: int, size: int) -> None:
         """Free, and look."""
         self._checker.calls += 1
-        block = self.block
+        block = None if self._checker.resetting else self.block
         if block is not None and any(_used_privately(block, page) for page in _pages(offset, size)):
             what = describe_range(offset, size)
             self._checker.complain(
@@ -319,6 +321,8 @@ class CheckedInPlace(CheckedShared):
 
     def _in_use(self, block: RamBlock, offset: int, size: int) -> bool:
         """Whether anything of it is plugged: in either state it is the guest's."""
+        if self._checker.resetting:
+            return False
         devices = [
             source for source in block.discard_manager.sources if isinstance(source, VirtioMem)
         ]

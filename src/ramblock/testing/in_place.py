@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from ramblock.bitmap import SparseBitmap
-from ramblock.memory.backing import MemfdBacking, read_fd, write_fd
+from ramblock.hostmem.backing import MemfdBacking, read_fd, write_fd
 from ramblock.testing.checker import ListedTarget
 from ramblock.units import PAGE_SIZE, check_range
 

@@ -21,7 +21,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ramblock.memory.attributes import PageState
+from ramblock.discard.attributes import PageState
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["GuestModel", "ModelBlock", "ModelSection", "pages_of"]

@@ -19,9 +19,9 @@ from enum import Enum
 
 from hypothesis import strategies as st
 
+from ramblock.discard.attributes import PageState
 from ramblock.dma.soft import SoftIommu
 from ramblock.dma.target import MappingPolicy
-from ramblock.memory.attributes import PageState
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_granularity, check_range
 
 __all__ = [

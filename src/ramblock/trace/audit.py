@@ -2,19 +2,20 @@
 """
 Finds out whether a device ever reached a page that was private.
 
-Theory of operation. The audit follows two things through the trace: the state of guest pages (private, shared, or unknown until the
-trace tells) and what each target maps. Wherever they disagree a *window* opens, and closes when they agree again:
+Theory of operation. The audit follows two things through the trace: the state of guest pages
+(private, shared, or unknown until the trace tells) and each target's mappings. Wherever they
+disagree a *window* opens, and closes when they agree again:
 
-    private and mapped         stale: a device reaches what is no longer shared
+    private and mapped         stale: a device reaches pages no longer shared
     shared and not mapped      missing: a device's DMA faults
-    unplugged and mapped       a device reaches what virtio-mem took back
+    unplugged and mapped       a device reaches memory that virtio-mem took back
     mapped, and an unmap of it was refused or did not go through
 
 No VMM changes both at once, so each conversion opens a window of its own; how it is judged is in
 :mod:`~ramblock.trace.ledger`. When a conversion is over is told by the trace, or guessed
 (:class:`~ramblock.trace.windows.Conversions`).
 
-It is one pass. What is kept is runs: of page states, mappings, and open windows.
+It is one pass. It keeps runs: of page states, mappings, and open windows.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ from ramblock.trace.unmaps import Unmaps
 
 __all__ = ["DEFAULT_GRACE", "Audit"]
 
-#: Nanoseconds after its last step at which a conversion is taken for over, where the trace does not tell.
+#: Nanoseconds after its last step at which a conversion is taken for over, where the trace does not
+#: tell.
 DEFAULT_GRACE = 10_000_000
 
 
@@ -60,8 +62,9 @@ class Audit:
     One audit of one stream of events.
 
     :param grace: Nanoseconds; see :data:`DEFAULT_GRACE`.
-    :param unmap: What an unmap has to name, where the trace does not tell: ``exact`` one whole mapping, ``whole`` mappings, ``cut`` any
-        range. With ``exact``, an unmap whose result the trace does not tell is taken for refused where it names anything else.
+    :param unmap: The rule for an unmap, where the trace does not tell: ``exact`` one whole mapping,
+        ``whole`` mappings, ``cut`` any range. With ``exact``, an unmap whose result the trace does
+        not tell is taken for refused where it names anything else.
     :param observer: Sees everything go by.
     """
 
@@ -100,7 +103,11 @@ class Audit:
             self._ledger.places.place(block)
 
     def feed(self, events: Iterable[Event]) -> None:
-        """Take events, in the order of their times. One that is out of order counts as simultaneous with the one before it."""
+        """
+        Take events, in the order of their times.
+
+        One that is out of order counts as simultaneous with the one before it.
+        """
         ledger, handlers = self._ledger, self._handlers
         expire = ledger.conversions.expire
         count = 0
@@ -108,7 +115,8 @@ class Audit:
             count += 1
             time = event.time
             if time is None:
-                # Without times the order is all there is, and the grace of a conversion is the time until another begins.
+                # Without times the order is all there is, and the grace of a conversion is the time
+                # until another begins.
                 ledger.now += 1
             else:
                 if time > ledger.now:
@@ -121,9 +129,10 @@ class Audit:
 
     def finish(self) -> AuditResult:
         """
-        Judge what is still open, and sum up. The audit takes no events after it.
+        Judge the windows still open, and sum up. The audit takes no events after it.
 
-        A window whose conversion may still be going on where the trace ends is not held against anybody.
+        A window whose conversion may still be going on where the trace ends is not held against
+        anybody.
         """
         ledger = self._ledger
         ledger.conversions.end_all_quiet(ledger.now)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Reads what our bpftrace script prints of VFIO type1 (``ramblock check --how bpftrace``).
+Reads the lines of our bpftrace script on VFIO type1 (``ramblock check --how bpftrace``).
 
 A line for each call that has returned:
 
@@ -17,11 +17,12 @@ from ramblock.trace.reader import LineReader
 __all__ = ["BpftraceReader"]
 
 _LINE = re.compile(
-    rb"ramblock-vfio (map|unmap) (\d{1,20}) (\d+) \d+ 0x([0-9a-f]{1,16}) 0x([0-9a-f]{1,16}) 0x([0-9a-f]{1,16}) (-?\d+)(?: .*)?\r?",
+    rb"ramblock-vfio (map|unmap) (\d{1,20}) (\d+) \d+"
+    rb" 0x([0-9a-f]{1,16}) 0x([0-9a-f]{1,16}) 0x([0-9a-f]{1,16}) (-?\d+)(?: .*)?\r?",
     re.DOTALL,
 )
 _LOST = re.compile(rb"Lost \d+ events")
-#: What bpftrace itself says when it begins.
+#: Lines of bpftrace itself when it begins.
 _CHATTER = re.compile(rb"Attach(?:ed|ing) .*|\s*")
 _EVERYTHING = 1 << 64
 

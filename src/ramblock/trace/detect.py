@@ -35,7 +35,8 @@ def detect(head: bytes) -> str:
         return "ftrace"
     first = head.split(b"\n", 1)[0][:_SHOWN].decode(errors="backslashreplace")
     raise TraceError(
-        f"its format is not known; it begins with {first!r}, expected a trace of QEMU (text or binary), of Linux (ftrace, trace-cmd,"
+        f"its format is not known; it begins with {first!r}, expected a trace of QEMU (text or"
+        " binary), of Linux (ftrace, trace-cmd,"
         " perf script, our bpftrace script) or of ramblock",
         line=1,
     )

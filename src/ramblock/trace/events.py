@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a trace can tell, whichever program wrote it.
+The events of a trace, whichever program wrote it.
 
-The readers turn lines and records into these; the audit knows nothing else. Ranges are ``[start, end)`` in bytes: a format with
-inclusive ends, page frame numbers or sizes is converted by its reader. A call that failed is no event that changes something; its
-reader says so with ``done=False`` where that is worth showing.
+The readers turn lines and records into these; the audit knows nothing else. Ranges are ``[start,
+end)`` in bytes: a format with inclusive ends, page frame numbers or sizes is converted by its
+reader. A call that failed is no event that changes something; its reader says so with
+``done=False`` where that is worth showing.
 
-Times are nanoseconds of the clock of the trace (with the offset that the user gave), or None where the trace has none. The structs
-are immutable by convention, not by ``frozen``: that would double the cost of the one thing the readers do most.
+Times are nanoseconds of the clock of the trace (with the offset that the user gave), or None where
+the trace has none. The structs are immutable by convention, not by ``frozen``: that would double
+the cost of the one thing the readers do most.
 """
 
 from __future__ import annotations
@@ -85,13 +87,21 @@ class Block(msgspec.Struct, gc=False, frozen=True):
 
 
 class Layout(_Event):
-    """Where blocks are, from here on. A place that is given again replaces what it overlaps."""
+    """
+    Where blocks are, from here on.
+
+    A place that is given again replaces those that it overlaps.
+    """
 
     blocks: tuple[Block, ...]
     targets: tuple[str, ...] = ()
     """Targets that map all of the RAM."""
     unmap: str | None = None
-    """What an unmap has to name: ``exact`` one whole mapping, ``whole`` mappings, ``cut`` any range; None: not known."""
+    """
+    The rule for an unmap: ``exact`` one whole mapping, ``whole`` mappings, ``cut`` any range.
+
+    None: not known.
+    """
     removed: bool = False
     """The places are gone."""
     ends: bool = False
@@ -153,7 +163,7 @@ class Map(_Event):
     done: bool = True
     """False: the call failed; nothing is mapped."""
     key: int | None = None
-    """What is mapped (a physical address): the same again at the same place is another domain's copy."""
+    """The physical address: the same again at the same place is another domain's copy."""
     host: int | None = None
 
 
@@ -223,7 +233,7 @@ class Plug(_Event):
 
 
 class Remark(_Event):
-    """Something that the trace itself reports: a rule that its writer saw broken, events that it lost."""
+    """A report of the trace itself: a rule that its writer saw broken, events that it lost."""
 
     rule: str
     text: str

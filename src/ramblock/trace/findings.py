@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an audit finds: windows in time in which a page was in a state it should not be in, and broken rules."""
+"""The findings of an audit: broken rules, and windows in which a page was in a wrong state."""
 
 from __future__ import annotations
 
@@ -29,20 +29,27 @@ class FindingKind(StrEnum):
     INSTANT = "instant"
 
 
-#: What each means to somebody who has to act on it.
+#: The meaning of each for somebody who has to act on it.
 MEANINGS: dict[FindingKind, str] = {
-    FindingKind.STALE: "a device could reach pages that were private, or that an unmap was to take from it",
+    FindingKind.STALE: "a device could reach pages that were private,"
+    " or that an unmap was to take from it",
     FindingKind.FREED: "the host took memory back that a device could still reach",
-    FindingKind.UNPLUGGED: "a device could reach memory that the guest had given back through virtio-mem",
-    FindingKind.SHORT_UNMAP: "fewer bytes were unmapped than were mapped there; the rest may still be reachable",
+    FindingKind.UNPLUGGED: "a device could reach memory"
+    " that the guest had given back through virtio-mem",
+    FindingKind.SHORT_UNMAP: "fewer bytes were unmapped than were mapped there;"
+    " the rest may still be reachable",
     FindingKind.MISSING: "the guest shared pages that a device could not reach: its DMA faults",
     FindingKind.BISECTING_UNMAP: "an unmap names part of a mapping, and the target cannot cut",
-    FindingKind.INEXACT_UNMAP: "an unmap does not name exactly one mapping, and the target insists on that",
+    FindingKind.INEXACT_UNMAP: "an unmap does not name exactly one mapping,"
+    " and the target insists on that",
     FindingKind.DOUBLE_MAP: "a range was mapped that was mapped already",
     FindingKind.UNMAP_OF_NOTHING: "an unmap of a range in which nothing was mapped",
-    FindingKind.REPORTED: "the program that wrote the trace saw a rule broken (ramblock probe: docs/probe)",
-    FindingKind.TRANSITIONAL: "private (or freed) and still mapped while their own conversion was going on (attribute first, then unmap)",
-    FindingKind.INSTANT: "opened and closed at the same time stamp: shorter than the trace's clock can show",
+    FindingKind.REPORTED: "the program that wrote the trace saw a rule broken"
+    " (ramblock probe: docs/probe)",
+    FindingKind.TRANSITIONAL: "private (or freed) and still mapped"
+    " while their own conversion was going on (attribute first, then unmap)",
+    FindingKind.INSTANT: "opened and closed at the same time stamp:"
+    " shorter than the trace's clock can show",
 }
 
 #: Kinds that make an audit fail; ``--strict`` adds the others.
@@ -73,7 +80,7 @@ class Finding(msgspec.Struct, kw_only=True, frozen=True):
     open: bool = False
     """Still so at the end of the trace."""
     note: str = ""
-    """What else there is to say of this one."""
+    """A remark on this one."""
 
     @property
     def size(self) -> int:

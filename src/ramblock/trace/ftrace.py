@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the kernel's events as text: tracefs' ``trace`` and ``trace_pipe``, ``trace-cmd report``, ``perf script``."""
+"""Reads the kernel's events as text: tracefs, ``trace-cmd report``, ``perf script``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from ramblock.trace.reader import LineReader
 
 __all__ = ["FtraceReader"]
 
-# [cpu], perhaps flags (d..1. or so), time, perhaps the subsystem (perf), event, arguments. What stands before it names the task.
+# [cpu], perhaps flags (d..1. or so), time, perhaps the subsystem (perf), event, arguments. The task
+# stands before it.
 _LINE = re.compile(
-    rb"\s\[(?:\d+)\]\s+(?:[^\s\d]\S*\s+|\d+[^\s\d.]\S*\s+)?(\d{1,12})\.(\d{6}|\d{9}):\s+(?:\w+:)?(\w+):\s*(.*)",
+    rb"\s\[(?:\d+)\]\s+(?:[^\s\d]\S*\s+|\d+[^\s\d.]\S*\s+)?"
+    rb"(\d{1,12})\.(\d{6}|\d{9}):\s+(?:\w+:)?(\w+):\s*(.*)",
     re.DOTALL,
 )
 # `comm-tid`, perhaps with `( tgid)`: ftrace. `comm tid` or `comm pid/tid`: perf.
@@ -27,7 +29,11 @@ _NAMES = {name.encode() for name in IGNORED}
 
 
 class FtraceReader(LineReader):
-    """A parser of the kernel's events as text. Lines of other events are counted, since many are recorded beside these."""
+    """
+    A parser of the kernel's events as text.
+
+    Lines of other events are counted, since many are recorded beside these.
+    """
 
     def __init__(self, source: Source) -> None:
         super().__init__(source)
@@ -36,7 +42,7 @@ class FtraceReader(LineReader):
 
     @property
     def needs(self) -> dict[str, str]:
-        """What would tell more, by a word for it."""
+        """Further sources that would tell more, by a keyword."""
         return self._events.needs
 
     def _parse(self, lines: list[bytes]) -> list[Event]:

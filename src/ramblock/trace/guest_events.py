@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The audit's way with the guest: conversions, page states, virtio-mem, memory that is given back."""
+"""The guest's part of the audit: conversions, page states, virtio-mem, memory given back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["GuestEvents"]
 
 
 class GuestEvents:
-    """What is told about the guest."""
+    """Events of the guest."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -102,13 +102,14 @@ class GuestEvents:
 
     def plug_request(self, event: PlugRequest) -> None:
         """Note that virtio-mem is asked for memory, or gets some back."""
-        # QEMU maps before it answers that memory is plugged, which takes long where there is much to map.
+        # QEMU maps before it answers that memory is plugged, which takes long where there is much
+        # to map.
         self._ledger.conversions.step(
             event.start, event.end, self._ledger.now, event.source
         ).held = True
 
     def plug(self, event: Plug) -> None:
-        """Note what virtio-mem answered."""
+        """Note virtio-mem's answer."""
         asked = self._ledger.conversions.find(event.start, event.end)
         if asked is not None:
             asked.held = False
@@ -145,7 +146,8 @@ class GuestEvents:
             if not places:
                 self._ledger.evidence.unplaced_discards += 1
         for start, end in places:
-            # QEMU's virtio-mem gives memory back first and unmaps then; what is pinned stays the device's until it is unmapped.
+            # QEMU's virtio-mem gives memory back first and unmaps then; a pinned page stays the
+            # device's until it is unmapped.
             conversion = self._ledger.conversions.find(start, end)
             unplugging = conversion if conversion is not None and conversion.held else None
             for target in self._ledger.targets.values():

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What the kernel's tracepoints mean (include/trace/events/iommu.h, include/trace/events/kvm.h, arch/x86/kvm/trace.h).
+The kernel's tracepoints as events (trace/events/iommu.h and kvm.h, arch/x86/kvm/trace.h).
 
-``iommu:map`` names neither domain nor device, so what one process maps is taken for one target; type1 maps everything once for each
-domain of its container, which shows as the same event again. ``kvm_vm_set_mem_attributes`` is written at entry, so for calls that fail too.
+``iommu:map`` names neither domain nor device, so one process is taken for one target; type1 maps
+everything once for each domain of its container, which shows as the same event again.
+``kvm_vm_set_mem_attributes`` is written at entry, so for calls that fail too.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Task(NamedTuple):
 
     thread: str
     target: str
-    """What is mapped in its name."""
+    """The target in whose name it maps."""
     has_process: bool
 
 
@@ -83,7 +84,7 @@ class KernelEvents:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        #: What would tell more, by a word for it.
+        #: Further sources that would tell more, by a keyword.
         self.needs: dict[str, str] = {}
         self.makers: dict[bytes, Callable[[int, int, Task, bytes], Event | None]] = {
             b"map": self._map,
@@ -102,7 +103,7 @@ class KernelEvents:
         if not task.has_process:
             self.needs["process"] = _NEEDS_PROCESS
         start, size = int(match[1], 16), int(match[4])
-        # The size is what was really mapped; the range, what was asked for.
+        # The size is that of the mapping made; the range is the request's.
         end = start + size if size else int(match[2], 16)
         return Map(
             time,

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What the audit knows at one moment, and the windows it opens and judges.
+The audit's state at one moment, and the windows it opens and judges.
 
-A window that is closed while its conversion is going on is normal (missing) or *transitional* (stale: QEMU sets the attribute first
-and unmaps then; freed: QEMU's virtio-mem gives memory back first and unmaps then); one that outlives its conversion, or has none, is a
-failure.
+A window that is closed while its conversion is going on is normal (missing) or *transitional*
+(stale: QEMU sets the attribute first and unmaps then; freed: QEMU's virtio-mem gives memory back
+first and unmaps then); one that outlives its conversion, or has none, is a failure.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Ledger:
     The state of one audit: pages, targets, conversions, findings.
 
     :param grace: Nanoseconds; see :data:`~ramblock.trace.audit.DEFAULT_GRACE`.
-    :param unmap_rule: What an unmap has to name, where the trace does not tell.
+    :param unmap_rule: The rule for an unmap, where the trace does not tell.
     :param observer: Sees everything go by.
     """
 
@@ -54,7 +54,11 @@ class Ledger:
         self.timed = False
 
     def target(self, name: str, *, complete: bool = False) -> TargetState:
-        """Return a target, a new one if it was not seen before; *complete*: the trace has it from its beginning."""
+        """
+        Return a target, a new one if it was not seen before.
+
+        *complete*: the trace has it from its beginning.
+        """
         target = self.targets.get(name)
         if target is None:
             target = self.targets[name] = TargetState(name, self.unmap_rule, complete=complete)
@@ -123,7 +127,11 @@ class Ledger:
         end: int,
         conversion: ActiveConversion,
     ) -> None:
-        """Open a window: shared, and not mapped by a target that should; what is unplugged is not expected."""
+        """
+        Open a window: shared, and not mapped by a target that should.
+
+        Unplugged memory is not expected.
+        """
         if not target.expected:
             return
         window = self.window(FindingKind.MISSING, event, conversion, None)
@@ -149,7 +157,7 @@ class Ledger:
     def judge(
         self, target: TargetState, start: int, end: int, window: Window, event: Event
     ) -> None:
-        """Say what a window was, now that it is closed."""
+        """Judge a window that has closed."""
         length = self.now - window.since
         kind = window.kind
         if window.conversion is not None and not window.conversion.over:
@@ -193,7 +201,7 @@ class Ledger:
         )
 
     def report(self, event: Remark) -> None:
-        """Note what the trace itself reports."""
+        """Note a report of the trace itself."""
         self.found(
             Finding(
                 kind=FindingKind.REPORTED,

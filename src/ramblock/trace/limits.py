@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trace cannot show. A clean audit of a trace without unmaps is worth nothing, and has to say so."""
+"""
+Limits of a trace as evidence.
+
+A clean audit of a trace without unmaps is worth nothing, and has to say so.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ __all__ = ["Evidence", "find_limits"]
 
 @dataclass(slots=True)
 class Evidence:
-    """What the trace had, in numbers."""
+    """The content of the trace, in numbers."""
 
     conversions: int = 0
     attributes: int = 0
@@ -39,24 +43,26 @@ class Evidence:
 def find_limits(
     evidence: Evidence, targets: Mapping[str, TargetState], *, timed: bool
 ) -> list[str]:
-    """Say in sentences what the trace cannot show."""
+    """List the trace's limits, in sentences."""
     limits = list(_about_mappings(evidence, targets))
     limits += _about_states(evidence)
     if not timed:
         limits.append(
-            "the trace has no times: how long windows were open is not known, and a conversion is taken for over when the next begins"
+            "the trace has no times: how long windows were open is not known,"
+            " and a conversion is taken for over when the next begins"
         )
     elif evidence.guessed_ends:
         limits.append(
-            f"the end of {evidence.guessed_ends:,} conversions is not in the trace; each was taken for over when nothing"
-            " of it was seen for the grace time (--grace)"
+            f"the end of {evidence.guessed_ends:,} conversions is not in the trace;"
+            " each was taken for over when nothing of it was seen for the grace time (--grace)"
         )
     if evidence.unfinished:
         limits.append(
-            f"{evidence.unfinished:,} windows were open at the end of the trace, in conversions that were going on"
+            f"{evidence.unfinished:,} windows were open at the end of the trace,"
+            " in conversions that were going on"
         )
     limits += [
-        f"events were lost ({text}): what was in them is not known" for text in evidence.lost[:5]
+        f"events were lost ({text}): their content is not known" for text in evidence.lost[:5]
     ]
     if len(evidence.lost) > 5:
         limits.append(f"and at {len(evidence.lost) - 5:,} more places")
@@ -75,8 +81,8 @@ def _about_mappings(evidence: Evidence, targets: Mapping[str, TargetState]) -> l
         limits.append(f"maps that failed, {evidence.failed_maps:,} of them, count as never made")
     if evidence.mapped_before:
         limits.append(
-            f"{format_size(evidence.mapped_before)} were unmapped that were mapped before the trace began: what was mapped then"
-            " is not known"
+            f"{format_size(evidence.mapped_before)} were unmapped that were mapped before the trace"
+            " began: the mappings of then are not known"
         )
     limits += [
         f"{name}: everything was unmapped while pages were shared, which is taken for its end"
@@ -90,13 +96,15 @@ def _about_mappings(evidence: Evidence, targets: Mapping[str, TargetState]) -> l
 
 def _about_untold(target: TargetState) -> str:
     text = (
-        f"{target.name}: {target.untold:,} unmaps were taken as done, because the trace does not tell their result"
+        f"{target.name}: {target.untold:,} unmaps were taken as done,"
+        " because the trace does not tell their result"
         " (QEMU traces them when they are asked for, and frees the memory when they fail)"
     )
     if target.untold_inexact:
         text += (
-            f"; {target.untold_inexact:,} of them did not name one mapping exactly and covered {target.untold_mappings:,} mappings,"
-            " which a server with libvfio-user's rule keeps: stale mappings cannot be ruled out (--unmap exact shows them;"
+            f"; {target.untold_inexact:,} of them did not name one mapping exactly and covered"
+            f" {target.untold_mappings:,} mappings, which a server with libvfio-user's rule keeps:"
+            " stale mappings cannot be ruled out (--unmap exact shows them;"
             " `ramblock probe --trace` records the server's side)"
         )
     return text
@@ -106,21 +114,23 @@ def _about_states(evidence: Evidence) -> list[str]:
     limits = []
     if not (evidence.attributes or evidence.state_changes or evidence.conversions):
         limits.append(
-            "no conversions or page attributes in this trace: which pages were private is not known,"
-            " so only broken rules can be found"
+            "no conversions or page attributes in this trace: which pages were private is not"
+            " known, so only broken rules can be found"
         )
     elif evidence.stateless_bytes:
         limits.append(
-            f"{format_size(evidence.stateless_bytes)} were mapped of pages whose state the trace had not told: ordinary RAM, or"
-            " converted before it began"
+            f"{format_size(evidence.stateless_bytes)} were mapped of pages whose state the trace"
+            " had not told: ordinary RAM, or converted before it began"
         )
     if evidence.unplaced_states:
         limits.append(
-            f"{evidence.unplaced_states:,} state changes are relative to a block whose place is not known (--layout)"
+            f"{evidence.unplaced_states:,} state changes are relative to a block whose place is not"
+            " known (--layout)"
         )
     if evidence.unplaced_discards:
         limits.append(
-            f"{evidence.unplaced_discards:,} discards are of host addresses whose place in the guest is not known:"
+            f"{evidence.unplaced_discards:,} discards are of host addresses whose place in the"
+            " guest is not known:"
             " memory that was freed while mapped is not found there"
         )
     return limits

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one target maps, as far as the trace tells."""
+"""The mappings of one target, as far as the trace tells."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UnmapRule = str
 
 
 class Mapping(msgspec.Struct, eq=False, gc=False):
-    """What one map call made."""
+    """The mapping of one map call."""
 
     start: int
     end: int
@@ -31,7 +31,7 @@ class Mapping(msgspec.Struct, eq=False, gc=False):
 
 
 class Unmapping(NamedTuple):
-    """What an unmap meets."""
+    """The mappings that an unmap meets."""
 
     pieces: list[tuple[int, int, Mapping]]
     """The parts of mappings in its range."""
@@ -48,9 +48,10 @@ class Unmapping(NamedTuple):
 
 class TargetState:
     """
-    One target: its mappings, and what is wrong with them.
+    One target: its mappings, and their faults.
 
-    :param complete: Whether the trace has it from the beginning, so that what it does not show was not there.
+    :param complete: Whether the trace has it from the beginning: a mapping that is not in it did
+        not exist.
     """
 
     def __init__(self, name: str, rule: UnmapRule | None, *, complete: bool) -> None:
@@ -59,7 +60,8 @@ class TargetState:
         self.complete = complete
         #: Whether the trace says when it goes; others are gone when they map nothing any more.
         self.declared = False
-        #: Whether it maps this guest's pages: others are not expected to (the kernel maps for its own drivers too).
+        #: Whether it maps this guest's pages: others are not expected to (the kernel maps for its
+        #: own drivers too).
         self.expected = complete
         self.mappings: RangeMap[Mapping] = RangeMap()
         #: Private and mapped.
@@ -72,12 +74,14 @@ class TargetState:
         self.freed = WindowMap()
         #: Shared and not mapped.
         self.missing = WindowMap()
-        #: Where a map failed. A VMM that goes on all the same unmaps there later, and that is no mistake of its own.
+        #: Where a map failed. A VMM that goes on all the same unmaps there later, and that is no
+        #: mistake of its own.
         self.failed: RangeMap[Origin] = RangeMap()
         self.maps = 0
         self.unmaps = 0
         self.faults = 0
-        #: Unmaps whose result the trace does not tell, those of them that named more or less than one mapping, and what they covered.
+        #: Unmaps whose result the trace does not tell; those of them that named more or less than
+        #: one mapping; the mappings that these covered.
         self.untold = 0
         self.untold_inexact = 0
         self.untold_mappings = 0
@@ -88,7 +92,7 @@ class TargetState:
         return self.stale, self.refused, self.unplugged, self.freed, self.missing
 
     def summary(self) -> TargetSummary:
-        """Sum up what it maps now."""
+        """Sum up its present mappings."""
         entries = mapped = 0
         before: Mapping | None = None
         for start, end, mapping in self.mappings.items():
@@ -98,7 +102,7 @@ class TargetState:
         return TargetSummary(self.name, self.maps, self.unmaps, self.faults, mapped, entries)
 
     def meet(self, start: int, end: int) -> Unmapping:
-        """Look at what an unmap of this range meets."""
+        """Find the mappings that an unmap of this range meets."""
         pieces = self.mappings.pieces(start, end)
         if not pieces:
             return Unmapping(pieces, bisects=False, exact=False)
@@ -110,7 +114,11 @@ class TargetState:
     def remove(
         self, start: int, end: int, pieces: list[tuple[int, int, Mapping]]
     ) -> list[tuple[int, int]]:
-        """Unmap the pieces, which are all that is mapped in the range; return the ranges that no domain maps any more."""
+        """
+        Unmap the pieces, which are all that is mapped in the range.
+
+        Return the ranges that no domain maps any more.
+        """
         mappings = self.mappings
         if all(mapping.copies == 1 for _, _, mapping in pieces):
             mappings.set(start, end, None)

@@ -13,13 +13,15 @@ __all__ = ["AuditObserver"]
 
 class AuditObserver(Protocol):
     """
-    Called in the order of the trace, synchronously; ranges are guest addresses, ``[start, end)`` in bytes.
+    Called in the order of the trace, synchronously.
+
+    Ranges are guest addresses, ``[start, end)`` in bytes.
 
     Times never fall. Where a trace has none, the number of the event stands for it.
     """
 
     def page_state(self, time: int, start: int, end: int, *, private: bool) -> None:
-        """Note that pages are now private or shared (calls that change nothing are reported too)."""
+        """Note that pages are now private or shared; calls without a change are reported too."""
 
     def mapped(self, time: int, target: str, start: int, end: int) -> None:
         """Note that a target mapped a range."""
@@ -34,4 +36,8 @@ class AuditObserver(Protocol):
         """Note a device's access, or its fault."""
 
     def found(self, finding: Finding) -> None:
-        """Take a finding that is complete; windows that are open at the end come last, with ``open`` set."""
+        """
+        Take a finding that is complete.
+
+        Windows that are open at the end come last, with ``open`` set.
+        """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads our own format (docs/trace-format.rst): ``ramblock run --trace``, ``ramblock probe --trace``."""
+"""Reads our own format (docs/trace-format.rst), from ``ramblock run`` and ``ramblock probe``."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class OwnReader:
     """
     A parser of our own JSON lines; bytes in, events out.
 
-    Events that it does not know are counted, as the format asks of readers. A line that is no JSON, or lacks what its event has, is an
-    error: our own programs do not write such.
+    Events that it does not know are counted, as the format asks of readers. A line that is no JSON,
+    or lacks a field of its event, is an error: our own programs do not write such.
     """
 
     def __init__(self, source: Source) -> None:
@@ -91,7 +91,8 @@ class OwnReader:
         """
         Take bytes; return the events of the lines that are complete.
 
-        A line that cannot be read ends the reading: the events before it are returned, and the next call raises.
+        A line that cannot be read ends the reading: the events before it are returned, and the next
+        call raises.
 
         :raises TraceError: A line before these bytes could not be read.
         """
@@ -142,7 +143,7 @@ class OwnReader:
         return self._convert(lines)
 
     def _events_one_by_one(self, block: bytes) -> list[Event]:
-        """Find out what is odd, the slow way."""
+        """Find the odd part, the slow way."""
         found: list[Event] = []
         for raw in block.split(b"\n")[:-1]:
             if not raw.strip():
@@ -207,14 +208,15 @@ class OwnReader:
             )
             for block in line.blocks
         )
-        # A run tells each conversion's end, and makes them one after the other; a probe knows of no conversions.
+        # A run tells each conversion's end, and makes them one after the other; a probe knows of no
+        # conversions.
         return Layout(
             time=line.t,
             source=self.source,
             line=number,
             blocks=blocks,
             targets=tuple(line.targets),
-            # A probe refuses what is not exact by itself: its `violation` and `stale` events say so.
+            # A probe refuses an inexact unmap by itself: its `violation` and `stale` events say so.
             unmap=None,
             ends=bool(blocks),
         )

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own format's lines as they stand (docs/trace-format.rst), one struct for each event; msgspec checks them while it decodes."""
+"""
+Our own format's lines as they stand (docs/trace-format.rst), one struct for each event.
+
+Msgspec checks them while it decodes.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,12 @@ __all__ = ["AnyLine", "OwnLine"]
 _Number = Annotated[int, msgspec.Meta(ge=0)]
 _Time = Annotated[int, msgspec.Meta(ge=0)]
 _Side = Literal["shared", "private"]
-#: A guest may ask for anything; what does not fit into 64 bits is a string in hex.
+#: A guest may ask for anything; a number beyond 64 bits is a string in hex.
 _Asked = int | str
 
 
 class OwnLine(msgspec.Struct, tag_field="event", gc=False):
-    """What every line has."""
+    """The fields of every line."""
 
     t: _Time
 

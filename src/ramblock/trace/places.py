@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where blocks and host addresses lie in the guest: for traces that name neither guest addresses nor blocks."""
+"""Places of blocks and host addresses in the guest: for traces without guest addresses."""
 
 from __future__ import annotations
 

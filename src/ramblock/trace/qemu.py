@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads QEMU's text trace (its ``log`` backend): ``name arguments``, with or without a time before it."""
+"""Reads QEMU's text trace (its ``log`` backend): ``name arguments``, perhaps after a time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from ramblock.trace.reader import LineReader
 
 __all__ = ["QemuReader"]
 
-# `-msg timestamp=on` gives the first kind of time; older versions wrote the second whether asked or not.
+# `-msg timestamp=on` gives the first kind of time; older versions wrote the second whether asked or
+# not.
 _LINE = re.compile(
-    rb"(?:(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{6})Z |\d+@(\d{1,12})\.(\d{6}):)?([a-z][a-z0-9_]*)(?: (.*?))?\r?",
+    rb"(?:(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{6})Z |\d+@(\d{1,12})\.(\d{6}):)?"
+    rb"([a-z][a-z0-9_]*)(?: (.*?))?\r?",
     re.DOTALL,
 )
-#: What QEMU reports when a call fails (hw/vfio/listener.c, container.c): object, address and size in hex, and -errno.
+#: QEMU's report of a call that failed (hw/vfio/listener.c, container.c): object, address and size
+#: in hex, and -errno.
 _FAILURE = re.compile(
     rb"vfio\w*_dma_(un)?map\([^,()]*, (0x[0-9a-fA-F]+), (0x[0-9a-fA-F]+)[^()]*\) = (-\d+)"
 )
@@ -28,7 +31,9 @@ _ISO = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{6})Z ")
 
 class QemuReader(LineReader):
     """
-    A parser of QEMU's text trace; lines that are no trace events are counted, since the log may have others.
+    A parser of QEMU's text trace.
+
+    Lines that are no trace events are counted, since the log may have others.
 
     An event with a word that is none of QEMU's ends the reading.
 
@@ -44,7 +49,7 @@ class QemuReader(LineReader):
 
     @property
     def needs(self) -> dict[str, str]:
-        """What would tell more, by a word for it."""
+        """Further sources that would tell more, by a keyword."""
         return self._events.needs
 
     def feed(self, data: bytes) -> list[Event]:

@@ -2,8 +2,9 @@
 """
 QEMU's trace events: how each is printed, and so which arguments it has.
 
-The texts are those of QEMU's ``trace-events`` files (accel/kvm, backends, hw/vfio, hw/vfio-user, hw/virtio, system). The text log prints
-them after the event's name; the binary format has the same arguments in the same order, each as 64 bits or as a string.
+The texts are those of QEMU's ``trace-events`` files (accel/kvm, backends, hw/vfio, hw/vfio-user,
+hw/virtio, system). The text log prints them after the event's name; the binary format has the same
+arguments in the same order, each as 64 bits or as a string.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 """
 A value for each address, kept as runs.
 
-Theory of operation. Two lists hold where each run begins, ascending, and its value, None for nothing; neighbours with the *same object* are
-one run. The lists are cut into blocks of at most 2,048 runs, so that a change shifts a short tail and not that of a guest with
-65,535 mappings, and a range costs what there is in it and not what its size is: a trace may name all of 2**64.
+Theory of operation. Two lists hold where each run begins, ascending, and its value, None for
+nothing; neighbours with the *same object* are one run. The lists are cut into blocks of at most
+2,048 runs, so that a change shifts a short tail and not that of a guest with 65,535 mappings, and
+the cost of a range depends on the runs in it, not on its size: a trace may name all of 2**64.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ class RangeMap(Generic[V]):
         return any(value is not None for _, values in self._blocks for value in values)
 
     def set(self, start: int, end: int, value: V | None) -> None:
-        """Give every address of the range, which must not be empty, this value; None takes what it had."""
+        """
+        Give every address of the range, which must not be empty, this value.
+
+        None removes it.
+        """
         firsts = self._firsts
         index = bisect_right(firsts, start) - 1
         starts, values = self._blocks[index]
@@ -69,7 +74,7 @@ class RangeMap(Generic[V]):
             self._split(index)
 
     def _cut_front(self, index: int, end: int, keep: int) -> None:
-        """Let a block begin at *end*, which lies in it, and drop those between block *keep* and it."""
+        """Let a block begin at *end*, which lies in it; drop those between it and block *keep*."""
         starts, values = self._blocks[index]
         at = bisect_right(starts, end) - 1
         del starts[:at]
@@ -79,7 +84,7 @@ class RangeMap(Generic[V]):
         del self._firsts[keep + 1 : index]
 
     def _join(self, index: int) -> None:
-        """Drop a block of one run that goes on what the block before it ends with."""
+        """Drop a block of one run that continues the last run of the block before it."""
         if index and self._blocks[index][1][0] is self._blocks[index - 1][1][-1]:
             del self._blocks[index]
             del self._firsts[index]
@@ -98,7 +103,7 @@ class RangeMap(Generic[V]):
         return values[bisect_right(starts, address) - 1]
 
     def pieces(self, start: int, end: int) -> list[tuple[int, int, V]]:
-        """Return the runs in the range that have a value, clipped to it, ascending, as (start, end, value)."""
+        """Return the runs with a value in the range, clipped, ascending: (start, end, value)."""
         firsts, blocks = self._firsts, self._blocks
         index = bisect_right(firsts, start) - 1
         starts, values = blocks[index]

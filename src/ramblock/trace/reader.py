@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every reader of traces has: bytes in, events out, in any chunking."""
+"""The base of all readers of traces: bytes in, events out, in any chunking."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EXAMPLE_LENGTH = 120
 
 
 class ReadCounts(msgspec.Struct):
-    """What a reader has seen."""
+    """Counts of a reader."""
 
     lines: int = 0
     events: int = 0
@@ -33,7 +33,7 @@ class ReadCounts(msgspec.Struct):
     """How often each event was there, also of those that mean nothing here."""
 
     def note_unknown(self, line: int, raw: bytes) -> None:
-        """Count what was not understood."""
+        """Count a line that was not understood."""
         self.unknown += 1
         if len(self.examples) < _EXAMPLES:
             self.examples.append((line, raw[:_EXAMPLE_LENGTH].decode(errors="backslashreplace")))
@@ -49,7 +49,8 @@ class TraceReader(Protocol):
         """
         Take bytes in any chunking; return the events that are complete.
 
-        What cannot be read ends the reading: the events before it are returned, and the next call raises.
+        Unreadable input ends the reading: the events before it are returned, and the next call
+        raises.
 
         :raises TraceError: The reading has ended.
         """
@@ -66,7 +67,8 @@ class LineSplitter:
     """
     Cuts bytes into lines without their ends.
 
-    A line of more than :data:`MAX_LINE` bytes is not kept while it comes in: its first bytes stand for it.
+    A line of more than :data:`MAX_LINE` bytes is not kept while it comes in: its first bytes stand
+    for it.
     """
 
     def __init__(self) -> None:
@@ -89,13 +91,13 @@ class LineSplitter:
         return lines
 
     def finish(self) -> list[bytes]:
-        """Take the end of the input; return what was left, if anything."""
+        """Take the end of the input; return the rest, if any."""
         tail, self._tail = self._tail, b""
         return [tail] if tail else []
 
 
 class LineReader(ABC):
-    """A reader of a format that is text: lines that it does not know are counted, and none of them ends the reading."""
+    """A reader of a text format: unknown lines are counted, and none of them ends the reading."""
 
     def __init__(self, source: Source) -> None:
         self.source = source

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an audit comes to: findings, counts, and what the trace could not show."""
+"""The result of an audit: findings, counts, and the trace's limits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ class Lengths(msgspec.Struct):
     total: int = 0
     longest: int = 0
     buckets: dict[int, int] = {}
-    """How many were shorter than this power of ten, and not shorter than the one below; 1 for zero."""
+    """
+    How many were shorter than this power of ten, and not shorter than the one below.
+
+    1 for zero.
+    """
 
     def add(self, length: int) -> None:
         """Add one."""
@@ -72,9 +76,10 @@ class TargetSummary(msgspec.Struct):
 
 class AuditResult(msgspec.Struct, kw_only=True):
     """
-    What was found in one trace, or several that were merged.
+    The result for one trace, or several that were merged.
 
-    Times are nanoseconds of the trace's clock. ``began`` and ``ended`` are None where it has no times.
+    Times are nanoseconds of the trace's clock. ``began`` and ``ended`` are None where it has no
+    times.
     """
 
     sources: list[str]
@@ -90,7 +95,7 @@ class AuditResult(msgspec.Struct, kw_only=True):
     conversions: int
     targets: list[TargetSummary]
     limits: list[str]
-    """What this trace cannot show, in sentences."""
+    """The trace's limits, in sentences."""
     by_event: dict[str, int]
     unknown_lines: int = 0
     unknown_examples: list[str] = []

@@ -2,10 +2,11 @@
 """
 Reads QEMU's binary trace (its ``simple`` backend, version 4 of the format).
 
-The file is a header of three 64-bit words, then records, each with a 64-bit type: 0 maps an event's number to its name, 1 is an
-event. An event has its number, a time in nanoseconds, the record's length, the process, and its arguments: 64 bits each, or a
-string with its length. Words are in the order of the host that wrote them; x86 is taken for granted. Which arguments an event
-has is not in the file (trace/simple.c and scripts/simpletrace.py of QEMU).
+The file is a header of three 64-bit words, then records, each with a 64-bit type: 0 maps an event's
+number to its name, 1 is an event. An event has its number, a time in nanoseconds, the record's
+length, the process, and its arguments: 64 bits each, or a string with its length. Words are in the
+order of the host that wrote them; x86 is taken for granted. Which arguments an event has is not in
+the file (trace/simple.c and scripts/simpletrace.py of QEMU).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class SimpletraceReader:
 
     @property
     def needs(self) -> dict[str, str]:
-        """What would tell more, by a word for it."""
+        """Further sources that would tell more, by a keyword."""
         return self._events.needs
 
     def feed(self, data: bytes) -> list[Event]:
@@ -170,7 +171,11 @@ def _unpack(layout: struct.Struct, buffer: bytes, position: int) -> tuple[tuple[
 
 
 def _arguments(kinds: str, body: bytes) -> list[QemuValue] | None:
-    """Read an event's arguments; None: the record has others than this version of QEMU is known to write."""
+    """
+    Read an event's arguments.
+
+    None: the record has others than this version of QEMU is known to write.
+    """
     values: list[QemuValue] = []
     position = 0
     try:

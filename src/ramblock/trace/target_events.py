@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The audit's way with targets: they come, map, fault, and go. Unmaps have a module of their own."""
+"""
+The audit's way with targets: they come, map, fault, and go.
+
+Unmaps have a module of their own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ __all__ = ["TargetEvents"]
 
 
 class TargetEvents:
-    """What is told about targets."""
+    """Events of targets."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -91,7 +95,7 @@ class TargetEvents:
 
     @staticmethod
     def _is_copy(event: Map, target: TargetState, there: list[tuple[int, int, Mapping]]) -> bool:
-        """Whether this is what another domain of the same container gets: the same again."""
+        """Whether this is the copy for another domain of the same container."""
         start, end, old = there[0]
         if event.key is None or old.key != event.key or (start, end) != (event.start, event.end):
             return False
@@ -109,7 +113,7 @@ class TargetEvents:
             self._ledger.observer.accessed(event)
 
     def remark(self, event: Remark) -> None:
-        """Note what the trace itself has to say."""
+        """Note a remark of the trace itself."""
         if event.lost:
             self._ledger.evidence.lost.append(
                 f"{Origin(event.source.name, event.line)}: {event.text}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an unmap does: what is gone, what was refused, what came short."""
+"""The effect of an unmap: the pieces that are gone, were refused, or came short."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Unmaps:
             self._note_emptied(target)
 
     def _note_emptied(self, target: TargetState) -> None:
-        """Take a target that maps nothing any more for gone: at its end everything is unmapped, and that is no conversion."""
+        """Take a target without mappings for gone: its end unmaps all without a conversion."""
         if target.missing:
             self._ledger.evidence.emptied.add(target.name)
             target.missing.clear()
@@ -83,7 +83,7 @@ class Unmaps:
             )
 
     def _is_refused(self, event: Unmap, target: TargetState, met: Unmapping) -> bool:
-        """Apply the target's rule; open windows over what stays mapped."""
+        """Apply the target's rule; open windows over the ranges that stay mapped."""
         note = ""
         untold = event.unmapped is None
         if not event.done:
@@ -112,7 +112,11 @@ class Unmaps:
     def _short_unmap(
         self, event: Unmap, target: TargetState, met: Unmapping
     ) -> list[tuple[int, int, Mapping]]:
-        """Say that fewer bytes went than there were; return what did, which is the first: the kernel unmaps upwards."""
+        """
+        Report that fewer bytes went than there were.
+
+        Return the pieces that went, the first ones: the kernel unmaps upwards.
+        """
         assert event.unmapped is not None
         left = event.unmapped
         gone = []

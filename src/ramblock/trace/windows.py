@@ -2,9 +2,10 @@
 """
 Conversions that are going on, and the windows that are open meanwhile.
 
-A window is a range of pages of one target that is in a state in which it should not stay: private and mapped, shared and not mapped.
-Every conversion passes through one of them, whatever the order of its steps; what matters is whether the window is closed when the
-conversion is over. So a window points to its conversion, and is judged when it closes.
+A window is a range of pages of one target that is in a state in which it should not stay: private
+and mapped, shared and not mapped. Every conversion passes through one of them, in any order of its
+steps; it matters whether the window is closed when the conversion is over. So a window points to
+its conversion, and is judged when it closes.
 """
 
 from __future__ import annotations
@@ -33,16 +34,17 @@ class ActiveConversion(msgspec.Struct, eq=False):
     """Page states changed in it; else it is only an unmap that may become one."""
     over: bool = False
     held: bool = False
-    """The trace has its beginning and will have its end (a request to virtio-mem): time does not end it."""
+    """The trace has its begin and end (a request to virtio-mem): time does not end it."""
 
 
 class Conversions:
     """
     The conversions that are going on.
 
-    One is over at its end, if the trace has ends; at its vCPU's next entry, if entries are traced; else when nothing of it was seen
-    for ``grace`` nanoseconds. There may be hundreds of the last kind at any time, so none of the calls below looks at all of them,
-    but for :meth:`end_of`, whose sources have few.
+    One is over at its end, if the trace has ends; at its vCPU's next entry, if entries are traced;
+    else when nothing of it was seen for ``grace`` nanoseconds. There may be hundreds of the last
+    kind at any time, so none of the calls below looks at all of them, but for :meth:`end_of`, whose
+    sources have few.
     """
 
     def __init__(self, grace: int) -> None:
@@ -58,13 +60,18 @@ class Conversions:
         #: Which conversion a page is in; the newest, where two vCPUs convert the same page.
         self._where: RangeMap[ActiveConversion] = RangeMap()
         self._of_vcpu: dict[str, list[ActiveConversion]] = {}
-        #: Each with the time at which it was last looked at; ascending. Those that time does not end are not in it.
+        #: Each with the time at which it was last looked at; ascending. Those that time does not
+        #: end are not in it.
         self._quiet: deque[tuple[int, ActiveConversion]] = deque()
 
     def step(
         self, start: int, end: int, time: int, source: Source, vcpu: str | None = None
     ) -> ActiveConversion:
-        """Note a step on a range; return the conversion that it belongs to, a new one if there is none."""
+        """
+        Note a step on a range.
+
+        Return the conversion that it belongs to, a new one if there is none.
+        """
         found = self.find(start, end, vcpu)
         if found is None:
             found = ActiveConversion(start, end, source, time, vcpu)
@@ -132,7 +139,7 @@ class Conversions:
                 self._end(conversion)
 
     def end_all_quiet(self, time: int) -> None:
-        """At the end of the trace: let all end that were quiet for too long, whether the trace has ends or not."""
+        """End those that were quiet for too long, at the end of a trace with or without ends."""
         for conversion in [each for each in self.active if each.last + self.grace < time]:
             self._end(conversion)
 
@@ -165,7 +172,7 @@ class WindowMap(RangeMap[Window]):
     __slots__ = ()
 
     def open(self, start: int, end: int, window: Window) -> None:
-        """Open a window over what is not in one already."""
+        """Open a window over the parts that are in none."""
         for gap_start, gap_end in self.gaps(start, end):
             self.set(gap_start, gap_end, window)
 

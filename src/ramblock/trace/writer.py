@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Writes what happens, one JSON object per line.
+Writes events, one JSON object per line.
 
-Every line has ``t`` (monotonic nanoseconds) and ``event``. The first is ``start`` and describes the guest. Addresses and
-sizes are numbers of bytes; ranges are given as start and size. A full disk ends the trace, not the job.
+Every line has ``t`` (monotonic nanoseconds) and ``event``. The first is ``start`` and describes the
+guest. Addresses and sizes are numbers of bytes; ranges are given as start and size. A full disk
+ends the trace, not the job.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class TraceWriter:
                 self._give_up(error)
 
     def close(self) -> None:
-        """Write what is buffered; a failure is in :attr:`error`."""
+        """Write the buffered lines; a failure is in :attr:`error`."""
         with self._lock:
             if self._file is not None:
                 try:
@@ -80,7 +81,7 @@ class TraceWriter:
             try:
                 file.close()
             except OSError:
-                return  # it is full: that is what the first error says
+                return  # it is full: the first error says so
 
     def __enter__(self) -> TraceWriter:
         return self

@@ -2,7 +2,8 @@
 """
 How an ioctl number is made, and the call (include/uapi/asm-generic/ioctl.h, fs/ioctl.c).
 
-Bits 0-7 are the number, 8-15 the type, 16-29 the size of the argument, 30-31 its direction as user space sees it.
+Bits 0-7 are the number, 8-15 the type, 16-29 the size of the argument, 30-31 its direction as user
+space sees it.
 """
 
 from __future__ import annotations
@@ -45,10 +46,13 @@ def call(
     fd: int, request: int, argument: int | ctypes.Structure | ctypes.Array[ctypes.c_char] = 0
 ) -> int:
     """
-    Make the call; the interpreter's lock is released while it lasts. A structure is changed in place.
+    Make the call; the interpreter's lock is released while it lasts.
 
-    :return: What the kernel returned, 0 or more.
-    :raises OSError: With the kernel's errno; the text names the request by number only, callers know its name.
+    A structure is changed in place.
+
+    :return: The kernel's return value, 0 or more.
+    :raises OSError: With the kernel's errno; the text names the request by number only, callers
+        know its name.
     :raises InterruptedError: A signal came (EINTR); nothing is retried here.
     """
     try:

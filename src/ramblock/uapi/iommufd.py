@@ -2,8 +2,9 @@
 """
 iommufd: I/O address spaces and their mappings (include/uapi/linux/iommufd.h).
 
-Errno has one meaning for all of its calls: ENOTTY, the call is not known; E2BIG, the structure is longer than known and the
-rest is not 0; EOPNOTSUPP, a known field has an unknown value; ENOENT, no such object or IOVA.
+Errno has one meaning for all of its calls: ENOTTY, the call is not known; E2BIG, the structure is
+longer than known and the rest is not 0; EOPNOTSUPP, a known field has an unknown value; ENOENT, no
+such object or IOVA.
 """
 
 from __future__ import annotations
@@ -92,7 +93,11 @@ class IovaRange(ctypes.Structure):
 
 
 class IoasIovaRanges(ctypes.Structure):
-    """IOMMU_IOAS_IOVA_RANGES; EMSGSIZE with the right ``num_iovas`` where the array is too small."""
+    """
+    IOMMU_IOAS_IOVA_RANGES.
+
+    EMSGSIZE with the right ``num_iovas`` where the array is too small.
+    """
 
     C_NAME = "struct iommu_ioas_iova_ranges"
     C_FIELDS: ClassVar = {"reserved": "__reserved"}

@@ -2,7 +2,8 @@
 """
 KVM on x86 (include/uapi/linux/kvm.h, arch/x86/include/uapi/asm/kvm.h).
 
-A structure without ``C_NAME`` has no name in C either: it is the type of one member, checked member by member below it.
+A structure without ``C_NAME`` has no name in C either: it is the type of one member, checked member
+by member below it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ KVM_API_VERSION: Final = 12
 
 
 class Capability(IntEnum):
-    """What KVM_CHECK_EXTENSION can be asked, as far as we ask."""
+    """Arguments of KVM_CHECK_EXTENSION, those that we use."""
 
     KVM_CAP_NR_VCPUS = 9
     KVM_CAP_NR_MEMSLOTS = 10
@@ -40,7 +41,11 @@ class Capability(IntEnum):
 
 
 class VmTypeNumber(IntEnum):
-    """Argument of KVM_CREATE_VM, and bit numbers in KVM_CAP_VM_TYPES; the types that need no special hardware."""
+    """
+    Argument of KVM_CREATE_VM, and bit numbers in KVM_CAP_VM_TYPES.
+
+    The types that need no special hardware.
+    """
 
     KVM_X86_DEFAULT_VM = 0
     KVM_X86_SW_PROTECTED_VM = 1
@@ -192,7 +197,7 @@ class KvmSignalMask(ctypes.Structure):
 
 
 class KvmCpuidEntry2(ctypes.Structure):
-    """What CPUID answers to one function and index."""
+    """The answer of CPUID to one function and index."""
 
     C_NAME = "struct kvm_cpuid_entry2"
     _fields_ = (
@@ -255,7 +260,7 @@ class KvmRegs(ctypes.Structure):
 
 
 class KvmSegment(ctypes.Structure):
-    """One segment register, with what the CPU keeps of its descriptor."""
+    """One segment register, with the CPU's copy of its descriptor."""
 
     C_NAME = "struct kvm_segment"
     _fields_ = (
@@ -405,7 +410,7 @@ class _Exit(ctypes.Union):
 
 
 class KvmRun(ctypes.Structure):
-    """What a vCPU and its user tell each other; the first page of the vCPU's mapping."""
+    """The shared structure of a vCPU and its user; the first page of the vCPU's mapping."""
 
     C_NAME = "struct kvm_run"
     _anonymous_ = ("exit",)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a guest asks of KVM by hypercall (include/uapi/linux/kvm_para.h, arch/x86/include/uapi/asm/kvm_para.h).
+Hypercalls of a guest to KVM (include/uapi/linux/kvm_para.h, and asm/kvm_para.h of x86).
 
-The fields of the attribute word are in Documentation/virt/kvm/x86/hypercalls.rst, KVM_HC_MAP_GPA_RANGE.
+The fields of the attribute word are in Documentation/virt/kvm/x86/hypercalls.rst,
+KVM_HC_MAP_GPA_RANGE.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cachestat(2) is told and tells (include/uapi/linux/mman.h)."""
+"""Structures of cachestat(2) (include/uapi/linux/mman.h)."""
 
 from __future__ import annotations
 

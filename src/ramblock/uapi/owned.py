@@ -7,16 +7,20 @@ import os
 import weakref
 from abc import ABC, abstractmethod
 
+from ramblock.process import OfOneProcess
+
 __all__ = ["OwnedDescriptor"]
 
 
-class OwnedDescriptor(ABC):
+class OwnedDescriptor(OfOneProcess, ABC):
     """
     Owns *fd* from now on, and closes it at the latest when nobody holds this object any more.
 
-    Its number is not handed out after that, so that no call can hit a file that got the same number later.
+    Its number is not handed out after that, so that no call can hit a file that got the same number
+    later.
 
-    :param fd: Open; not inheritable from here on (KVM_CREATE_GUEST_MEMFD, alone among its kind, does not set FD_CLOEXEC).
+    :param fd: Open; not inheritable from here on (KVM_CREATE_GUEST_MEMFD, alone among its kind,
+        does not set FD_CLOEXEC).
     :param name: For messages.
     """
 
@@ -35,7 +39,8 @@ class OwnedDescriptor(ABC):
         """
         Tell the number.
 
-        :raises Exception: It is closed; which class, says the part of the library that it belongs to.
+        :raises Exception: It is closed; which class, says the part of the library that it belongs
+            to.
         """
         if self.closed:
             raise self._closed_error()

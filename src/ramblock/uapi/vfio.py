@@ -17,7 +17,7 @@ VFIO_BASE: Final = 100
 
 
 class Extension(IntEnum):
-    """What VFIO_CHECK_EXTENSION is asked for."""
+    """Arguments of VFIO_CHECK_EXTENSION."""
 
     VFIO_TYPE1v2_IOMMU = 3
     VFIO_UNMAP_ALL = 9
@@ -91,7 +91,11 @@ VFIO_REGION_INFO_CAP_SPARSE_MMAP: Final = 1
 
 
 class CapabilityHeader(ctypes.Structure):
-    """Begins each entry of a capability chain; ``next`` is an offset from the start of the answer, 0 ends the chain."""
+    """
+    Begins each entry of a capability chain.
+
+    ``next`` is an offset from the start of the answer, 0 ends the chain.
+    """
 
     C_NAME = "struct vfio_info_cap_header"
     id: int
@@ -304,7 +308,8 @@ class DmaUnmap(ctypes.Structure):
     )
 
 
-# All of them are _IO(): the size of the argument is in its first field, so that structures can grow.
+# All of them are _IO(): the size of the argument is in its first field, so that structures can
+# grow.
 VFIO_GET_API_VERSION = io(VFIO_TYPE, VFIO_BASE + 0)
 VFIO_CHECK_EXTENSION = io(VFIO_TYPE, VFIO_BASE + 1)
 VFIO_SET_IOMMU = io(VFIO_TYPE, VFIO_BASE + 2)

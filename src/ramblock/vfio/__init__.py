@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Assigned PCI devices: binding them to vfio-pci, opening them, and drivers for the two test devices of QEMU."""
+"""Assigned PCI devices: binding to vfio-pci, opening, and drivers for QEMU's two test devices."""
 
 from ramblock.vfio.bounce import BouncePage
 from ramblock.vfio.device import VfioDevice

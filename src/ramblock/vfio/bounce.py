@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page of ours that a device can reach: how a driver hands data to a device that has no window for it."""
+"""A page of ours that a device can reach: the way to hand it data if it has no window."""
 
 from __future__ import annotations
 
 from types import TracebackType
 
 from ramblock.dma.target import DmaTarget, HostRange
-from ramblock.memory.backing import AnonymousBacking
+from ramblock.hostmem.backing import AnonymousBacking
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["BouncePage"]
@@ -16,7 +16,8 @@ class BouncePage:
     """
     One page, mapped for devices at an address outside the guest; also a context manager.
 
-    It takes an entry of the target that no mapper knows of: with a budget to the last entry, leave one.
+    It takes an entry of the target that no mapper knows of: with a budget to the last entry, leave
+    one.
 
     :param target: Where to map it.
     :param iova: At which address, in bytes; whole pages, and nothing may be mapped there.
@@ -36,7 +37,7 @@ class BouncePage:
         self._closed = False
 
     def read(self, size: int) -> bytes:
-        """Read what is at its start."""
+        """Read from its start."""
         return self._backing.read(0, size)
 
     def write(self, data: bytes) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A PCI device opened through VFIO: by its group, in a type1 container, or by its own character device, on an iommufd.
+A PCI device opened through VFIO: by its group in a type1 container, or by iommufd.
 
-A device keeps its target alive, not the other way round. Either may be closed first: closing the target unmaps everything, closing
-the device detaches it. Both may be closed twice.
+A device keeps its target alive, not the other way round. Either may be closed first: closing the
+target unmaps everything, closing the device detaches it. Both may be closed twice.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ramblock.dma.iommufd import IommufdIoas
 from ramblock.dma.type1 import Type1Container
 from ramblock.dma.vfio_group import VfioGroup
 from ramblock.errors import UsageError
+from ramblock.process import OfOneProcess
 from ramblock.uapi.vfio import (
     VFIO_DEVICE_ATTACH_IOMMUFD_PT,
     VFIO_DEVICE_BIND_IOMMUFD,
@@ -45,13 +46,13 @@ _PCI_COMMAND_MASTER = 0x4
 _SYSFS, _DEV = Path("/sys"), Path("/dev")
 
 
-class VfioDevice:
+class VfioDevice(OfOneProcess):
     """
     An open device; also a context manager. Made by :meth:`open_by_group` and :meth:`open_by_cdev`.
 
     :param address: Which device.
     :param fd: Its descriptor, owned from now on.
-    :param target: What maps for it.
+    :param target: Its DMA target.
     """
 
     def __init__(
@@ -79,10 +80,11 @@ class VfioDevice:
         dev: Path = _DEV,
     ) -> VfioDevice:
         """
-        Open a device that is bound to vfio-pci, and put its group into *container* if it is not there already.
+        Open a device that is bound to vfio-pci; put its group into *container* if needed.
 
-        :raises DmaError: It is not bound, its group is not viable or belongs to somebody else, or its interrupts cannot be
-            isolated. The device is not open; its group stays in the container if only the device could not be opened.
+        :raises DmaError: It is not bound, its group is not viable or belongs to somebody else, or
+            its interrupts cannot be isolated. The device is not open; its group stays in the
+            container if only the device could not be opened.
         """
         number = iommu_group(address, sysfs=sysfs)
         group = container.group(number)
@@ -102,8 +104,8 @@ class VfioDevice:
         """
         Open a device that is bound to vfio-pci, bind it to the iommufd of *ioas* and attach it.
 
-        :raises DmaError: It is not bound to vfio-pci, is in use otherwise, or what is mapped already lies where it cannot
-            reach. The device is not open.
+        :raises DmaError: It is not bound to vfio-pci, is in use otherwise, or earlier mappings lie
+            beyond its reach. The device is not open.
         """
         fd = Descriptor.open(vfio_cdev(address, sysfs=sysfs, dev=dev), "VFIO device")
         try:
@@ -135,14 +137,15 @@ class VfioDevice:
             fd.close()
             raise
 
-    # -- the address space ----------------------------------------------------------------------------------------
+    # -- the address space -------------------------------------------------------------------------
 
     def attach(self) -> None:
         """
-        Let it reach what its target maps; what is mapped already is pinned now.
+        Let it reach its target's mappings; the existing ones are pinned now.
 
         :raises UsageError: It was opened by its group: then it is attached as long as it is open.
-        :raises DmaError: It is attached already, memory cannot be pinned, or a mapping lies where it cannot reach.
+        :raises DmaError: It is attached already, memory cannot be pinned, or a mapping lies where
+            it cannot reach.
         """
         target = self._ioas("attached")
         argument = DeviceAttachIommufd(
@@ -153,7 +156,9 @@ class VfioDevice:
 
     def detach(self) -> None:
         """
-        Let it reach nothing; it stays open. What is mapped in its target stays mapped for other devices.
+        Let it reach nothing; it stays open.
+
+        The target's mappings stay for other devices.
 
         :raises UsageError: It was opened by its group: close it instead.
         """
@@ -167,7 +172,7 @@ class VfioDevice:
             raise UsageError(f"{self!r} was opened by its group and cannot be {verb}", value=self)
         return self.target
 
-    # -- the device -----------------------------------------------------------------------------------------------
+    # -- the device --------------------------------------------------------------------------------
 
     def region(self, index: int) -> Region:
         """
@@ -181,7 +186,9 @@ class VfioDevice:
 
     def map_region(self, index: int) -> MappedRegion:
         """
-        Map all of a region into the process, for accesses without a system call; closed with the device.
+        Map all of a region into the process, for accesses without a system call.
+
+        Closed with the device.
 
         :raises UsageError: The kernel lets only parts of it be mapped, or nothing.
         """
@@ -211,7 +218,7 @@ class VfioDevice:
         self._set_command(self._command() | _PCI_COMMAND_MEMORY | _PCI_COMMAND_MASTER)
 
     def disable_bus_mastering(self) -> None:
-        """Stop its DMA, whatever is mapped."""
+        """Stop its DMA in spite of mappings."""
         self._set_command(self._command() & ~_PCI_COMMAND_MASTER)
 
     def _command(self) -> int:
@@ -231,7 +238,7 @@ class VfioDevice:
             raise UsageError(f"{self!r} cannot be reset", value=self)
         self._fd.call("VFIO_DEVICE_RESET", VFIO_DEVICE_RESET)
 
-    # -- the end --------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
 
     @property
     def closed(self) -> bool:
@@ -239,7 +246,11 @@ class VfioDevice:
         return self._fd.closed
 
     def close(self) -> None:
-        """Detach and close it, and all that is mapped of its regions; nothing happens the second time."""
+        """
+        Detach and close it, and all that is mapped of its regions.
+
+        Nothing happens the second time.
+        """
         with ExitStack() as everything:  # one that is still in use must not keep the others open
             everything.callback(self._fd.close)
             for mapped in self._mapped:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-QEMU's educational device (docs/specs/edu.rst, hw/misc/edu.c): DMA in both directions, one transfer per tenth of a second.
+QEMU's educational device (docs/specs/edu.rst, hw/misc/edu.c): ten transfers a second.
 
-It copies up to 4 KiB between memory and a buffer of its own, which nobody sees but it. Whether the IOMMU let a transfer through it
-does not say: what it reads through a fault is zeros, what it writes is lost.
+It copies up to 4 KiB, in either direction, between memory and a buffer that only it sees. Whether
+the IOMMU let a transfer through it does not say: a read through a fault gives zeros, a write is
+lost.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class EduDevice:
     """
     Drives one.
 
-    Its DMA mask is 28 bits unless QEMU was told otherwise (``dma_mask``); addresses above are cut off to it without a word.
+    Its DMA mask is 28 bits unless QEMU was told otherwise (``dma_mask``); addresses above are cut
+    off to it without a word.
 
     :param device: Opened through VFIO; stays the caller's. Bus mastering is switched on.
     :raises UsageError: It is another device.
@@ -72,15 +74,19 @@ class EduDevice:
         self._transfer(source=_BUFFER, destination=iova, size=size, command=_RUN | _TO_MEMORY)
 
     def read_from_ram(self, iova: int, size: int, bounce: BouncePage) -> bytes:
-        """Read memory as the device: into its buffer, and from there through *bounce*. Zeros where it faulted."""
+        """
+        Read memory as the device: into its buffer, and from there through *bounce*.
+
+        Zeros where it faulted.
+        """
         self.load(iova, size)
-        # The device's store may fault as well, and would leave what was there.
+        # The device's store may fault as well, and would leave the old data.
         bounce.write(bytes(size))
         self.store(bounce.iova, size)
         return bounce.read(size)
 
     def write_to_ram(self, iova: int, data: bytes, bounce: BouncePage) -> None:
-        """Write memory as the device: *data* goes through *bounce* into its buffer, and from there to *iova*."""
+        """Write memory as the device: *data* goes through *bounce* and its buffer to *iova*."""
         bounce.write(data)
         self.load(bounce.iova, len(data))
         self.store(iova, len(data))

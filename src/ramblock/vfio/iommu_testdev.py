@@ -2,8 +2,8 @@
 """
 QEMU's iommu-testdev (hw/misc/iommu-testdev.c, QEMU 10.2): a DMA write at once, with its outcome.
 
-It writes a pattern to an IOVA when a register is read, within that access. So it can be used in a tight loop, and the loop shows gaps
-of a few microseconds in a mapping that other threads change.
+It writes a pattern to an IOVA when a register is read, within that access. So it can be used in a
+tight loop, and the loop shows gaps of a few microseconds in a mapping that other threads change.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MAX_LENGTH = 1 << 20
 
 
 class DmaResult(IntEnum):
-    """What the result register says (ITD_DMA_* in include/hw/misc/iommu-testdev.h)."""
+    """Values of the result register (ITD_DMA_* in include/hw/misc/iommu-testdev.h)."""
 
     OK = 0
     BAD_LENGTH = 0xDEAD_0001
@@ -35,7 +35,7 @@ class DmaResult(IntEnum):
     """The IOMMU did not let it through."""
     READ_BACK_FAILED = 0xDEAD_0003
     MISMATCH = 0xDEAD_0004
-    """Written; what was read back from the physical address that it was not told differs."""
+    """Written; the data read back from the physical address, which it was not told, differs."""
     NOT_ARMED = 0xDEAD_0005
     BAD_ATTRIBUTES = 0xDEAD_0006
     BUSY = 0xFFFF_FFFE
@@ -43,7 +43,11 @@ class DmaResult(IntEnum):
 
     @property
     def written(self) -> bool:
-        """Whether the IOMMU let the write through. The read-back bypasses the IOMMU and says nothing about it."""
+        """
+        Whether the IOMMU let the write through.
+
+        The read-back bypasses the IOMMU and says nothing about it.
+        """
         return self in (DmaResult.OK, DmaResult.READ_BACK_FAILED, DmaResult.MISMATCH)
 
 
@@ -60,7 +64,7 @@ class _Register(IntEnum):
 
 @dataclass(slots=True)
 class TransferTally:
-    """What came of the transfers of a loop; may be read while it runs."""
+    """Results of the transfers of a loop; may be read while it runs."""
 
     transfers: int = 0
     """Writes that were let through."""
@@ -89,7 +93,7 @@ class IommuTestdev:
 
     @staticmethod
     def pattern(length: int) -> bytes:
-        """Tell what it writes."""
+        """Return the data that it writes."""
         return (_PATTERN * (length // 4 + 1))[:length]
 
     def dma_write(self, iova: int, length: int = 4) -> DmaResult:
@@ -97,13 +101,14 @@ class IommuTestdev:
         Have it write :meth:`pattern` to *iova*.
 
         :param length: Bytes.
-        :return: What came of it; ``result.written`` says whether the IOMMU let it through.
-        :raises UsageError: Empty, or more than 1 MiB, for which QEMU would allocate as much at each access.
+        :return: The result; ``result.written`` says whether the IOMMU let it through.
+        :raises UsageError: Empty, or more than 1 MiB, for which QEMU would allocate as much at each
+            access.
         """
         self._aim(iova, length)
         words = self._registers.words
         words[_Register.DOORBELL >> 2] = _ARM
-        # Its value is always 0; reading it is what runs the transfer.
+        # Its value is always 0; the read runs the transfer.
         self._registers.read32(_Register.TRIGGER)
         return DmaResult(words[_Register.RESULT >> 2])
 
@@ -111,7 +116,9 @@ class IommuTestdev:
         self, stop: Event, iova: int, length: int = 4, tally: TransferTally | None = None
     ) -> TransferTally:
         """
-        Write over and over until *stop* is set; for a thread of its own, which alone uses the device meanwhile.
+        Write over and over until *stop* is set.
+
+        For a thread of its own, which alone uses the device meanwhile.
 
         :return: *tally*, or a new one.
         :raises DmaError: It neither writes nor is refused: it is switched off, or gone.

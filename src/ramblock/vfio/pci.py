@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-PCI devices in sysfs, and binding one to vfio-pci for a while (Documentation/ABI/testing/sysfs-bus-pci).
+PCI devices in sysfs; binding to vfio-pci (Documentation/ABI/testing/sysfs-bus-pci).
 
-A device is taken by writing the driver's name to its ``driver_override``, unbinding it from the driver that it has, and asking the bus
-to probe again. What is undone is a state, not steps: driver and override become what they were, however far the way there had come.
+A device is taken by writing the driver's name to its ``driver_override``, unbinding it from the
+driver that it has, and asking the bus to probe again. The undo restores a state and not steps:
+driver and override become the earlier ones, however far the binding had come.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _SYSFS = Path("/sys")
 _ADDRESS = re.compile(
     r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([01][0-9a-f])\.([0-7])", re.IGNORECASE | re.ASCII
 )
-# What the kernel shows for a device without override (drivers/pci/pci-sysfs.c).
+# The kernel's text for a device without override (drivers/pci/pci-sysfs.c).
 _NO_OVERRIDE = "(null)"
 
 
@@ -130,18 +131,18 @@ def vfio_cdev(address: PciAddress, *, sysfs: Path = _SYSFS, dev: Path = Path("/d
     return dev / "vfio/devices" / names[0]
 
 
-# -- who has a device open in this process ----------------------------------------------------------------------------
+# -- who has a device open in this process ---------------------------------------------------------
 
 
 class _Opener(Protocol):
-    """What keeps a device open: its descriptor, or a mapping of one of its regions."""
+    """A part that keeps a device open: its descriptor, or a mapping of one of its regions."""
 
     @property
     def closed(self) -> bool:
         """Whether it was closed."""
 
 
-# Weakly: what is forgotten is closed.
+# Weakly: a forgotten one is closed.
 _open: defaultdict[PciAddress, WeakSet[_Opener]] = defaultdict(WeakSet)
 
 
@@ -154,7 +155,7 @@ def _is_open(address: PciAddress) -> bool:
     return any(not opener.closed for opener in _open[address])
 
 
-# -- binding ----------------------------------------------------------------------------------------------------------
+# -- binding ---------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -162,12 +163,14 @@ def bind_to_vfio(
     address: PciAddress, *, driver: str = "vfio-pci", sysfs: Path = _SYSFS
 ) -> Iterator[PciAddress]:
     """
-    Have a device bound to vfio-pci inside a ``with``, and to what it was bound to before afterwards.
+    Bind a device to vfio-pci inside a ``with``, and to its earlier driver afterwards.
 
     :param driver: Another VFIO driver.
-    :raises DmaError: No such device or driver, or the kernel refused; driver and override are as before.
-    :raises BusyError: At the end: the device is still open in this process. It stays bound: unbinding would wait, in the
-        kernel and not to be interrupted, until it is closed (drivers/vfio/vfio_main.c, vfio_unregister_group_dev()).
+    :raises DmaError: No such device or driver, or the kernel refused; driver and override are as
+        before.
+    :raises BusyError: At the end: the device is still open in this process. It stays bound:
+        unbinding would wait, in the kernel and not to be interrupted, until it is closed
+        (drivers/vfio/vfio_main.c, vfio_unregister_group_dev()).
     """
     folder = _folder(address, sysfs)
     before = driver_of(address, sysfs=sysfs)
@@ -196,7 +199,11 @@ def bind_to_vfio(
 
 
 def _put_back(address: PciAddress, driver: str | None, override: str, sysfs: Path) -> None:
-    """Bind to *driver*, or to none, with the *override* there was; does nothing where it is so already."""
+    """
+    Bind to *driver*, or to none, with the *override* there was.
+
+    Does nothing where it is so already.
+    """
     if _is_open(address):
         raise BusyError(f"{address} is still open: close the device before it is unbound from VFIO")
     _write(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drives the device of ``ramblock probe`` (:mod:`ramblock.vfio.probe_registers`) through a vfio-user client."""
+"""Drives the device of ``ramblock probe`` through a vfio-user client."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ _CONFIG = PciRegion.VFIO_PCI_CONFIG_REGION_INDEX
 
 class ProbeDriver:
     """
-    DMA by the probe's device, from any thread; each call is a transfer that is over when it returns.
+    DMA by the probe's device, from any thread.
+
+    Each call is a transfer that is over when it returns.
 
     :param target: The client; stays the caller's.
     :raises UsageError: The server presents another device.
@@ -57,7 +59,7 @@ class ProbeDriver:
 
         :param size: Bytes, at most 2048.
         :raises IommuFault: Not all of it is mapped.
-        :raises DmaError: The server does not answer, or could not get at what is mapped.
+        :raises DmaError: The server does not answer, or could not reach mapped memory.
         """
         with self._lock:
             self._run(Command.READ, iova, size)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The device that ``ramblock probe`` presents, as its driver sees it: a small engine that does DMA at once.
+The device of ``ramblock probe``, as its driver sees it: a small engine that does DMA at once.
 
-All registers are little-endian, in BAR 0. The engine runs within the write of the command: when the write is answered, the
-transfer is over, and the result register says what came of it.
+All registers are little-endian, in BAR 0. The engine runs within the write of the command: when the
+write is answered, the transfer is over, and the result register has its outcome.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ __all__ = ["BAR_SIZE", "DATA", "DATA_SIZE", "DEVICE", "MAGIC", "VENDOR", "Comman
 VENDOR = 0x1234
 DEVICE = 0x7262
 BAR_SIZE = 0x1000
-#: What the magic register says: "RBLK".
+#: Value of the magic register: "RBLK".
 MAGIC = 0x4B4C4252
-#: Where the data window begins: what is written to memory, and what was read from it.
+#: Start of the data window: data to write to memory, and data read from it.
 DATA = 0x800
 DATA_SIZE = 0x800
 
@@ -32,11 +32,16 @@ class Register(IntEnum):
     LENGTH = 0x10
     COMMAND = 0x14
     RESULT = 0x18
-    """0: done. Else an errno: EFAULT: not mapped, EINVAL: length or command cannot be, EIO: the memory did not answer."""
+    """
+    0: done.
+
+    Else an errno: EFAULT: not mapped, EINVAL: length or command cannot be, EIO: the memory did not
+    answer.
+    """
 
 
 class Command(IntEnum):
-    """What the command register takes."""
+    """Commands of the command register."""
 
     READ = 1
     """From memory into the data window."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regions of a VFIO device: BARs and config space, by read and write, or mapped into the process."""
+"""Regions of a VFIO device: BARs and config space, by read and write, or mapped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["MappedRegion", "Region", "RegionLayout", "parse_region_info"]
 
 @dataclass(frozen=True, slots=True)
 class RegionLayout:
-    """What VFIO_DEVICE_GET_REGION_INFO says."""
+    """The answer of VFIO_DEVICE_GET_REGION_INFO."""
 
     index: int
     size: int
@@ -35,7 +35,7 @@ class RegionLayout:
     """Where it begins in the device's descriptor."""
     flags: RegionFlags
     mappable: tuple[tuple[int, int], ...]
-    """What may be mapped into the process, as (start, end) in the region; empty: nothing."""
+    """The parts that may be mapped into the process, as (start, end) in the region."""
 
 
 def parse_region_info(answer: bytes) -> RegionLayout:
@@ -94,7 +94,8 @@ class Region:
         data = os.pread(self._fd.fileno(), size, self.layout.offset + offset)
         if len(data) != size:
             raise OSError(
-                f"region {self.layout.index}: {len(data)} bytes of {describe_range(offset, size)} read"
+                f"region {self.layout.index}: {len(data)} bytes of {describe_range(offset, size)}"
+                " read"
             )
         return data
 
@@ -104,7 +105,8 @@ class Region:
         done = os.pwrite(self._fd.fileno(), data, self.layout.offset + offset)
         if done != len(data):
             raise OSError(
-                f"region {self.layout.index}: {done} bytes of {describe_range(offset, len(data))} written"
+                f"region {self.layout.index}: {done} bytes of {describe_range(offset, len(data))}"
+                " written"
             )
 
     def _check(self, offset: int, size: int, what: str) -> None:
@@ -116,7 +118,9 @@ class Region:
 
 class MappedRegion:
     """
-    A region in the process's address space. An access is one load or store of its width, as registers need it.
+    A region in the process's address space.
+
+    An access is one load or store of its width, as registers need it.
 
     It keeps the device open until it is closed. Made by ``VfioDevice.map_region``.
 
@@ -137,7 +141,8 @@ class MappedRegion:
             ) from error
         view = memoryview(self._mapping)
         self._views = (view.cast("I"), view.cast("Q"), view)
-        #: As 32-bit registers: element *i* is at byte ``4 * i``. In loops that a method call would slow down.
+        #: As 32-bit registers: element *i* is at byte ``4 * i``. In loops that a method call would
+        #: slow down.
         self.words = self._views[0]
 
     def read32(self, offset: int) -> int:

@@ -1,7 +1,9 @@
 """
-A real VMM on the probe's socket: the lab's QEMU, with a Linux guest whose memory grows and shrinks (virtio-mem).
+A real VMM on the probe's socket: the lab's QEMU, with a Linux guest whose memory grows and shrinks
+(virtio-mem).
 
-With RAMBLOCK_RECORD=FOLDER each test leaves its traces there: that is how the recordings in tests/data were made.
+With RAMBLOCK_RECORD=FOLDER each test leaves its traces there: that is how the recordings in
+tests/data were made.
 """
 
 import gzip
@@ -89,7 +91,9 @@ def _in_region(windows: list[Window]) -> list[Window]:
 
 
 def _ranges_with_data(vmm: Vmm) -> Iterator[tuple[int, int]]:
-    """Yield what the memfd of the virtio-mem device really has in it, as guest addresses (start, end)."""
+    """
+    Yield what the memfd of the virtio-mem device really has in it, as guest addresses (start, end).
+    """
     for link in Path(f"/proc/{vmm.process.pid}/fd").iterdir():
         if "memfd:" in str(link.readlink()) and link.stat().st_size == MAX_SIZE:
             break
@@ -142,7 +146,9 @@ def test_windows_follow_what_is_plugged(
 
 
 def _check_memory(probe: VmmProbe, qmp: Qmp, marker: str, folder: Path) -> None:
-    """The device reads what the guest has written, and what QEMU reads at the same guest addresses."""
+    """
+    The device reads what the guest has written, and what QEMU reads at the same guest addresses.
+    """
     found = 0
 
     def guest_has_written() -> bool:
@@ -226,7 +232,8 @@ def _grow_and_shrink(probe: Vmm, folder: Path, marker: str) -> None:
             _wait_until(lambda: "windows differ" in probe.output(), "the windows differ")
             # The memory behind the stale windows is freed: what is left lies below them.
             assert all(end <= REGION + 128 * _MIB for _, end in _ranges_with_data(vmm))
-            # QEMU cannot map anew what it has not unmapped, so it refuses the guest's request, and the guest stays small.
+            # QEMU cannot map anew what it has not unmapped, so it refuses the guest's request, and
+            # the guest stays small.
             qmp.request(300 * _MIB)
             _wait_until(lambda: "overlap" in probe.output(), "a window overlaps")
             _wait_until(lambda: "of vm0 128 MiB" in probe.output(), "the windows differ still")

@@ -1,4 +1,7 @@
-"""Each number and layout of ramblock.uapi against the headers of the lab's kernel, and that the comparison can fail."""
+"""
+Each number and layout of ramblock.uapi against the headers of the lab's kernel, and that the
+comparison can fail.
+"""
 
 import ctypes
 import enum

@@ -2,16 +2,18 @@
 """
 vfio-user: VFIO over a UNIX socket, both ways.
 
-A vfio-user *server* is a device in a process of its own; the *client* is the VMM that it is plugged into. The client tells
-the server which memory it may reach (DMA_MAP, DMA_UNMAP), with the descriptor of that memory or without; without one the
-server reads and writes by message. The specification is QEMU's docs/interop/vfio-user.rst; libvfio-user and SPDK's devices
-are servers, QEMU and Cloud Hypervisor clients.
+A vfio-user *server* is a device in a process of its own; the *client* is the VMM that it is plugged
+into. The client tells the server which memory it may reach (DMA_MAP, DMA_UNMAP), with the
+descriptor of that memory or without; without one the server reads and writes by message. The
+specification is QEMU's docs/interop/vfio-user.rst; libvfio-user and SPDK's devices are servers,
+QEMU and Cloud Hypervisor clients.
 
 Three layers, each usable alone:
 
-- Messages are frozen values (:mod:`~ramblock.dma.vfio_user.messages`), and :class:`Connection` is the protocol without
-  input and output: it takes bytes and descriptors in any chunking and yields events, takes messages and yields bytes and
-  descriptors. No sockets, no clock, no threads. Whatever a peer sends becomes an event or a ``RemoteProtocolError``.
+- Messages are frozen values (:mod:`~ramblock.dma.vfio_user.messages`), and :class:`Connection` is
+  the protocol without input and output: it takes bytes and descriptors in any chunking and yields
+  events, takes messages and yields bytes and descriptors. No sockets, no clock, no threads. All
+  bytes of a peer become an event or a ``RemoteProtocolError``.
 - :class:`Link` is a connection on its socket, for either role::
 
       link = Link(sock, Role.SERVER)
@@ -25,8 +27,9 @@ Three layers, each usable alone:
       with closing(VfioUserTarget("/run/device.sock")) as target:
           memory.attach(target)
 
-Who owns a descriptor: what is received belongs to the connection, then to the event, then to who takes it from the event;
-whoever has it last closes it, at the latest when the object is gone. What is sent stays the caller's.
+Who owns a descriptor: a received one belongs to the connection, then to the event, then to the
+taker; its last owner closes it, at the latest when the object is gone. A sent descriptor stays the
+caller's.
 """
 
 from ramblock.dma.vfio_user.capabilities import Capabilities

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-One request of the client on its way: handed from the thread that makes it to the thread that talks to the server.
+One request on its way from the thread that makes it to the thread that talks to the server.
 
-The thread that made it may be gone when the answer comes (Ctrl-C). The call is carried to its end all the same, so that the
-table of windows says what the server says.
+The thread that made it may be gone when the answer comes (Ctrl-C). The call is carried to its end
+all the same, so that the table of windows matches the server's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 from threading import Lock
 
-from ramblock.dma.mapping_table import Mapping
+from ramblock.dma.soft import Mapping
 from ramblock.dma.vfio_user.layout import Message
 from ramblock.dma.vfio_user.numbers import DmaFlags
 from ramblock.dma.vfio_user.replies import DmaUnmapReply, ErrorReply
@@ -24,9 +24,9 @@ __all__ = ["Call", "MapCall", "UnmapCall"]
 
 class Call:
     """
-    A request, and what becomes of it.
+    A request, and its outcome.
 
-    :param message: What is asked.
+    :param message: The request.
     :param fds: Descriptors that go along; they stay the caller's, as the memory behind them does.
     """
 
@@ -104,7 +104,8 @@ class UnmapCall(Call):
         self._mapping = memory.find(self._iova, self._size)
         if self._mapping is None:
             raise DmaError(
-                errno.ENOENT, f"unmap {describe_range(self._iova, self._size)}: not one whole window",
+                errno.ENOENT,
+                f"unmap {describe_range(self._iova, self._size)}: not one whole window",
                 iova=self._iova, size=self._size,
             )  # fmt: skip
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each side tells of itself in the JSON of a VERSION message."""
+"""Each side's account of itself in the JSON of a VERSION message."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ _NUMBERS = ("max_msg_fds", "max_data_xfer_size", "max_dma_maps", "pgsizes")
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """
-    The capabilities of one side. A name that is not here (``migration``, ``twin_socket``) is not used, and ignored.
+    The capabilities of one side.
+
+    A name that is not here (``migration``, ``twin_socket``) is not used, and ignored.
 
     The values of a new object are those that hold for a peer that says nothing.
     """
@@ -50,9 +52,10 @@ class Capabilities:
     @classmethod
     def unpack(cls, data: bytes) -> Capabilities:
         """
-        Read the JSON of a VERSION message; no bytes at all is what a peer sends that says nothing.
+        Read the JSON of a VERSION message; a peer that says nothing sends no bytes.
 
-        :raises MalformedError: It is too long, not JSON with a NUL behind it, or a capability has the wrong type.
+        :raises MalformedError: It is too long, not JSON with a NUL behind it, or a capability has
+            the wrong type.
         """
         if not data:
             return cls()
@@ -82,7 +85,8 @@ def _decode(data: bytes) -> Any:
     if data.find(b"\0") != len(data) - 1:
         raise MalformedError("version data does not end with its only NUL")
     try:
-        # A ValueError also stands for what is not UTF-8, and for a number of thousands of digits.
+        # A ValueError also stands for text that is not UTF-8, and for a number of thousands of
+        # digits.
         return json.loads(data[:-1].decode())
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"version data is no JSON: {error}") from None
@@ -98,7 +102,8 @@ def _members(document: Any) -> dict[str, Any]:
 
 
 def _number(name: str, value: Any) -> int:
-    # True is an int too. A float is none: JSON has one kind of number, but peers write these as whole ones.
+    # True is an int too. A float is none: JSON has one kind of number, but peers write these as
+    # whole ones.
     if type(value) is not int or not 0 <= value < _FIELD_LIMIT:
         raise MalformedError(f"capability {name} is not a whole number of 64 bits")
     return value

@@ -2,12 +2,13 @@
 """
 A vfio-user server as a DMA target: the client's side, as a VMM has it.
 
-What the server answers is believed, and checked: an unmap that did not name what was unmapped, an answer that does not come,
-a connection that ends, leave it open what devices can reach. Then the target has failed for good, every call says so at once,
-and nothing is connected again behind anybody's back.
+The server's answers are believed, and checked: an answer to an unmap that names another range, an
+answer that does not come, a connection that ends, leave the devices' reach in doubt. Then the
+target has failed for good, every call says so at once, and nothing is connected again behind
+anybody's back.
 
-A server that was given the descriptor of guest memory can reach all of it, at any time: that it honours windows and
-unmaps is trust. What it asks for by message is checked against the windows.
+A server that was given the descriptor of guest memory can reach all of it, at any time: that it
+honours windows and unmaps is trust. Its requests by message are checked against the windows.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ import socket
 import weakref
 from collections.abc import Sequence
 
-from ramblock.dma.mapping_table import Mapping
-from ramblock.dma.soft import FaultRecord
+from ramblock.dma.soft import FaultRecord, Mapping
 from ramblock.dma.target import DmaCapabilities, HostRange
 from ramblock.dma.vfio_user.calls import Call, MapCall, UnmapCall
 from ramblock.dma.vfio_user.connection import Role
@@ -45,23 +45,28 @@ from ramblock.dma.vfio_user.requests import (
 )
 from ramblock.dma.vfio_user.serving import ServedMemory
 from ramblock.errors import DmaError, ProtocolError, describe_range
+from ramblock.process import OfOneProcess
 from ramblock.units import ADDRESS_LIMIT, check_range
 
 __all__ = ["VfioUserTarget"]
 
-# As QEMU, against a server that would have us ask for ever (hw/vfio-user/device.c, VFIO_USER_MAX_REGIONS).
+# As QEMU, against a server that would have us ask for ever (hw/vfio-user/device.c,
+# VFIO_USER_MAX_REGIONS).
 _MAX_REGIONS = 100
 # Room for a region's capabilities; a region of a device that is made of software has few.
 _REGION_ARGSZ = 4096
 
 
-class VfioUserTarget:
+class VfioUserTarget(OfOneProcess):
     """
     A vfio-user server that maps and unmaps, and its device. For any number of threads.
 
-    :param server: Path of the UNIX socket where it listens, or a connected socket, which is the target's from now on.
-    :param timeout: How long the server may take for anything, in seconds. When they are over the target has failed.
-    :raises DmaError: Nobody listens there, or the server does not answer in time, or refuses the version. Nothing is held.
+    :param server: Path of the UNIX socket where it listens, or a connected socket, which is the
+        target's from now on.
+    :param timeout: How long the server may take for anything, in seconds. When they are over the
+        target has failed.
+    :raises DmaError: Nobody listens there, or the server does not answer in time, or refuses the
+        version. Nothing is held.
     :raises RemoteProtocolError: It speaks something else. Nothing is held.
     """
 
@@ -102,7 +107,8 @@ class VfioUserTarget:
         if reply is None:
             raise DmaError(
                 errno.ECONNRESET,
-                f"vfio-user server at {self._name} closed the connection instead of answering VERSION",
+                f"vfio-user server at {self._name} closed the connection instead of answering"
+                " VERSION",
             )
         with reply:
             if not isinstance(reply.message, VersionReply):
@@ -111,11 +117,11 @@ class VfioUserTarget:
                 )  # a connection takes nothing else for it
                 raise _refusal(reply.message, f"version {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}")
 
-    # -- state ----------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     @property
     def capabilities(self) -> DmaCapabilities:
-        """What it can do: an unmap has to name one window exactly, as libvfio-user's servers want it."""
+        """Its abilities: an unmap has to name one window exactly, as for libvfio-user's servers."""
         return self._capabilities
 
     @property
@@ -139,19 +145,27 @@ class VfioUserTarget:
         return tuple(self._memory.violations)
 
     def mappings(self) -> list[Mapping]:
-        """List the windows, ascending; those too that the server was told of and has not answered."""
+        """
+        List the windows, ascending.
+
+        Those too that the server was told of and has not answered.
+        """
         return self._memory.mappings()
 
-    # -- the target -----------------------------------------------------------------------------------------------
+    # -- the target --------------------------------------------------------------------------------
 
     def map(self, iova: int, memory: HostRange, *, writable: bool = True) -> None:
         """
-        Open a window: with its descriptor, if it has one and the server takes any; else the server asks by message.
+        Open a window: with its descriptor, if it has one and the server takes any.
 
-        The memory and its descriptor stay the caller's, who keeps both as long as the window may be there.
+        Else the server asks by message.
 
-        :raises DmaError: EINVAL: misaligned, empty, past 2**64. EEXIST, ENOSPC: a window is there, or no more may be. EBADF:
-            the descriptor is none. What the server says. Nothing has changed, unless it is ``in_doubt``: then the target has failed.
+        The memory and its descriptor stay the caller's, who keeps both as long as the window may be
+        there.
+
+        :raises DmaError: EINVAL: misaligned, empty, past 2**64. EEXIST, ENOSPC: a window is there,
+            or no more may be. EBADF: the descriptor is none. Any other: the server's. Nothing has
+            changed, unless it is ``in_doubt``: then the target has failed.
         """
         self._check("map", iova, memory.size)
         mapping = Mapping(iova, memory.size, memory, writable)
@@ -161,11 +175,14 @@ class VfioUserTarget:
 
     def unmap(self, iova: int, size: int) -> int:
         """
-        Close the window that is exactly this one. None of the server's accesses by message is under way on return.
+        Close the window that is exactly this one.
+
+        None of the server's accesses by message is under way on return.
 
         :return: *size*.
-        :raises DmaError: EINVAL: misaligned, empty, past 2**64. ENOENT: it is not one whole window. What the server says.
-            Nothing has changed, unless it is ``in_doubt``: then the target has failed.
+        :raises DmaError: EINVAL: misaligned, empty, past 2**64. ENOENT: it is not one whole window.
+            Any other: the server's. Nothing has changed, unless it is ``in_doubt``: then the target
+            has failed.
         """
         self._check("unmap", iova, size)
         self._ask(UnmapCall(iova, size), "unmap", iova, size)
@@ -175,7 +192,8 @@ class VfioUserTarget:
         """
         Close all windows and the connection. Nothing happens the second time.
 
-        :raises DmaError: The server did not let go of a window. The connection is closed all the same.
+        :raises DmaError: The server did not let go of a window. The connection is closed all the
+            same.
         """
         try:
             if not self.closed and self.failure is None:
@@ -194,11 +212,11 @@ class VfioUserTarget:
                 iova=iova, size=size,
             )  # fmt: skip
 
-    # -- the device -----------------------------------------------------------------------------------------------
+    # -- the device --------------------------------------------------------------------------------
 
     def device_info(self) -> DeviceInfoReply:
         """
-        Ask what the device is.
+        Ask for the device's description.
 
         :raises DmaError: The server refused, or the target has failed.
         """
@@ -210,7 +228,8 @@ class VfioUserTarget:
         """
         Ask for the device's regions, those of size 0 too.
 
-        :raises DmaError: The server refused, or the target has failed. EPROTO: so many regions cannot be meant.
+        :raises DmaError: The server refused, or the target has failed. EPROTO: so many regions
+            cannot be meant.
         """
         number = self.device_info().num_regions
         if number > _MAX_REGIONS:
@@ -218,7 +237,11 @@ class VfioUserTarget:
         return [self.region(index) for index in range(number)]
 
     def region(self, index: int) -> RegionInfoReply:
-        """Ask for one region. Its descriptor, if it has one, is closed; raises as :meth:`device_info`."""
+        """
+        Ask for one region.
+
+        Its descriptor, if it has one, is closed; raises as :meth:`device_info`.
+        """
         answer = self._ask(Call(GetRegionInfo(_REGION_ARGSZ, index)), f"region {index}")
         assert isinstance(answer, RegionInfoReply)
         return answer
@@ -260,7 +283,7 @@ class VfioUserTarget:
         """
         self._ask(Call(Reset()), "reset")
 
-    # -- asking ---------------------------------------------------------------------------------------------------
+    # -- asking ------------------------------------------------------------------------------------
 
     def _ask(
         self, call: Call, what: str, iova: int | None = None, size: int | None = None
@@ -278,7 +301,7 @@ class VfioUserTarget:
                 errno.EBADF, f"{where}: the target was closed",
                 iova=iova, size=size, in_doubt=call.sent,
             )  # fmt: skip
-        # Never in doubt about one call only: without the server nobody knows what its devices can reach.
+        # Never in doubt about one call only: without the server nobody knows its devices' reach.
         raise DmaError(
             _errno_of(failure), f"{where}: vfio-user server at {self._name} is lost",
             iova=iova, size=size, in_doubt=True,
@@ -300,7 +323,7 @@ def _errno_of(error: Exception) -> int:
 
 
 def _check_descriptor(iova: int, memory: HostRange) -> None:
-    """Refuse what cannot be sent, before it takes the connection along."""
+    """Refuse a message that cannot be sent, before it ends the connection."""
     if memory.fd is None:
         return
     try:

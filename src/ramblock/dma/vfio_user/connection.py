@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-One vfio-user connection without its socket: bytes and descriptors in, events out; messages in, bytes out.
+One vfio-user connection without its socket: bytes and descriptors in, events out.
 
-Theory of operation. Both sides send commands on the one stream, and each answers the other's, so a connection remembers two
-things: the requests that it sent and that are not answered (by their id, which is ours to choose), and the requests that it
-received and has not answered (by object: the peer's ids are the peer's business, and may repeat). The first message is the
-client's VERSION, the second the server's answer; nothing else may be sent before. What the two announce there are the
-limits of all that follows.
+Messages in, bytes out.
 
-Whoever feeds it drains it: after each :meth:`Connection.receive`, :meth:`Connection.next_event` until ``NEED_DATA``. Then it
-never holds more than one message, whose size is limited, and the descriptors of one message.
+Theory of operation. Both sides send commands on the one stream, and each answers the other's, so a
+connection remembers two things: the requests that it sent and that are not answered (by their id,
+which is ours to choose), and the requests that it received and has not answered (by object: the
+peer's ids are the peer's business, and may repeat). The first message is the client's VERSION, the
+second the server's answer; nothing else may be sent before. Their announcements are the limits of
+all that follows.
 
-A rule that the peer broke is a ``RemoteProtocolError``, raised once, by ``next_event``. The connection is dead then: it has
-closed the descriptors that it held, and every call is a ``LocalProtocolError``. Events that were handed out before are
-whole, and keep their descriptors.
+Its feeder drains it: after each :meth:`Connection.receive`, :meth:`Connection.next_event` until
+``NEED_DATA``. Then it never holds more than one message, whose size is limited, and the descriptors
+of one message.
+
+A rule that the peer broke is a ``RemoteProtocolError``, raised once, by ``next_event``. The
+connection is dead then: it has closed the descriptors that it held, and every call is a
+``LocalProtocolError``. Events that were handed out before are whole, and keep their descriptors.
 """
 
 from __future__ import annotations
@@ -52,11 +56,11 @@ from ramblock.errors import LocalProtocolError, RemoteProtocolError
 
 __all__ = ["Connection", "Role"]
 
-# What a message has beside its data: the header, and the largest fixed part.
+# A message's bytes beside its data: the header, and the largest fixed part.
 _OVERHEAD = 64
 _IDS = 1 << 16
 
-#: What we take where nothing else is said. QEMU and libvfio-user send up to 8 and 16 descriptors.
+#: Our limits where nothing else is said. QEMU and libvfio-user send up to 8 and 16 descriptors.
 OWN_CAPABILITIES = Capabilities(max_msg_fds=16, max_data_xfer_size=DEFAULT_MAX_DATA_XFER_SIZE)
 
 
@@ -82,7 +86,7 @@ class Connection:
 
     :param role: Which side.
     :param close_descriptor: Closes a descriptor that nobody took: ``os.close``.
-    :param capabilities: What this side announces, and so takes.
+    :param capabilities: This side's announcement, and so its limits.
     """
 
     def __init__(
@@ -92,9 +96,9 @@ class Connection:
         capabilities: Capabilities = OWN_CAPABILITIES,
     ) -> None:
         self.role = role
-        #: What this side announces.
+        #: This side's announcement.
         self.own = capabilities
-        #: What the peer announced; before that, what holds for one that says nothing.
+        #: The peer's announcement; before it, the defaults of one that says nothing.
         self.peer = Capabilities()
         self._close_descriptor = close_descriptor
         self._inbox = Inbox(close_descriptor)
@@ -105,7 +109,7 @@ class Connection:
         self._sent: dict[int, Message] = {}
         self._unanswered: set[Request] = set()
 
-    # -- state ----------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     @property
     def negotiated(self) -> bool:
@@ -131,25 +135,34 @@ class Connection:
 
     @property
     def wanted(self) -> int:
-        """How many bytes are missing from the header of the next message, or from the message; at least 1 when drained."""
+        """
+        How many bytes are missing from the header of the next message, or from the message.
+
+        At least 1 when drained.
+        """
         header = self._inbox.header()
         return (HEADER_SIZE if header is None else header.size) - len(self._inbox)
 
     def close(self) -> None:
-        """End it, and close the descriptors that no event has claimed. Nothing happens the second time."""
+        """
+        End it, and close the descriptors that no event has claimed.
+
+        Nothing happens the second time.
+        """
         self._stage = _Stage.CLOSED
         self._inbox.close()
         self._sent.clear()
         self._unanswered.clear()
 
-    # -- receiving ------------------------------------------------------------------------------------------------
+    # -- receiving ---------------------------------------------------------------------------------
 
     def receive(self, data: bytes, fds: Iterable[int] = ()) -> None:
         """
-        Take in what arrived.
+        Take in bytes that arrived.
 
         :param data: A chunk of the stream, of any size.
-        :param fds: The descriptors that came with it; they are the connection's from now on, whatever happens.
+        :param fds: The descriptors that came with it; they are the connection's from now on in any
+            case.
         :raises LocalProtocolError: The connection is over. *fds* are closed.
         """
         if self.closed:
@@ -164,17 +177,18 @@ class Connection:
         self._eof = True
 
     def reject(self, text: str) -> None:
-        """Let the next :meth:`next_event` raise a ``RemoteProtocolError`` that says *text*: for what only the edge sees."""
+        """Let the next :meth:`next_event` raise a ``RemoteProtocolError``, *text*, for the edge."""
         if self._violation is None:
             self._violation = text
 
     def next_event(self) -> Event:
         """
-        Tell what has arrived.
+        Return the next event.
 
-        :return: A :class:`Request` or :class:`Reply`, which own their descriptors; ``NEED_DATA``; or ``CLOSED``, again and
-            again, after the peer has closed its side between two messages.
-        :raises RemoteProtocolError: The peer broke the protocol. The connection is dead; what it held is closed.
+        :return: A :class:`Request` or :class:`Reply`, which own their descriptors; ``NEED_DATA``;
+            or ``CLOSED``, again and again, after the peer has closed its side between two messages.
+        :raises RemoteProtocolError: The peer broke the protocol. The connection is dead; its
+            descriptors are closed.
         :raises LocalProtocolError: It is over already.
         """
         self._check_open("next_event")
@@ -262,17 +276,18 @@ class Connection:
         del self._sent[header.message_id]
         return Reply(header.message_id, message, fds, request)
 
-    # -- sending --------------------------------------------------------------------------------------------------
+    # -- sending -----------------------------------------------------------------------------------
 
     def request(
         self, message: Message, fds: Iterable[int] = (), *, no_reply: bool = False
     ) -> Outgoing:
         """
-        Make a request. What is returned has to be sent, in the order in which it was made.
+        Make a request. The returned messages have to be sent in their order.
 
         :param fds: Descriptors that go along; they stay the caller's.
         :param no_reply: Ask for no answer; there will be no :class:`Reply` then.
-        :raises LocalProtocolError: It may not be sent, now or at all, or more than the peer takes; nothing has changed.
+        :raises LocalProtocolError: It may not be sent, now or at all, or more than the peer takes;
+            nothing has changed.
         """
         numbers = tuple(fds)
         command = message.command
@@ -319,11 +334,12 @@ class Connection:
 
     def reply(self, request: Request, message: Message, fds: Iterable[int] = ()) -> Outgoing:
         """
-        Answer *request*. What is returned has to be sent.
+        Answer *request*. The returned message has to be sent.
 
         :param fds: Descriptors that go along; they stay the caller's.
-        :raises LocalProtocolError: *request* wants no answer or has one already, *message* does not answer it, or is more
-            than the peer takes. Nothing has changed; *request* can still be answered.
+        :raises LocalProtocolError: *request* wants no answer or has one already, *message* does not
+            answer it, or is more than the peer takes. Nothing has changed; *request* can still be
+            answered.
         """
         numbers = tuple(fds)
         self._check_unanswered(request)
@@ -354,10 +370,13 @@ class Connection:
 
     def error(self, request: Request, errno: int) -> Outgoing:
         """
-        Answer *request* with an error. After that of a VERSION the connection is over, and what is returned the last message.
+        Answer *request* with an error.
+
+        After that of a VERSION the connection is over, and the returned message is its last.
 
         :param errno: Positive.
-        :raises LocalProtocolError: *request* wants no answer or has one already. Nothing has changed.
+        :raises LocalProtocolError: *request* wants no answer or has one already. Nothing has
+            changed.
         """
         self._check_unanswered(request)
         command = request.message.command
@@ -378,7 +397,7 @@ class Connection:
                 message_id=request.message_id,
             )
 
-    # -- the end --------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
 
     def _check_open(self, what: str) -> None:
         if self.closed:

@@ -2,9 +2,10 @@
 """
 The client's thread that talks to the server.
 
-It alone touches the socket, the connection and the table of windows. Other threads hand it calls and wait. So the server's
-DMA is served at any time, also while somebody waits for an answer; Ctrl-C, which hits the main thread, leaves no message
-half sent; and a peer that floods one side cannot block the other.
+It alone touches the socket, the connection and the table of windows. Other threads hand it calls
+and wait. So the server's DMA is served at any time, also while somebody waits for an answer;
+Ctrl-C, which hits the main thread, leaves no message half sent; and a peer that floods one side
+cannot block the other.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Conversation:
     A negotiated link, and the thread on it.
 
     :param link: The conversation's from now on.
-    :param memory: What the server may reach.
+    :param memory: Memory that the server may reach.
     """
 
     def __init__(self, link: Link, memory: ServedMemory) -> None:
@@ -49,14 +50,14 @@ class Conversation:
         # A server that reads no answers is not listened to either, or they would pile up.
         self._unsent_limit = link.connection.max_message_size
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        # So that nobody rings what is closed, and is another's by then.
+        # So that nobody rings a closed number, which is another's by then.
         self._ringing = Lock()
         self._poller = select.poll()
         self._poller.register(self._bell, select.POLLIN)
         self._thread = Thread(target=self._run, name="vfio-user", daemon=True)
         self._thread.start()
 
-    # -- other threads --------------------------------------------------------------------------------------------
+    # -- other threads -----------------------------------------------------------------------------
 
     @property
     def closed(self) -> bool:
@@ -68,7 +69,8 @@ class Conversation:
         Have *call* sent and answered, and wait for that.
 
         :param timeout: In seconds. When they are over, the conversation is as well.
-        :return: When *call* has an answer; or when the conversation is over and nobody knows what the server did.
+        :return: When *call* has an answer; or when the conversation is over and nobody knows the
+            server's part.
         :raises BusyError: The caller is the thread that would have to do it. Nothing was sent.
         :raises DmaError: *call* was refused on this side. Nothing was sent.
         """
@@ -100,7 +102,7 @@ class Conversation:
         if current_thread() is not self._thread:
             self._thread.join()
 
-    # -- the thread -----------------------------------------------------------------------------------------------
+    # -- the thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
@@ -121,7 +123,11 @@ class Conversation:
             self._give_up()
 
     def _give_up(self) -> None:
-        """Finish the calls that nobody will send any more; each belongs to the thread that gets hold of it."""
+        """
+        Finish the calls that nobody will send any more.
+
+        Each belongs to the thread that gets hold of it.
+        """
         with suppress(IndexError):
             while True:
                 self._calls.popleft().finish()
@@ -184,7 +190,8 @@ class Conversation:
             )
 
     def _finish(self, reply: Reply) -> None:
-        # It stays among those that were sent until all is done: whoever waits must not wake up before a failure is known.
+        # It stays among those that were sent until all is done: its waiter must not wake up before
+        # a failure is known.
         call = self._sent[reply.message_id]
         with reply:
             call.end(self._memory, reply.message)

@@ -2,7 +2,7 @@
 """
 Descriptors as plain numbers with one owner at a time.
 
-Nothing here makes a system call: how a descriptor is closed is handed in by whoever received it.
+Nothing here makes a system call: the receiver of a descriptor hands in the way to close it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ class Descriptors:
     """
     Descriptors that this object owns, in the order in which they came.
 
-    What nobody took is closed by :meth:`close`, at the latest when nobody holds this object any more.
+    :meth:`close` closes those that nobody took, at the latest when nobody holds this object any
+    more.
 
     :param numbers: They belong to this object from now on.
     :param close: Closes one.
@@ -52,7 +53,7 @@ class Descriptors:
         return taken
 
     def close(self) -> None:
-        """Close what nobody took; nothing happens the second time."""
+        """Close those that nobody took; nothing happens the second time."""
         while self._numbers:
             self._close(self._numbers.pop())
 

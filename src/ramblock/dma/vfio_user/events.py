@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes out of a connection, and what goes into a socket."""
+"""Events out of a connection, and messages into a socket."""
 
 from __future__ import annotations
 
@@ -53,13 +53,17 @@ class Request:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reply:
-    """The peer's answer to a request of ours. It owns its descriptors; closing it closes those that nobody took."""
+    """
+    The peer's answer to a request of ours.
+
+    It owns its descriptors; closing it closes those that nobody took.
+    """
 
     message_id: int
     message: Message | ErrorReply
     fds: Descriptors
     request: Message
-    """What it answers."""
+    """The request that it answers."""
 
     def close(self) -> None:
         """Close the descriptors that nobody took."""

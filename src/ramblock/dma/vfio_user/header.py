@@ -11,7 +11,8 @@ from ramblock.dma.vfio_user.numbers import ERRNO_LIMIT, HEADER_SIZE, HeaderFlags
 
 __all__ = ["Header"]
 
-# id, command, size of the whole message, flags, errno; in the host's byte order, as everything in the protocol.
+# id, command, size of the whole message, flags, errno; in the host's byte order, as everything in
+# the protocol.
 _LAYOUT = struct.Struct("=HHIII")
 assert _LAYOUT.size == HEADER_SIZE
 
@@ -57,7 +58,7 @@ class Header(NamedTuple):
 
     def check(self, limit: int) -> None:
         """
-        Check what has to be true of every message.
+        Check the rules for every message.
 
         :param limit: The largest message that is accepted, in bytes.
         :raises MalformedError: It is not.

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What has arrived and is no whole message yet: bytes, and descriptors with their place among them.
+Parts of a message that is not complete yet: bytes, and descriptors with their place among them.
 
-A descriptor belongs to the message in whose bytes it arrived. Descriptors come with a chunk of the stream, and a chunk may
-hold the end of one message and the start of the next, so they count as come with its first byte. Whoever reads from a
-socket stays exact by never reading beyond the end of a message (``wanted``): the kernel hands descriptors out with the
-first byte of what they were sent with (net/unix/af_unix.c, unix_stream_read_generic()).
+A descriptor belongs to the message in whose bytes it arrived. Descriptors come with a chunk of the
+stream, and a chunk may hold the end of one message and the start of the next, so they count as come
+with its first byte. A reader of a socket stays exact by never reading beyond the end of a message
+(``wanted``): the kernel hands descriptors out with the first byte of the data that they were sent
+with (net/unix/af_unix.c, unix_stream_read_generic()).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Inbox:
         return Header.unpack(self._data) if len(self._data) >= HEADER_SIZE else None
 
     def take(self, size: int) -> tuple[bytes, list[int]]:
-        """Take a message of *size* bytes, all of which are here: its payload and its descriptors, now the caller's."""
+        """Take a message of *size* bytes, all here: payload and descriptors, now the caller's."""
         payload = bytes(memoryview(self._data)[HEADER_SIZE:size])
         del self._data[:size]
         self.offset += size

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the payload of a message becomes a value and back: what requests and replies have in common."""
+"""Payloads of messages as values and back: the common part of requests and replies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class MalformedError(ValueError):
     """
     A message that breaks a rule; the text says which. It does not leave this package.
 
-    The connection knows who is to blame, and makes a ``LocalProtocolError`` or a ``RemoteProtocolError`` of it.
+    The connection knows who is to blame, and makes a ``LocalProtocolError`` or a
+    ``RemoteProtocolError`` of it.
     """
 
 

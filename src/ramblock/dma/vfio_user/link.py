@@ -2,9 +2,9 @@
 """
 A connection on its socket: UNIX stream sockets, with descriptors as SCM_RIGHTS.
 
-It reads exactly up to the end of a header and then of a message, so that descriptors arrive with bytes of the one message
-that they belong to (:mod:`ramblock.dma.vfio_user.inbox`). It sends the descriptors of a message with its first byte, and
-never bytes of two messages in one call.
+It reads exactly up to the end of a header and then of a message, so that descriptors arrive with
+bytes of the one message that they belong to (:mod:`ramblock.dma.vfio_user.inbox`). It sends the
+descriptors of a message with its first byte, and never bytes of two messages in one call.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ramblock.dma.vfio_user.numbers import KERNEL_MAX_FDS
 
 __all__ = ["Link", "connect"]
 
-# Enough for all descriptors that the kernel passes at once: what did not fit would be closed without a word from whom.
+# Enough for all descriptors that the kernel passes at once: it closes those that do not fit.
 _ANCILLARY_BYTES = socket.CMSG_SPACE(KERNEL_MAX_FDS * array("i").itemsize)
-# What is read at once; a larger message takes several calls.
+# Bytes to read at once; a larger message takes several calls.
 _CHUNK = 1 << 18
 
 
@@ -33,11 +33,12 @@ class Link:
     """
     One side of a connection with its socket. Not for several threads at once.
 
-    The calls named *now* never wait. An exception that is no ``TimeoutError`` leaves the link closed.
+    The calls named *now* never wait. An exception that is no ``TimeoutError`` leaves the link
+    closed.
 
     :param sock: A connected UNIX stream socket; the link's from now on.
     :param role: Which side this is.
-    :param capabilities: What this side announces, and so takes.
+    :param capabilities: This side's announcement, and so its limits.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Link:
         sock.settimeout(0)
         self.connection = Connection(role, os.close, capabilities)
         self._sock = sock
-        # The message at the front may be sent in part: what is left of it then, without descriptors.
+        # The message at the front may be sent in part: its rest then, without descriptors.
         self._outbox: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         #: How many bytes wait to be sent.
         self.unsent = 0
@@ -61,22 +62,30 @@ class Link:
         return self._sock.fileno() < 0
 
     def close(self) -> None:
-        """Close the socket, and every descriptor that no event has claimed. Nothing happens the second time."""
+        """
+        Close the socket, and every descriptor that no event has claimed.
+
+        Nothing happens the second time.
+        """
         self._outbox.clear()
         self.unsent = 0
         self.connection.close()
         self._sock.close()
 
-    # -- now ------------------------------------------------------------------------------------------------------
+    # -- now ---------------------------------------------------------------------------------------
 
     def queue(self, outgoing: Outgoing) -> None:
-        """Put a message behind those that wait to be sent. Its descriptors have to stay open until then."""
+        """
+        Put a message behind those that wait to be sent.
+
+        Its descriptors have to stay open until then.
+        """
         self._outbox.append((memoryview(outgoing.data), outgoing.fds))
         self.unsent += len(outgoing.data)
 
     def flush(self) -> bool:
         """
-        Send now what the socket takes.
+        Send now as much as the socket takes.
 
         :return: Whether nothing waits any more.
         :raises OSError: The peer is gone.
@@ -99,7 +108,7 @@ class Link:
 
     def event(self) -> Event:
         """
-        Tell now what has arrived; ``NEED_DATA``: no whole message yet.
+        Return now an event that has arrived; ``NEED_DATA``: no whole message yet.
 
         :raises RemoteProtocolError: The peer broke the protocol.
         :raises OSError: The socket failed.
@@ -114,7 +123,11 @@ class Link:
         return event
 
     def _read(self) -> bool:
-        """Hand the connection what the socket has, up to the end of what it wants; False: nothing."""
+        """
+        Hand the connection the socket's bytes, up to the end of its message.
+
+        False: nothing.
+        """
         size = min(self.connection.wanted, _CHUNK)
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
@@ -135,14 +148,14 @@ class Link:
             self.connection.receive_eof()
         return True
 
-    # -- with patience --------------------------------------------------------------------------------------------
+    # -- with patience -----------------------------------------------------------------------------
 
     def send(self, outgoing: Outgoing, timeout: float | None = None) -> None:
         """
         Send a message, and all that waits before it.
 
         :param timeout: In seconds; None: as long as it takes.
-        :raises TimeoutError: The peer does not read. What is not sent stays queued.
+        :raises TimeoutError: The peer does not read. Unsent bytes stay queued.
         :raises OSError: The peer is gone.
         """
         deadline = None if timeout is None else monotonic() + timeout
@@ -152,7 +165,7 @@ class Link:
 
     def receive(self, timeout: float | None = None) -> Request | Reply | None:
         """
-        Wait for the next message; meanwhile send what is queued.
+        Wait for the next message; meanwhile send the queue.
 
         :param timeout: In seconds, for the whole message; None: as long as it takes.
         :return: The message; None: the peer has closed its side.

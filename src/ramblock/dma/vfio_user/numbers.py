@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Numbers of the vfio-user protocol ("vfio-user Protocol Specification", QEMU's docs/interop/vfio-user.rst).
+Numbers of the vfio-user protocol (QEMU's docs/interop/vfio-user.rst).
 
-What a message shares with VFIO's ioctls (region and device flags, region indices) is in :mod:`ramblock.uapi.vfio`.
+The numbers shared with VFIO's ioctls (region and device flags, region indices) are in
+:mod:`ramblock.uapi.vfio`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ PROTOCOL_MINOR = 0
 
 
 class Command(IntEnum):
-    """What a message asks for; the specification writes VFIO_USER_ before each."""
+    """The command of a message; the specification writes VFIO_USER_ before each."""
 
     VERSION = 1
     DMA_MAP = 2
@@ -79,14 +80,18 @@ class HeaderFlags(IntFlag):
 
 
 class DmaFlags(IntFlag):
-    """``flags`` of DMA_MAP: what the server may do there."""
+    """``flags`` of DMA_MAP: the server's rights there."""
 
     READ = 1 << 0
     WRITE = 1 << 1
 
 
 class DmaUnmapFlags(IntFlag):
-    """``flags`` of DMA_UNMAP: none in the specification; VFIO's, as QEMU and libvfio-user send and know them."""
+    """
+    ``flags`` of DMA_UNMAP: none in the specification.
+
+    VFIO's, as QEMU and libvfio-user send and know them.
+    """
 
     GET_DIRTY_BITMAP = 1 << 0
     ALL = 1 << 1
@@ -102,7 +107,7 @@ class IrqInfoFlags(IntFlag):
 
 
 class IrqSetFlags(IntFlag):
-    """``vfio_irq_set.flags`` (include/uapi/linux/vfio.h, VFIO_IRQ_SET_*): one of DATA, one of ACTION."""
+    """``vfio_irq_set.flags`` (linux/vfio.h, VFIO_IRQ_SET_*): one of DATA, one of ACTION."""
 
     DATA_NONE = 1 << 0
     DATA_BOOL = 1 << 1
@@ -114,13 +119,13 @@ class IrqSetFlags(IntFlag):
 
 HEADER_SIZE = 16
 
-# What holds where a VERSION message does not say otherwise.
+# Defaults where a VERSION message does not say otherwise.
 DEFAULT_MAX_MSG_FDS = 1
 DEFAULT_MAX_DATA_XFER_SIZE = MIB
 DEFAULT_MAX_DMA_MAPS = 65535
 DEFAULT_PGSIZES = 4 * KIB
 
-#: Longest JSON of a VERSION message; what peers send has some 200 bytes.
+#: Longest JSON of a VERSION message; that of peers has some 200 bytes.
 MAX_VERSION_DATA = 16 * KIB
 #: Bytes that one write of REGION_WRITE_MULTI carries at most: its field has that size.
 MAX_MULTI_DATA = 8

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The payload of every reply as a value, and what has to fit the request that it answers."""
+"""The payload of every reply as a value, and the rules by which it fits its request."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ __all__ = [
     "check_answer",
 ]
 
-# The count in the answer to DMA_WRITE has four bytes in the specification, eight in QEMU 11.1 and in libvfio-user
-# (include/vfio-user.h, struct vfio_user_dma_region_access).
+# The count in the answer to DMA_WRITE has four bytes in the specification, eight in QEMU 11.1 and
+# in libvfio-user (include/vfio-user.h, struct vfio_user_dma_region_access).
 _SHORT_DMA_ACCESS = struct.Struct("=QI")
 
 
@@ -66,7 +66,7 @@ class ErrorReply:
 
 @dataclass(frozen=True, slots=True)
 class VersionReply(Message):
-    """The version that holds from now on, and what the server can do."""
+    """The version that holds from now on, and the server's abilities."""
 
     command: ClassVar = Command.VERSION
     repeats: ClassVar = ("major",)
@@ -94,7 +94,7 @@ class DmaMapReply(EmptyMessage):
 
 @dataclass(frozen=True, slots=True)
 class DmaUnmapReply(Message):
-    """What was unmapped; the request with its size as it was carried out."""
+    """The unmapped range; the request with its size as it was carried out."""
 
     command: ClassVar = Command.DMA_UNMAP
     repeats: ClassVar = ("address",)
@@ -115,7 +115,7 @@ class DmaUnmapReply(Message):
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfoReply(Message):
-    """What the device is."""
+    """The device's description."""
 
     command: ClassVar = Command.DEVICE_GET_INFO
     argsz: int
@@ -142,7 +142,11 @@ class RegionInfoReply(Message):
     repeats: ClassVar = ("index",)
     max_fds: ClassVar = None
     argsz: int
-    """Bytes of the whole payload. More than were sent: the capabilities did not fit the request's argsz."""
+    """
+    Bytes of the whole payload.
+
+    More than were sent: the capabilities did not fit the request's argsz.
+    """
     flags: int
     """:class:`~ramblock.uapi.vfio.RegionFlags`, as it came."""
     index: int
@@ -152,7 +156,11 @@ class RegionInfoReply(Message):
     offset: int
     """Where the region begins in its descriptor."""
     capabilities: bytes = b""
-    """VFIO's chain of capabilities, undecoded; *cap_offset* counts from the start of the payload."""
+    """
+    VFIO's chain of capabilities, undecoded.
+
+    *cap_offset* counts from the start of the payload.
+    """
 
     def pack(self) -> bytes:
         """Write it."""
@@ -226,7 +234,7 @@ class SetIrqsReply(EmptyMessage):
 
 @dataclass(frozen=True, slots=True)
 class RegionReadReply(Message):
-    """What was read."""
+    """The data read."""
 
     command: ClassVar = Command.REGION_READ
     repeats: ClassVar = ("region", "offset")
@@ -301,7 +309,7 @@ class RegionWriteMultiReply(Message):
 
 @dataclass(frozen=True, slots=True)
 class DmaReadReply(Message):
-    """What was read."""
+    """The data read."""
 
     command: ClassVar = Command.DMA_READ
     repeats: ClassVar = ("address",)
@@ -359,7 +367,7 @@ class ResetReply(EmptyMessage):
 
 @dataclass(frozen=True, slots=True)
 class UnknownReply(Message):
-    """What a peer answered to a command that is not known here."""
+    """A peer's answer to a command that is not known here."""
 
     max_fds: ClassVar = None
     command: int  # type: ignore[assignment,misc]  # here it is not the class that says which

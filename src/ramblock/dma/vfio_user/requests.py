@@ -2,8 +2,8 @@
 """
 The payload of every request as a value.
 
-A value is what one message says and nothing else; whether it makes sense (a window that wraps around, a region that does not
-exist) is for whoever serves it, and is answered with an error.
+A value has the fields of one message and nothing else; whether it makes sense (a window that wraps
+around, a region that does not exist) is for the server to judge, and to answer with an error.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _MULTI_WRITE = struct.Struct(f"=QII{MAX_MULTI_DATA}s")
 
 @dataclass(frozen=True, slots=True)
 class Version(Message):
-    """The first message: the version that the client proposes, and what it can do."""
+    """The first message: the client's proposed version, and its abilities."""
 
     command: ClassVar = Command.VERSION
     major: int
@@ -130,7 +130,7 @@ class DmaUnmap(Message):
 
 @dataclass(frozen=True, slots=True)
 class GetDeviceInfo(Message):
-    """Asks what the device is."""
+    """Asks for the device's description."""
 
     command: ClassVar = Command.DEVICE_GET_INFO
     argsz: int = FOUR_WORDS.size
@@ -210,7 +210,11 @@ class GetIrqInfo(Message):
 
 @dataclass(frozen=True, slots=True)
 class SetIrqs(Message):
-    """Says what becomes of interrupts; with DATA_EVENTFD their eventfds come along, or none to take them away."""
+    """
+    Configures interrupts.
+
+    With DATA_EVENTFD their eventfds come along, or none to take them away.
+    """
 
     command: ClassVar = Command.DEVICE_SET_IRQS
     max_fds: ClassVar = None
@@ -385,7 +389,11 @@ class Reset(EmptyMessage):
 
 @dataclass(frozen=True, slots=True)
 class UnknownRequest(Message):
-    """A command that is not served here: migration, features, or none at all. ENOTSUP is the answer."""
+    """
+    A command that is not served here: migration, features, or none at all.
+
+    ENOTSUP is the answer.
+    """
 
     max_fds: ClassVar = None
     command: int  # type: ignore[assignment,misc]  # here it is not the class that says which

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a client lets the server reach by message: its own table of windows, and the memory behind them.
+The memory that a server reaches by message: a client's own windows, and the memory in them.
 
-Only the thread that talks to the server touches it, so that an access is over before the next message is looked at: no lock,
-and least of all the memory's.
+Only the thread that talks to the server touches it, so that an access is over before the next
+message is looked at: no lock, and least of all the memory's.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import errno
 import logging
 from collections import deque
 
-from ramblock.dma.mapping_table import Mapping, MappingTable
-from ramblock.dma.soft import FaultRecord
+from ramblock.dma.soft import FaultRecord, Mapping, MappingTable
 from ramblock.dma.target import HostRange
 from ramblock.dma.vfio_user.layout import Message
 from ramblock.dma.vfio_user.replies import DmaReadReply, DmaWriteReply
 from ramblock.dma.vfio_user.requests import DmaRead, DmaWrite
 from ramblock.errors import DmaError, describe_range
+from ramblock.hostmem.backing import read_fd, write_fd
+from ramblock.hostmem.host_calls import read_own_memory, write_own_memory
 from ramblock.logs import Sparingly
-from ramblock.memory.backing import read_fd, write_fd
-from ramblock.memory.host_calls import read_own_memory, write_own_memory
 
 __all__ = ["ServedMemory"]
 
@@ -42,7 +41,8 @@ class ServedMemory:
         self._table = MappingTable()
         self._limit = max_mappings
         self._log_violation = Sparingly(_log)
-        #: Accesses of the server that were refused, the latest; older ones are forgotten, but counted.
+        #: Accesses of the server that were refused, the latest; older ones are forgotten, but
+        #: counted.
         self.violations: deque[FaultRecord] = deque(maxlen=_VIOLATIONS_KEPT)
         #: How many there were.
         self.violation_count = 0
@@ -55,8 +55,8 @@ class ServedMemory:
         """
         Let the server reach *mapping*.
 
-        :raises DmaError: EEXIST: a window is there; the text says which. ENOSPC: the server takes no more. Nothing has
-            changed.
+        :raises DmaError: EEXIST: a window is there; the text says which. ENOSPC: the server takes
+            no more. Nothing has changed.
         """
         first, last = self._table.overlapping(mapping.iova, mapping.end)
         if first < last:
@@ -79,10 +79,10 @@ class ServedMemory:
             first, _ = self._table.overlapping(mapping.iova, mapping.end)
             self._table.replace(first, first + 1, [])
 
-    # -- what the server asks -------------------------------------------------------------------------------------
+    # -- the server's requests ---------------------------------------------------------------------
 
     def serve(self, message: Message) -> Message | int:
-        """Do what the server asks for; the answer, or the errno of a refusal."""
+        """Carry out a request of the server; the answer, or the errno of a refusal."""
         if isinstance(message, DmaRead):
             data = self._read(message.address, message.count)
             return data if isinstance(data, int) else DmaReadReply(message.address, data)
@@ -98,7 +98,8 @@ class ServedMemory:
         try:
             return b"".join([_read_host(part) for part in parts])
         except (OSError, EOFError):
-            # The memory is not all there: a file that was made shorter. No other number would tell the server more.
+            # The memory is not all there: a file that was made shorter. No other number would tell
+            # the server more.
             return errno.EFAULT
 
     def _write(self, iova: int, data: bytes) -> int:

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Discard sources: the plug point for whoever knows which parts of a block are populated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ramblock.errors import UsageError, describe_range
+from ramblock.ranges import Runs, merge_adjacent
+
+__all__ = ["Source", "joint_runs", "populated_in"]
+
+
+class Source(Protocol):
+    """
+    Something that knows which parts of a block are populated (QEMU: RamDiscardSource).
+
+    Optional members:
+
+    - ``ranges(offset, size) -> Iterator[(offset, size)]``: the populated runs inside the range,
+      ascending; without it, ``is_populated`` is asked granule by granule.
+    - ``on_adding()``: called under the lock before the source is added; raising refuses.
+    - ``on_removed()``: called once it was removed, or when adding it failed.
+    - ``withholds = True``: the guest itself cannot use what the source calls discarded, so that
+      this memory is freed (virtio-mem).
+    """
+
+    @property
+    def granularity(self) -> int:
+        """Smallest piece whose state can change, in bytes; a power of two."""
+
+    def is_populated(self, offset: int, size: int) -> bool:
+        """Whether all of ``[offset, offset + size)`` is populated; any alignment."""
+
+
+def populated_in(source: Source, start: int, end: int) -> Runs:
+    """
+    Yield the populated runs of *source* inside [start, end), as (start, end).
+
+    Its answers are clipped: one that thinks in larger granules says more than it was asked for.
+
+    :raises UsageError: Its runs do not ascend, or overlap.
+    """
+    ranges = getattr(source, "ranges", None)
+    if ranges is None:
+        yield from merge_adjacent(_granules(source, start, end))
+        return
+    position = start
+    for offset, size in ranges(start, end - start):
+        low, high = max(offset, start), min(offset + size, end)
+        if low >= high and size > 0:
+            continue
+        if low < position or size <= 0:
+            raise UsageError(
+                f"source {source!r} answered {describe_range(offset, size)}, which is empty or does"
+                f" not lie behind {position:#x}",
+                value=(offset, size),
+                expected="ascending, disjoint runs",
+            )
+        yield low, high
+        position = high
+
+
+def _granules(source: Source, start: int, end: int) -> Runs:
+    granularity = source.granularity
+    while start < end:
+        # Up to the source's next boundary: its state cannot change inside a granule.
+        stop = min(end, (start // granularity + 1) * granularity)
+        if source.is_populated(start, stop - start):
+            yield start, stop
+        start = stop
+
+
+def joint_runs(runs: Runs, sources: Sequence[Source]) -> Runs:
+    """Yield the parts of *runs* that every one of *sources* calls populated."""
+    for source in sources:
+        runs = _of(source, runs)
+    return merge_adjacent(runs)
+
+
+def _of(source: Source, runs: Runs) -> Runs:
+    for start, end in runs:
+        yield from populated_in(source, start, end)

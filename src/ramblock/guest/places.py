@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sections of a guest, found by guest physical address and by block."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator
+
+from ramblock.discard.section import RamSection
+from ramblock.dma.mapper import SectionMapper
+from ramblock.errors import UsageError, describe_range
+from ramblock.guest.block import RamBlock
+
+__all__ = ["Place", "PlaceMap"]
+
+
+class Place:
+    """A section of the guest, its block, and the listeners that mappers have for it."""
+
+    __slots__ = ("block", "listeners", "section")
+
+    def __init__(self, block: RamBlock, section: RamSection) -> None:
+        self.block = block
+        self.section = section
+        #: By the mapper's attachment.
+        self.listeners: dict[object, SectionMapper] = {}
+
+
+def _offset(place: Place) -> int:
+    return place.section.offset
+
+
+class PlaceMap:
+    """
+    Disjoint places, ascending by guest address.
+
+    Each change makes new lists, so that readers need no lock; a change of one list while another
+    thread searches it would show the wrong place.
+    """
+
+    def __init__(self) -> None:
+        self._index: tuple[list[int], list[Place]] = ([], [])
+        # By the block's id: what lies in it, ascending by offset.
+        self._of_block: dict[int, list[Place]] = {}
+        # Guest addresses where the attributes of an earlier section could not be reset.
+        self._private: list[tuple[int, int]] = []
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter(self._index[1])
+
+    def of_block(self, block: RamBlock) -> list[Place]:
+        """List the places of *block*, ascending by offset."""
+        return list(self._of_block.get(id(block), ()))
+
+    def look_up(self, section: object) -> Place | None:
+        """Find the place whose section equals *section*."""
+        place = self.find(section.gpa) if isinstance(section, RamSection) else None
+        return place if place is not None and place.section == section else None
+
+    def check_free(self, block: RamBlock, section: RamSection) -> None:
+        """
+        Check that *section* could be added.
+
+        :raises UsageError: Its guest addresses are taken, or, with private backing, its part of the
+            block is.
+        """
+        starts, places = self._index
+        after = bisect_left(starts, section.gpa_end)
+        if after and section.gpa < places[after - 1].section.gpa_end:
+            other = places[after - 1].section
+            raise UsageError(f"{section!r} overlaps {other!r} in guest addresses", value=section)
+        if block.private is None:
+            return
+        # Those of such a block are disjoint: only the last that begins before our end can overlap.
+        in_block = self._of_block.get(id(block), [])
+        after = bisect_left(in_block, section.end, key=_offset)
+        if after and section.offset < in_block[after - 1].section.end:
+            other = in_block[after - 1].section
+            raise UsageError(
+                f"{section!r} overlaps {other!r} in the block: a page with a private side has one"
+                " address",
+                value=section,
+            )
+
+    def add(self, place: Place) -> None:
+        """Add a place that :meth:`check_free` has passed."""
+        starts, places = list(self._index[0]), list(self._index[1])
+        position = bisect_left(starts, place.section.gpa)
+        starts.insert(position, place.section.gpa)
+        places.insert(position, place)
+        self._index = starts, places
+        insort(self._of_block.setdefault(id(place.block), []), place, key=_offset)
+
+    def discard(self, place: Place) -> None:
+        """Take a place out, if it is there."""
+        starts, places = list(self._index[0]), list(self._index[1])
+        position = bisect_left(starts, place.section.gpa)
+        if position < len(places) and places[position] is place:
+            del starts[position], places[position]
+            self._index = starts, places
+            of_block = self._of_block[id(place.block)]
+            of_block.remove(place)
+            if not of_block:
+                del self._of_block[id(place.block)]
+
+    def note_private(self, section: RamSection) -> None:
+        """Note that the attributes of *section*, which has gone, may still be private."""
+        self._private.append((section.gpa, section.gpa_end))
+
+    def may_be_private(self, section: RamSection) -> bool:
+        """Whether the attributes of a section to be placed may be private from an earlier one."""
+        return any(start < section.gpa_end and section.gpa < end for start, end in self._private)
+
+    def find(self, gpa: int) -> Place | None:
+        """Find the place at *gpa*, if any."""
+        starts, places = self._index
+        index = bisect_right(starts, gpa) - 1
+        if index >= 0 and gpa < places[index].section.gpa_end:
+            return places[index]
+        return None
+
+    def pieces(self, gpa: int, size: int) -> list[tuple[Place, RamSection]]:
+        """
+        Cut ``[gpa, gpa + size)`` at section boundaries.
+
+        :return: Parts of sections with their places, ascending, that together are the range.
+        :raises UsageError: A byte of it belongs to no section; the text names the first.
+        """
+        starts, places = self._index
+        index = bisect_right(starts, gpa) - 1
+        if index >= 0:
+            # Nearly always it lies in one section.
+            section = places[index].section
+            start = gpa - section.gpa
+            if start + size <= section.size:
+                start += section.offset
+                return [(places[index], section.part(start, start + size))]
+        pieces: list[tuple[Place, RamSection]] = []
+        position, end = gpa, gpa + size
+        while position < end:
+            place = places[index] if 0 <= index < len(places) else None
+            if place is None or not place.section.gpa <= position < place.section.gpa_end:
+                raise UsageError(
+                    f"{describe_range(gpa, size)}: nothing is mapped at {position:#x}",
+                    value=position,
+                    expected="RAM",
+                    reason="hole",
+                )
+            section = place.section
+            stop = min(end, section.gpa_end)
+            shift = section.offset - section.gpa
+            pieces.append((place, section.part(position + shift, stop + shift)))
+            position = stop
+            index += 1
+        return pieces

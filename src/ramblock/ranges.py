@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The algebra of runs: ascending, disjoint, half-open ``(start, end)`` pairs in bytes, lazily.
+
+Everything here costs what the runs are many, not what the range is long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+__all__ = ["Runs", "clip", "complement", "merge_adjacent"]
+
+Runs: TypeAlias = Iterator[tuple[int, int]]
+
+
+def clip(runs: Runs, start: int, end: int) -> Runs:
+    """Yield the parts of *runs* that lie in [start, end)."""
+    for run_start, run_end in runs:
+        low, high = max(run_start, start), min(run_end, end)
+        if low < high:
+            yield low, high
+
+
+def complement(runs: Runs, start: int, end: int) -> Runs:
+    """Yield the parts of [start, end) that no run covers; the runs must lie inside it."""
+    position = start
+    for run_start, run_end in runs:
+        if run_start > position:
+            yield position, run_start
+        position = max(position, run_end)
+    if position < end:
+        yield position, end
+
+
+def merge_adjacent(runs: Runs) -> Runs:
+    """Join runs that touch."""
+    start = end = -1
+    for run_start, run_end in runs:
+        if run_start == end:
+            end = run_end
+            continue
+        if end > start:
+            yield start, end
+        start, end = run_start, run_end
+    if end > start:
+        yield start, end
