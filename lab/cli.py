@@ -77,9 +77,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     doubling = commands.add_parser(
         "qemu",
-        help="run a script with QEMU's confidential guests, on a machine without confidential hardware",
-        description="Run SCRIPT, a Python program that starts guests by lab.qemu_double, with this Python. lab/qemu_double/scripts "
-        "has some; docs/qemu-without-snp.rst explains them.",
+        help="run a script with QEMU's confidential guests, without confidential hardware",
+        description="Run SCRIPT, a Python program that starts guests by lab.qemu_double, with this "
+        "Python. lab/qemu_double/scripts has some; docs/qemu-without-snp.rst explains them.",
         epilog="exit codes: that of the script, or those of the lab",
     )
     doubling.set_defaults(start=_qemu)

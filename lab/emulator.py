@@ -46,7 +46,7 @@ def find(cache: Cache) -> Entry | None:
 
 
 def has_loader(program: Path) -> bool:
-    """Tell whether *program* is one of the cache, with a loader and libraries of its own beside it."""
+    """Tell whether *program* is one of the cache, with loader and libraries beside it."""
     return (program.parent / _LOADER).exists()
 
 
@@ -54,7 +54,8 @@ def command(program: Path, *, preload: Path | None = None) -> list[str]:
     """
     Return the beginning of a command line that starts *program* without a shell in between.
 
-    :param preload: A library for QEMU alone. A program that is not from the cache gets it by LD_PRELOAD, which is the caller's to set.
+    :param preload: A library for QEMU alone. A program that is not from the cache gets it by
+        LD_PRELOAD, which is the caller's to set.
     """
     if not has_loader(program):
         return [str(program)]

@@ -94,7 +94,7 @@ class Machine:
     variant: Variant
     logs: Path
     double: Path | None = None
-    """The QEMU double, for programs in the VM that start confidential guests; with *qemu* in its cache's place."""
+    """The QEMU double, for programs in the VM that start confidential guests by *qemu*."""
 
     def command(self, exchange: Path) -> list[str]:
         """Return the command that boots the VM with *exchange* as the folder shared with it."""

@@ -33,7 +33,7 @@ class Scenario(NamedTuple):
 
     options: GuestOptions
     play: Callable[[ConfidentialGuest, Callable[[], None]], None]
-    """Gets the guest, and a function of the caller's: a second device comes, or maps are refused."""
+    """Gets the guest, and a function that has a second device come, or maps refused."""
     about: str
 
 

@@ -156,7 +156,7 @@ def test_vdpa_has_8_mib(kata: GuestPlan) -> None:
 
 
 def test_qemus_own_check() -> None:
-    """The kata case: limit 65,535, 32,764 slots; a section below 4 GiB, one above, the firmware's."""
+    """The kata case: limit 65,535, 32,764 slots; sections below and above 4 GiB, the firmware's."""
     check = check_as_qemu(_KATA, 65_535, 32_764)
     assert (check.granules, check.listeners) == (4_194_304 + 1_024, 3)
     assert check.needed == 4_194_304 + 1_024 + 32_764 - 3

@@ -24,65 +24,70 @@ class Row(NamedTuple):
     steps: tuple[str, ...]
 
 
+def _change(offset: int, size: int, before: str, after: str) -> str:
+    where = f"offset {offset:#x} size {size:#x}"
+    return f"ram_block_attributes_state_change {where} from '{before}' to '{after}'"
+
+
 # One guest of 64 MiB, from the top; each row starts from what those before have left.
 TABLE = (
     Row("a page to shared", 2 * MIB, 4 * KIB, False, (
         "kvm_convert_memory start 0x200000 size 0x1000 private_to_shared",
-        "ram_block_attributes_state_change offset 0x200000 size 0x1000 from 'discarded' to 'populated'",
+        _change(0x200000, 0x1000, "discarded", "populated"),
         "vfio_user_dma_map [0x200000, 0x201000) in 1 calls",
     )),
     Row("and back", 2 * MIB, 4 * KIB, True, (
         "kvm_convert_memory start 0x200000 size 0x1000 shared_to_private",
-        "ram_block_attributes_state_change offset 0x200000 size 0x1000 from 'populated' to 'discarded'",
+        _change(0x200000, 0x1000, "populated", "discarded"),
         "vfio_user_dma_unmap [0x200000, 0x201000) in 1 calls",
         "ram_block_discard_shared_range ram@HVA + 0x1000: madvise: 1 fallocate: 1 ret: 0",
     )),
     Row("2 MiB to shared: a map for each page", 4 * MIB, 2 * MIB, False, (
         "kvm_convert_memory start 0x400000 size 0x200000 private_to_shared",
-        "ram_block_attributes_state_change offset 0x400000 size 0x200000 from 'discarded' to 'populated'",
+        _change(0x400000, 0x200000, "discarded", "populated"),
         "vfio_user_dma_map [0x400000, 0x600000) in 512 calls",
     )),
     Row("a part of it to private", 4 * MIB + 64 * KIB, 16 * KIB, True, (
         "kvm_convert_memory start 0x410000 size 0x4000 shared_to_private",
-        "ram_block_attributes_state_change offset 0x410000 size 0x4000 from 'populated' to 'discarded'",
+        _change(0x410000, 0x4000, "populated", "discarded"),
         "vfio_user_dma_unmap [0x410000, 0x414000) in 1 calls",
         "ram_block_discard_shared_range ram@HVA + 0x4000: madvise: 1 fallocate: 1 ret: 0",
     )),
     Row("a mixture to shared: only the pages that are not", 4 * MIB, 2 * MIB, False, (
         "kvm_convert_memory start 0x400000 size 0x200000 private_to_shared",
-        "ram_block_attributes_state_change offset 0x400000 size 0x200000 from 'mixture' to 'populated'",
+        _change(0x400000, 0x200000, "mixture", "populated"),
         "vfio_user_dma_map [0x410000, 0x414000) in 4 calls",
     )),
     Row("2 MiB to private: one unmap", 4 * MIB, 2 * MIB, True, (
         "kvm_convert_memory start 0x400000 size 0x200000 shared_to_private",
-        "ram_block_attributes_state_change offset 0x400000 size 0x200000 from 'populated' to 'discarded'",
+        _change(0x400000, 0x200000, "populated", "discarded"),
         "vfio_user_dma_unmap [0x400000, 0x600000) in 1 calls",
         "ram_block_discard_shared_range ram@HVA + 0x200000: madvise: 1 fallocate: 1 ret: 0",
     )),
     Row("16 KiB to shared", 8 * MIB, 16 * KIB, False, (
         "kvm_convert_memory start 0x800000 size 0x4000 private_to_shared",
-        "ram_block_attributes_state_change offset 0x800000 size 0x4000 from 'discarded' to 'populated'",
+        _change(0x800000, 0x4000, "discarded", "populated"),
         "vfio_user_dma_map [0x800000, 0x804000) in 4 calls",
     )),
     Row("a mixture to private: page by page", 8 * MIB, 32 * KIB, True, (
         "kvm_convert_memory start 0x800000 size 0x8000 shared_to_private",
-        "ram_block_attributes_state_change offset 0x800000 size 0x8000 from 'mixture' to 'discarded'",
+        _change(0x800000, 0x8000, "mixture", "discarded"),
         "vfio_user_dma_unmap [0x800000, 0x804000) in 4 calls",
         "ram_block_discard_shared_range ram@HVA + 0x8000: madvise: 1 fallocate: 1 ret: 0",
     )),
     Row("private again: no unmap, and freed once more", 8 * MIB, 16 * KIB, True, (
         "kvm_convert_memory start 0x800000 size 0x4000 shared_to_private",
-        "ram_block_attributes_state_change offset 0x800000 size 0x4000 from 'discarded' to 'discarded'",
+        _change(0x800000, 0x4000, "discarded", "discarded"),
         "ram_block_discard_shared_range ram@HVA + 0x4000: madvise: 1 fallocate: 1 ret: 0",
     )),
     Row("a page to shared for the next row", 8 * MIB, 4 * KIB, False, (
         "kvm_convert_memory start 0x800000 size 0x1000 private_to_shared",
-        "ram_block_attributes_state_change offset 0x800000 size 0x1000 from 'discarded' to 'populated'",
+        _change(0x800000, 0x1000, "discarded", "populated"),
         "vfio_user_dma_map [0x800000, 0x801000) in 1 calls",
     )),
     Row("shared again: nothing", 8 * MIB, 4 * KIB, False, (
         "kvm_convert_memory start 0x800000 size 0x1000 private_to_shared",
-        "ram_block_attributes_state_change offset 0x800000 size 0x1000 from 'populated' to 'populated'",
+        _change(0x800000, 0x1000, "populated", "populated"),
     )),
     Row("a hole to shared: nothing", 128 * MIB, 4 * KIB, False, (
         "kvm_convert_memory start 0x8000000 size 0x1000 private_to_shared",

@@ -32,7 +32,10 @@ _LINES: list[tuple[str, list[Shown]]] = [
         [("Conversion", 0, 0x1000, False, None), ("Attributes", 0, 0x1000, False, None)],
     ),
     (
-        "ram_block_attributes_state_change offset 0x1000 size 0x3000 from 'populated' to 'discarded'",
+        (
+            "ram_block_attributes_state_change offset 0x1000 size 0x3000"
+            " from 'populated' to 'discarded'"
+        ),
         [("StateChange", None, 0x1000, 0x4000, True)],
     ),
     (

@@ -56,8 +56,8 @@ class Probe:
     :param scribble: Write to them as well. The guest's data is lost.
     :param trace: Where events go; they stay the caller's to close.
     :param seed: Of the choice of pages.
-    :param max_windows: Refuse a map with ENOSPC where there are so many windows already: a fault on purpose, of which the client is told
-        nothing before. None: as many as it is told.
+    :param max_windows: Refuse a map with ENOSPC where there are so many windows already: a fault on
+        purpose, of which the client is told nothing before. None: as many as it is told.
     :raises UsageError: Somebody listens there, or it is no socket, or the path is too long for one.
     :raises OSError: The kernel refused the socket.
     """
@@ -107,7 +107,7 @@ class Probe:
 
     @property
     def max_windows(self) -> int | None:
-        """How many windows a client may have; may be changed at any time, for the client that is there as well."""
+        """How many windows a client may have; a change counts for one that is there as well."""
         return self._max_windows
 
     @max_windows.setter

@@ -34,8 +34,8 @@ __all__ = ["QemuEvents"]
 _ACK = 0  # VIRTIO_MEM_RESP_ACK, linux/virtio_mem.h
 _WRITABLE = 2  # VFIO_USER_DMA_REGION_WRITE; bit 0 is read
 _VFIO_USER = "vfio-user"
-# system/ram-block-attributes.c: populated is shared. Only the state before can be a mixture. QEMU 11.1.3 prints these words
-# (tests/qemu/test_steps.py holds them against the program).
+# system/ram-block-attributes.c: populated is shared. Only the state before can be a mixture. QEMU
+# 11.1.3 prints these words (tests/qemu/test_steps.py holds them against the program).
 _STATES = {b"populated": False, b"discarded": True}
 _MIXTURE = b"mixture"
 _NEEDS_BLOCK = "virtio-mem requests count in blocks whose size is not in the trace: what was plugged is not known (--virtio-mem-block)"
@@ -86,7 +86,8 @@ class QemuEvents:
         """
         Say what one event means; nothing, for many.
 
-        :raises TraceError: A word of it is none of QEMU's. Taking it for one of them could turn a finding into its opposite.
+        :raises TraceError: A word of it is none of QEMU's. Taking it for one of them could turn a
+            finding into its opposite.
         """
         make = self._makers.get(name)
         return [] if make is None else make(time, line, *values)

@@ -1,4 +1,4 @@
-"""The numbers of the kernel's interfaces in the QEMU double's shim, against the headers of the lab's kernel."""
+"""The kernel's numbers in the QEMU double's shim, against the headers of the lab's kernel."""
 
 import os
 import re
