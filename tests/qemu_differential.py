@@ -10,9 +10,8 @@ requests that it carries out well.
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
 
 import pytest
 
@@ -24,15 +23,14 @@ from lab.qemu_double import (
     Double,
     GuestOptions,
     GuestStopped,
-    VfioUserDevice,
     VirtioMemDriver,
 )
+from qemu_heard import Call, Heard, Request, Theirs, pages_of, runs_of
 from qemu_twin import PLUGGABLE, Twin
 from ramblock import Mapper, MappingPolicy
 from ramblock.dma import SoftIommu
 from ramblock.errors import ConversionError, UsageError
 from ramblock.testing import FaultyTarget
-from ramblock.trace import TraceWriter
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["EXPLAINED", "Differential"]
@@ -50,75 +48,6 @@ EXPLAINED = {
 _QUEUE = 40 * MIB
 _ROM, _ROM_END = 0xC0000, 0xE0000
 _CHECK_WINDOWS = 100  # requests between two looks at the probe's own table
-
-Call = tuple[str, int, int]
-
-
-class Heard(TraceWriter):
-    """What a probe's client has mapped and unmapped, as the probe's server heard it."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
-        self._calls: list[Call] = []
-        self.pages: set[int] = set()
-
-    @property
-    def active(self) -> bool:
-        return True
-
-    def emit(self, event: str, **fields: object) -> None:
-        if event not in ("map", "unmap"):
-            return
-        iova, size = fields["iova"], fields["size"]
-        assert isinstance(iova, int)
-        assert isinstance(size, int)
-        self._calls.append((event, iova, size))
-        pages = _pages(iova, size)
-        # In place: QEMU has its answer only after this, so nobody else looks at it now.
-        (self.pages.update if event == "map" else self.pages.difference_update)(pages)
-
-    def take(self) -> list[Call]:
-        """Return the calls since the last time."""
-        calls, self._calls = self._calls, []
-        return calls
-
-
-class Theirs(NamedTuple):
-    """A device of QEMU's."""
-
-    device: VfioUserDevice
-    heard: Heard
-
-
-class Request(NamedTuple):
-    gpa: int
-    size: int
-    private: bool
-
-    @property
-    def pages(self) -> set[int]:
-        return _pages(self.gpa, self.size)
-
-    def __str__(self) -> str:
-        to = "private" if self.private else "shared"
-        return f"[{self.gpa:#x}, {self.gpa + self.size:#x}) to {to}"
-
-
-def _pages(start: int, size: int) -> set[int]:
-    return set(range(start // PAGE_SIZE, (start + size) // PAGE_SIZE))
-
-
-def _runs(pages: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Yield the runs of *pages* as (address, size), ascending."""
-    start = end = None
-    for page in sorted(pages):
-        if page != end:
-            if start is not None and end is not None:
-                yield start * PAGE_SIZE, (end - start) * PAGE_SIZE
-            start = page
-        end = page + 1
-    if start is not None and end is not None:
-        yield start * PAGE_SIZE, (end - start) * PAGE_SIZE
 
 
 class Differential:
@@ -159,7 +88,7 @@ class Differential:
             page
             for region in self._regions
             if region.name != PLUGGABLE
-            for page in _pages(region.start, region.end - region.start)
+            for page in pages_of(region.start, region.end - region.start)
         }
         self._start_driver()
 
@@ -169,7 +98,7 @@ class Differential:
             self._driver = VirtioMemDriver(self._guest, _QUEUE)
             self._driver.request_size(self._options.virtio_mem)
             self._twin.convert(_QUEUE, PAGE_SIZE, private=False)
-            self._shared |= _pages(_QUEUE, PAGE_SIZE)
+            self._shared |= pages_of(_QUEUE, PAGE_SIZE)
         self._take()
 
     def _new_device(self) -> Theirs:
@@ -330,7 +259,7 @@ class Differential:
         reached = changed & self._plugged
         verb = "unmap" if request.private else "map"
         singles = [(verb, n * PAGE_SIZE, PAGE_SIZE) for n in sorted(reached)]
-        runs = [(verb, start, size) for start, size in _runs(reached)]
+        runs = [(verb, start, size) for start, size in runs_of(reached)]
         if request.private:
             # One unmap may also cover pages that are not mapped (``sparse_discard``).
             assert max(len(run), len(page)) <= len(runs), self._text(request)
@@ -361,7 +290,7 @@ class Differential:
         # QEMU takes the pages for shared still; a conversion to private is carried out.
         for region in self._regions:
             pages = {p for p in kept if region.start <= p * PAGE_SIZE < region.end}
-            for start, size in _runs(pages):
+            for start, size in runs_of(pages):
                 self._guest.convert(start, size, private=True)
             if region.name == PLUGGABLE:
                 self._guest.convert(region.start, region.end - region.start, private=True)
@@ -402,7 +331,7 @@ class Differential:
         count = self._random.randrange(1, 3)
         number = self._random.randrange(0, self._options.virtio_mem // block - count + 1)
         base = next(region.start for region in self._regions if region.name == PLUGGABLE)
-        pages = _pages(base + number * block, count * block)
+        pages = pages_of(base + number * block, count * block)
         plug = self._random.random() < 0.6
         self._history.append(f"{'plug' if plug else 'unplug'} of {count} blocks from {number}")
         answer = (driver.plug if plug else driver.unplug)(base + number * block, count)
@@ -495,5 +424,5 @@ class Differential:
 
 
 def _some(pages: set[int]) -> str:
-    ranges = [f"[{start:#x}, {start + size:#x})" for start, size in _runs(pages)]
+    ranges = [f"[{start:#x}, {start + size:#x})" for start, size in runs_of(pages)]
     return ", ".join(ranges[:5]) + (" ..." if len(ranges) > 5 else "") or "none"

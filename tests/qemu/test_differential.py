@@ -46,6 +46,8 @@ def test_same_requests_map_the_same_pages(
         sys.stdout.write(f"\n{layout}, {_REQUESTS:,} requests, seed {seed}:\n")
         sys.stdout.writelines(f"{line}\n" for line in differential.summary())
     assert differential.counts["conversions"] > _REQUESTS // 2
-    assert bool(differential.explained["two regions"]) is is_snp  # a TDX guest has no pc.rom
+    # A TDX guest has no pc.rom; with few requests another may not have met it.
+    assert is_snp or not differential.explained["two regions"]
+    assert not is_snp or differential.explained["two regions"] or _REQUESTS < 1_000
     assert differential.counts["calls with PAGE"] < differential.counts["calls of QEMU"]
     assert differential.counts["calls with RUN"] * 4 < differential.counts["calls with PAGE"]
