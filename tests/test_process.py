@@ -17,7 +17,6 @@ import pytest
 from doubles import PAGE, RecordingListener, section
 from ramblock import GuestMemory, PageState, RamBlock, RamSection, VirtioMem
 from ramblock.dma import HostRange, SoftIommu
-from ramblock.errors import UsageError
 
 SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
