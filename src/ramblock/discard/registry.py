@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who listens where: the registrations of one block, found by place."""
+"""The registrations of one block: its listeners, found by place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Registration", "Registry"]
 
 
 class Registration(NamedTuple):
-    """A listener, its section, and what it can do beyond the two verbs."""
+    """A listener, its section, and its abilities beyond the two verbs."""
 
     number: int
     """Grows with each registration."""
@@ -29,6 +29,11 @@ class Registration(NamedTuple):
         """For errors: the DMA target that the listener drives, or else itself."""
         return getattr(self.listener, "target", self.listener)
 
+    @property
+    def limited(self) -> bool:
+        """Whether it has a budget that can run out."""
+        return self.budgeted is not None and self.budgeted.mapper.limit is not None
+
 
 class _Shelf(NamedTuple):
     """Registrations of sections of like size, ascending by offset."""
@@ -36,34 +41,31 @@ class _Shelf(NamedTuple):
     offsets: list[int]
     registrations: list[Registration]
 
-    def find(self, registration: Registration) -> int:
-        index = bisect_left(self.offsets, registration.section.offset)
-        while self.registrations[index] is not registration:
-            index += 1
-        return index
+
+_number = attrgetter("number")
 
 
 class Registry:
     """
-    The registrations of one block, found by place: telling costs what overlaps a change, however
-    many sections the block has.
+    The registrations of one block; the caller locks.
 
-    Sections are kept on shelves by size. One that meets [start, end) and is shorter than 2**n begins
-    behind ``start - 2**n``, so that each shelf is searched by halves. The caller locks.
+    Telling costs as much as overlaps a change, however many sections the block has. Sections are
+    kept on shelves by size: one that meets [start, end) and is shorter than 2**n begins behind
+    ``start - 2**n``, so that each shelf is searched by halves.
     """
 
     def __init__(self) -> None:
         self._by_listener: dict[int, Registration] = {}
         self._shelves: dict[int, _Shelf] = {}
         self._last = 0
-        #: How many of them have a budget that can run out.
+        #: The number of those with a budget that can run out.
         self.limited = 0
 
     def __iter__(self) -> Iterator[Registration]:
         return iter(sorted(self._by_listener.values(), key=_number))
 
     def make(self, listener: Listener, section: RamSection) -> Registration:
-        """Find out what *listener* can do; this does not register it."""
+        """Find out the abilities of *listener*; this does not register it."""
         self._last += 1
         budgeted = hasattr(listener, "entries_to_discard")
         return Registration(
@@ -82,23 +84,26 @@ class Registry:
         """Register, in the place of what the same listener had before."""
         self.discard(registration.listener)
         self._by_listener[id(registration.listener)] = registration
-        self.limited += _is_limited(registration)
-        key = registration.section.size.bit_length()
-        shelf = self._shelves.setdefault(key, _Shelf([], []))
-        index = bisect_right(shelf.offsets, registration.section.offset)
-        shelf.offsets.insert(index, registration.section.offset)
+        self.limited += registration.limited
+        offset = registration.section.offset
+        shelf = self._shelves.setdefault(registration.section.size.bit_length(), _Shelf([], []))
+        index = bisect_right(shelf.offsets, offset)
+        shelf.offsets.insert(index, offset)
         shelf.registrations.insert(index, registration)
 
     def discard(self, listener: Listener) -> None:
         """Strike *listener*; nothing happens if it is not registered."""
         registration = self._by_listener.pop(id(listener), None)
         if registration is not None:
-            self.limited -= _is_limited(registration)
+            self.limited -= registration.limited
             key = registration.section.size.bit_length()
-            shelf = self._shelves[key]
-            index = shelf.find(registration)
-            del shelf.offsets[index], shelf.registrations[index]
-            if not shelf.offsets:
+            offsets, registrations = self._shelves[key]
+            # Several may begin there. Equal means identical, since the first field is a number.
+            index = registrations.index(
+                registration, bisect_left(offsets, registration.section.offset)
+            )
+            del offsets[index], registrations[index]
+            if not offsets:
                 del self._shelves[key]
 
     def overlapping(self, start: int, end: int) -> list[Registration]:
@@ -113,11 +118,3 @@ class Registry:
         if len(found) > 1:
             found.sort(key=_number)
         return found
-
-
-_number = attrgetter("number")
-
-
-def _is_limited(registration: Registration) -> bool:
-    budgeted = registration.budgeted
-    return budgeted is not None and budgeted.mapper.limit is not None
