@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A discard source that is a bitmap, and one change of it: page attributes and virtio-mem are two."""
+"""A discard source that is a bitmap, and one change of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["BitmapChange", "BitmapSource"]
 
 class BitmapSource(OfOneProcess):
     """
-    One bit per granule of a block; set means populated.
+    One bit per granule of a block; set means populated. Page attributes and virtio-mem are two.
 
     :param block: The block it speaks of.
     :param granularity: In bytes; a power of two that divides the block's size.
@@ -45,7 +45,7 @@ class BitmapSource(OfOneProcess):
             yield low, high - low
 
     def plan(self, offset: int, size: int, *, populate: bool) -> BitmapChange | None:
-        """Find out what would change in a range of whole granules; None: nothing."""
+        """Build the change of a range of whole granules; None: it changes nothing."""
         start, end = offset >> self.shift, (offset + size) >> self.shift
         populated = self.bits.count(start, end)
         changed = end - start - populated if populate else populated
@@ -58,10 +58,9 @@ class BitmapSource(OfOneProcess):
         :raises MappingLimitError: A mapper has no room for it; nothing has changed.
         :raises Exception: Whatever a listener raised when it refused; nothing has changed.
         """
-        manager = self.block.discard_manager
+        manager, notification = self.block.discard_manager, change.notification
         if manager.registry.limited:
-            reserve((change.notification,))
-        notification = change.notification
+            reserve((notification,))
         # As with an UndoLog, without its four calls.
         begun: list[Entry] = [("notify", None, notification.take_back, None, ())]
         try:
@@ -80,23 +79,15 @@ class BitmapChange:
     """
     A range of a bitmap source becomes populated or discarded. Something does change.
 
-    Listeners first, then the bits: the state is what it was until everybody has agreed. The
-    notification takes the source at its word meanwhile.
+    Listeners first, then the bits: the state stays until everybody has agreed. The notification
+    takes the source at its word meanwhile.
 
     :param start: First bit of the range that was asked for.
     :param end: First bit behind it.
-    :param changed: How many bits of it change.
+    :param changed: The number of its bits that change.
     """
 
-    __slots__ = (
-        "_populated_before",
-        "_saved",
-        "_span",
-        "changed_bytes",
-        "notification",
-        "populate",
-        "source",
-    )
+    __slots__ = ("_before", "_span", "changed_bytes", "notification", "populate", "saved", "source")
 
     def __init__(
         self, source: BitmapSource, start: int, end: int, changed: int, *, populate: bool
@@ -104,16 +95,16 @@ class BitmapChange:
         shift = source.shift
         self.source = source
         self.populate = populate
-        #: How many bytes really change.
         self.changed_bytes = changed << shift
-        self._populated_before = source.populated_bytes
-        self._saved: SavedBits | None = None
+        self._before = source.populated_bytes
+        #: The bits before, where some of the range is in the new state already; else None.
+        self.saved: SavedBits | None = None
         whole = changed == end - start
         if not whole:
             span = source.bits.span(start, end, value=not populate)
             assert span is not None  # something changes, so something has the other value
             start, end = span
-            self._saved = source.bits.save(start, end)
+            self.saved = source.bits.save(start, end)
         self._span = start, end
         self.notification = Notification(
             source.block.discard_manager,
@@ -125,44 +116,38 @@ class BitmapChange:
             hollow=whole or not populate,
         )
 
-    @property
-    def mixture(self) -> bool:
-        """Whether some of the range that was asked for is in the new state already."""
-        return self._saved is not None
-
+    # Both yield whole granules, and only while the bits are as they were.
     def _runs(self, start: int, end: int) -> Runs:
-        """Yield what changes of [start, end), in whole granules; only while the bits are as they were."""
         shift = self.source.shift
         first, last = start >> shift, ((end - 1) >> shift) + 1
         for low, high in self.source.bits.runs(first, last, value=not self.populate):
             yield low << shift, high << shift
 
     def changed_runs(self) -> Runs:
-        """Yield what changes as (start, end), ascending; only while the bits are as they were."""
+        """Yield all that changes as (start, end), in bytes, ascending."""
         start, end = (bit << self.source.shift for bit in self._span)
-        return iter(((start, end),)) if self._saved is None else self._runs(start, end)
+        return iter(((start, end),)) if self.saved is None else self._runs(start, end)
 
     def flip(self) -> None:
         """Change the bits, wherever they were left."""
-        start, end = self._span
+        source, (start, end) = self.source, self._span
         if self.populate:
-            self.source.bits.set(start, end)
-            self.source.populated_bytes = self._populated_before + self.changed_bytes
+            source.bits.set(start, end)
+            source.populated_bytes = self._before + self.changed_bytes
         else:
-            self.source.bits.clear(start, end)
-            self.source.populated_bytes = self._populated_before - self.changed_bytes
+            source.bits.clear(start, end)
+            source.populated_bytes = self._before - self.changed_bytes
 
     def flip_back(self) -> None:
         """Undo :meth:`flip`, whether it happened, half happened or did not."""
-        start, end = self._span
-        bits = self.source.bits
-        if self._saved is not None:
-            bits.restore(start, end, self._saved)
+        bits, (start, end) = self.source.bits, self._span
+        if self.saved is not None:
+            bits.restore(start, end, self.saved)
         elif self.populate:
             bits.clear(start, end)
         else:
             bits.set(start, end)
-        self.source.populated_bytes = self._populated_before
+        self.source.populated_bytes = self._before
 
     def __repr__(self) -> str:
         start, end = (bit << self.source.shift for bit in self._span)
