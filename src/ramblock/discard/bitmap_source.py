@@ -17,12 +17,7 @@ __all__ = ["BitmapChange", "BitmapSource"]
 
 
 class BitmapSource(OfOneProcess):
-    """
-    One bit per granule of a block; set means populated. Page attributes and virtio-mem are two.
-
-    :param block: The block it speaks of.
-    :param granularity: In bytes; a power of two that divides the block's size.
-    """
+    """One bit per granule of a block, which divides its size; set means populated."""
 
     def __init__(self, block: ManagedBlock, granularity: int) -> None:
         self.block = block
@@ -52,12 +47,7 @@ class BitmapSource(OfOneProcess):
         return BitmapChange(self, start, end, changed, populate=populate) if changed else None
 
     def change(self, operation: str, change: BitmapChange) -> None:
-        """
-        Tell the listeners, then change the bits: all or nothing.
-
-        :raises MappingLimitError: A mapper has no room for it; nothing has changed.
-        :raises Exception: Whatever a listener raised when it refused; nothing has changed.
-        """
+        """Tell the listeners, then change the bits: all or nothing, whatever is raised."""
         manager, notification = self.block.discard_manager, change.notification
         if manager.registry.limited:
             reserve((notification,))
@@ -77,14 +67,10 @@ class BitmapSource(OfOneProcess):
 
 class BitmapChange:
     """
-    A range of a bitmap source becomes populated or discarded. Something does change.
+    A range of a bitmap source, in bits, of which *changed* become populated or discarded.
 
     Listeners first, then the bits: the state stays until everybody has agreed. The notification
     takes the source at its word meanwhile.
-
-    :param start: First bit of the range that was asked for.
-    :param end: First bit behind it.
-    :param changed: The number of its bits that change.
     """
 
     __slots__ = ("_before", "_span", "changed_bytes", "notification", "populate", "saved", "source")

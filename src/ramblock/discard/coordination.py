@@ -120,10 +120,8 @@ class DiscardCoordinator:
         self, other: DiscardCoordinator, only: Collection[DiscardHold] | None = None
     ) -> list[DiscardHold]:
         """
-        Take over the claims of *other*, with the block that comes from there.
+        Take over the claims of *other*, all or *only* some, with the block that comes from there.
 
-        :param only: Some of them; None: all.
-        :return: Those taken over.
         :raises BusyError: One of them contradicts one of ours. Nothing has moved.
         """
         moving = [hold for hold in other.holds if only is None or hold in only]

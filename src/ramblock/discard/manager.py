@@ -37,19 +37,16 @@ class Freeing(Protocol):
     """Frees the memory of a block, on all its sides."""
 
     def free(self, offset: int, size: int) -> int:
-        """Free what nobody uses any more; return the bytes that wait."""
-
-    def keep_used(self, offset: int, size: int) -> None:
-        """Note that the part of the range in use does not wait to be freed any more."""
-
-
-class _NothingToFree:
-    # Until the block has its sides; it adds its page attributes before that.
-    def free(self, offset: int, size: int) -> int:
+        """Free a range, where nobody uses it any more; return the bytes that wait."""
         return 0
 
     def keep_used(self, offset: int, size: int) -> None:
-        pass
+        """Note that the part of the range in use does not wait to be freed any more."""
+        return
+
+
+class _NothingToFree(Freeing):
+    """Until a block has its sides: its page attributes are added before that."""
 
 
 def _nothing() -> None:
@@ -80,7 +77,9 @@ class RamDiscardManager(OfOneProcess):
         self.closed = False
         #: The sources, oldest first. Callers change them by the methods below.
         self.sources: tuple[Source, ...] = ()
-        self.registry = Registry()
+        self.registry = registry = Registry()
+        # For those who attach a mapper in batches, and do themselves what registering does.
+        self.find, self.registration, self.keep = registry.find, registry.make, registry.add
 
     def run(
         self,
@@ -152,14 +151,13 @@ class RamDiscardManager(OfOneProcess):
         Memory that it withholds from the guest (virtio-mem) is freed.
 
         :raises BusyError: It is there already.
-        :raises UsageError: Its granularity is not a power of two, or finer than a mapper's page
-            size.
+        :raises UsageError: Its granularity is no power of two, or finer than a mapper's page size.
         """
         self.run("add_source", self._add_source, source)
 
     def _add_source(self, source: Source) -> None:
         self.check_open()
-        if self._has(source):
+        if any(source is other for other in self.sources):
             raise BusyError(f"{source!r} is a source of {self._place} already")
         check_granularity(source.granularity, f"source {source!r}")
         for registration in self.registry:
@@ -192,9 +190,8 @@ class RamDiscardManager(OfOneProcess):
     def _remove_source(self, source: Source) -> None:
         self._check_source(source)
         if getattr(source, "permanent", False):
-            raise UsageError(
-                f"the page attributes of {self._place} cannot be removed", value=source
-            )
+            text = f"the page attributes of {self._place} cannot be removed"
+            raise UsageError(text, value=source)
         remaining = tuple(other for other in self.sources if other is not source)
         self._change_sources("remove_source", source, remaining)
         getattr(source, "on_removed", _nothing)()
@@ -202,9 +199,9 @@ class RamDiscardManager(OfOneProcess):
     def _change_sources(self, operation: str, source: Source, sources: tuple[Source, ...]) -> None:
         # Of the sources until now, one that goes is taken at its word; one that comes is not there.
         going = source if len(sources) < len(self.sources) else None
-        size, runs = self.block.size, partial(held_back_by, source)
+        size, populate, runs = self.block.size, going is not None, partial(held_back_by, source)
         change = Notification(
-            self, 0, size, populate=going is not None, source=going, runs=runs, hollow=False
+            self, 0, size, populate=populate, source=going, runs=runs, hollow=False
         )
         self._tell(operation, change)
         self.sources = sources
@@ -215,12 +212,9 @@ class RamDiscardManager(OfOneProcess):
         with UndoLog(self.guard, operation) as undo:
             undo.do("notify", change.tell, change.take_back)
 
-    def _has(self, source: Source) -> bool:
-        return any(source is other for other in self.sources)
-
     def _check_source(self, source: Source) -> None:
         self.check_open()
-        if not self._has(source):
+        if not any(source is other for other in self.sources):
             raise UsageError(f"{source!r} is not a source of {self._place}", value=source)
 
     def notify_populate(self, source: Source, offset: int, size: int) -> None:
@@ -257,7 +251,7 @@ class RamDiscardManager(OfOneProcess):
         Register *listener* for *section* and replay to it what is populated there, run by run.
 
         :raises UsageError: It is registered already, or the section is another block's or not made
-            of whole pages.
+            of whole pages; nothing has changed.
         :raises Exception: It refused; it has heard the discard of all it was told before, and is
             not registered.
         """
@@ -281,8 +275,7 @@ class RamDiscardManager(OfOneProcess):
         :raises Exception: It refused: it may still use the range. It stays registered and holds all
             it held.
         """
-        # Only takes away, so it also works on a poisoned block: that is how a target is detached
-        # from one.
+        # It only takes away, which detaches a target from a poisoned block too.
         self.run("unregister_listener", self._unregister, listener, even_poisoned=True)
 
     def _unregister(self, listener: Listener) -> None:
@@ -308,25 +301,13 @@ class RamDiscardManager(OfOneProcess):
     # Below are parts of operations; the caller holds the lock.
 
     def check_in(self, listener: Listener, section: RamSection) -> Registration:
-        """
-        Check that *listener* may register for *section*; it is not registered by that.
-
-        :raises UsageError: As :meth:`register_listener`.
-        """
+        """Check that *listener* may register for *section*; it is not registered by that."""
         self._check_block(section)
         if self.registry.find(listener) is not None:
             text = f"{listener!r} is registered already; one registration per listener"
             raise UsageError(text, value=listener)
         limit, what = self.block.size, f"section of {self.block.name!r}"
         check_range(section.offset, section.size, limit=limit, align=PAGE_SIZE, what=what)
-        return self.registry.make(listener, section)
-
-    def find(self, listener: Listener) -> Registration | None:
-        """Look up the registration of *listener*."""
-        return self.registry.find(listener)
-
-    def registration(self, listener: Listener, section: RamSection) -> Registration:
-        """Make the registration of a listener that is on no list, and put it on none."""
         return self.registry.make(listener, section)
 
     def replay(self, registration: Registration, *, populate: bool = True) -> Notification:
@@ -354,8 +335,7 @@ class RamDiscardManager(OfOneProcess):
             except BaseException:
                 self.registry.discard(registration.listener)
                 if registration.budgeted is not None:
-                    # It may still hold something, and can let go of all of it: it stays on the
-                    # list, for closing to tell it.
+                    # It may still hold something, and closing tells it to let go of all of it.
                     self.registry.add(registration)
                 raise
             self.registry.discard(registration.listener)
@@ -389,10 +369,6 @@ class RamDiscardManager(OfOneProcess):
                 except BaseException as error:  # closing goes on
                     self.guard.doubt(part, listener, f"could not be discarded: {error!r}")
         self.registry.discard(listener)
-
-    def keep(self, registration: Registration) -> None:
-        """Put a listener back on the list that may still hold something."""
-        self.registry.add(registration)
 
     def stay_in_doubt(self, registration: Registration, reason: str) -> None:
         """Put the listener back on the list, and tell it nothing: what it left is in doubt."""

@@ -105,12 +105,7 @@ class Notification:
         return () if first is None else (section.part(first.offset, min(self._end, section.end)),)
 
     def tell(self) -> None:
-        """
-        Tell every listener.
-
-        :raises BaseException: Whatever a listener, or a source that was asked, raised. Call
-            :meth:`take_back`.
-        """
+        """Tell every listener; whatever one raises, or a source, calls for :meth:`take_back`."""
         populate = self._populate
         for registration in self._registrations:
             listener = registration.listener
@@ -148,9 +143,8 @@ class Notification:
             telling that a listener reported pages in doubt. Steps before this one must not be
             undone then: the pages may be reachable.
         """
-        failure: BaseException | None = None
-        if self._in_flight is not None:
-            at = self._in_flight
+        failure, at = None, self._in_flight
+        if at is not None:
             until = at.offset if self._refused else at.end
             failure = self._reverse(self._registrations[self._told], until)
         for registration in reversed(self._registrations[: self._told]):
@@ -219,11 +213,7 @@ class Notification:
 
 
 def reserve(notifications: Iterable[Notification]) -> None:
-    """
-    Check the budgets for a whole operation: its work, and its undo.
-
-    :raises MappingLimitError: One of them is too small. Nothing was told to anybody.
-    """
+    """Check the budgets for a whole operation and its undo, or raise ``MappingLimitError``."""
     total: Counter[Budget] = Counter()
     for notification in notifications:
         for budget, extra in notification.needs():

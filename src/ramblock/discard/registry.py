@@ -35,13 +35,6 @@ class Registration(NamedTuple):
         return self.budgeted is not None and self.budgeted.mapper.limit is not None
 
 
-class _Shelf(NamedTuple):
-    """Registrations of sections of like size, ascending by offset."""
-
-    offsets: list[int]
-    registrations: list[Registration]
-
-
 _number = attrgetter("number")
 
 
@@ -56,7 +49,8 @@ class Registry:
 
     def __init__(self) -> None:
         self._by_listener: dict[int, Registration] = {}
-        self._shelves: dict[int, _Shelf] = {}
+        # By the bits of the section's size: the offsets, ascending, and who is registered there.
+        self._shelves: dict[int, tuple[list[int], list[Registration]]] = {}
         self._last = 0
         #: The number of those with a budget that can run out.
         self.limited = 0
@@ -67,14 +61,10 @@ class Registry:
     def make(self, listener: Listener, section: RamSection) -> Registration:
         """Find out the abilities of *listener*; this does not register it."""
         self._last += 1
-        budgeted = hasattr(listener, "entries_to_discard")
-        return Registration(
-            self._last,
-            listener,
-            section,
-            bool(getattr(listener, "sparse_discard", False)),
-            cast("BudgetedListener", listener) if budgeted else None,
-        )
+        sparse = bool(getattr(listener, "sparse_discard", False))
+        counts = hasattr(listener, "entries_to_discard")
+        budgeted = cast("BudgetedListener", listener) if counts else None
+        return Registration(self._last, listener, section, sparse, budgeted)
 
     def find(self, listener: Listener) -> Registration | None:
         """Look up the registration of *listener*."""
@@ -85,26 +75,24 @@ class Registry:
         self.discard(registration.listener)
         self._by_listener[id(registration.listener)] = registration
         self.limited += registration.limited
-        offset = registration.section.offset
-        shelf = self._shelves.setdefault(registration.section.size.bit_length(), _Shelf([], []))
-        index = bisect_right(shelf.offsets, offset)
-        shelf.offsets.insert(index, offset)
-        shelf.registrations.insert(index, registration)
+        section = registration.section
+        offsets, registrations = self._shelves.setdefault(section.size.bit_length(), ([], []))
+        index = bisect_right(offsets, section.offset)
+        offsets.insert(index, section.offset)
+        registrations.insert(index, registration)
 
     def discard(self, listener: Listener) -> None:
         """Strike *listener*; nothing happens if it is not registered."""
         registration = self._by_listener.pop(id(listener), None)
         if registration is not None:
             self.limited -= registration.limited
-            key = registration.section.size.bit_length()
-            offsets, registrations = self._shelves[key]
+            section = registration.section
+            offsets, registrations = self._shelves[section.size.bit_length()]
             # Several may begin there. Equal means identical, since the first field is a number.
-            index = registrations.index(
-                registration, bisect_left(offsets, registration.section.offset)
-            )
+            index = registrations.index(registration, bisect_left(offsets, section.offset))
             del offsets[index], registrations[index]
             if not offsets:
-                del self._shelves[key]
+                del self._shelves[section.size.bit_length()]
 
     def overlapping(self, start: int, end: int) -> list[Registration]:
         """List the registrations whose section meets [start, end), in the order they were made."""

@@ -68,7 +68,7 @@ class VirtioMem(BitmapSource):
         :raises PoisonedError: The block is poisoned, or this call poisoned it.
         :raises Exception: Whatever a listener raised when it refused; nothing has changed.
         """
-        self.block.discard_manager.run("plug", self._change_all, "plug", offset, size)
+        self.block.discard_manager.run("plug", self._change, "plug", offset, size)
 
     def unplug(self, offset: int, size: int) -> None:
         """
@@ -79,23 +79,24 @@ class VirtioMem(BitmapSource):
         :raises PoisonedError: The block is poisoned, or this call poisoned it; the memory is kept.
         :raises Exception: Whatever a listener raised when it refused; nothing has changed.
         """
-        self.block.discard_manager.run("unplug", self._change_all, "unplug", offset, size)
+        self.block.discard_manager.run("unplug", self._change, "unplug", offset, size)
 
-    def _change_all(self, operation: str, offset: int, size: int) -> None:
-        self._check_present()
+    def _change(self, operation: str, offset: int, size: int) -> None:
+        manager, populate = self.block.discard_manager, operation == "plug"
+        manager.check_open()
+        if self._hold is None:
+            text = f"virtio-mem was removed from the sources of block {self.block.name!r}"
+            raise UsageError(text, value=self)
         check_range(offset, size, limit=self.block.size, align=self.granularity, what=self.place)
-        populate, freeing = operation == "plug", self.block.discard_manager.freeing
         change = self.plan(offset, size, populate=populate)
-        if change is None or change.changed_bytes < size:
-            already = "plugged" if populate else "unplugged"
-            where = describe_range(offset, size)
-            text = f"{self.place}: {where} is {already} already, at least in part"
-            raise UsageError(text, value=(offset, size))
-        self.change(operation, change)
-        if populate:
-            freeing.keep_used(offset, size)
-        else:
-            freeing.free(offset, size)
+        if operation != "unplug_all" and (change is None or change.changed_bytes < size):
+            already = "plugged already" if populate else "unplugged already"
+            where = f"{self.place}: {describe_range(offset, size)}"
+            raise UsageError(f"{where} is {already}, at least in part", value=(offset, size))
+        if change is not None:
+            self.change(operation, change)
+            keep_or_free = manager.freeing.keep_used if populate else manager.freeing.free
+            keep_or_free(offset, size)
 
     def unplug_all(self) -> None:
         """
@@ -103,14 +104,8 @@ class VirtioMem(BitmapSource):
 
         Raises what :meth:`unplug` raises, with the same state left.
         """
-        self.block.discard_manager.run("unplug_all", self._unplug_all)
-
-    def _unplug_all(self) -> None:
-        self._check_present()
-        change = self.plan(0, self.block.size, populate=False)
-        if change is not None:
-            self.change("unplug_all", change)
-            self.block.discard_manager.freeing.free(0, self.block.size)
+        manager, size = self.block.discard_manager, self.block.size
+        manager.run("unplug_all", self._change, "unplug_all", 0, size)
 
     def on_adding(self) -> None:
         """Claim that discards will happen; the manager calls it before it adds the device."""
@@ -124,12 +119,6 @@ class VirtioMem(BitmapSource):
         self._hold.release()
         self.block.discard_manager.holds.remove(self._hold)
         self._hold = None
-
-    def _check_present(self) -> None:
-        self.block.discard_manager.check_open()
-        if self._hold is None:
-            text = f"virtio-mem was removed from the sources of block {self.block.name!r}"
-            raise UsageError(text, value=self)
 
     def __repr__(self) -> str:
         plugged = f"{self.plugged_size:#x} of {self.block.size:#x} bytes plugged"
