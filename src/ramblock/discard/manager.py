@@ -78,7 +78,7 @@ class RamDiscardManager(OfOneProcess):
         #: The sources, oldest first. Callers change them by the methods below.
         self.sources: tuple[Source, ...] = ()
         self.registry = registry = Registry()
-        # For those who attach a mapper in batches, and do themselves what registering does.
+        # For attaching in batches, which registers in steps of its own.
         self.find, self.registration, self.keep = registry.find, registry.make, registry.add
 
     def run(
@@ -146,7 +146,7 @@ class RamDiscardManager(OfOneProcess):
 
     def add_source(self, source: Source) -> None:
         """
-        Join *source*: what it does not call populated is discarded for the listeners.
+        Join *source*: the listeners hear the discard of all that it does not call populated.
 
         Memory that it withholds from the guest (virtio-mem) is freed.
 
@@ -181,7 +181,7 @@ class RamDiscardManager(OfOneProcess):
 
     def remove_source(self, source: Source) -> None:
         """
-        Take *source* out: what only it held back is populated for the listeners.
+        Take *source* out: the listeners hear of all that it alone held back.
 
         :raises UsageError: It is not a source of this block, or it is the block's page attributes.
         """
@@ -248,7 +248,7 @@ class RamDiscardManager(OfOneProcess):
 
     def register_listener(self, listener: Listener, section: RamSection) -> None:
         """
-        Register *listener* for *section* and replay to it what is populated there, run by run.
+        Register *listener* for *section* and replay to it the populated runs there.
 
         :raises UsageError: It is registered already, or the section is another block's or not made
             of whole pages; nothing has changed.
@@ -269,7 +269,7 @@ class RamDiscardManager(OfOneProcess):
         """
         Unregister *listener*; it hears a discard of all it holds.
 
-        On a poisoned block it goes whatever it raises, and what it did not let go is in doubt.
+        On a poisoned block it goes whatever it raises, and all that it keeps is in doubt.
 
         :raises UsageError: It is not registered.
         :raises Exception: It refused: it may still use the range. It stays registered and holds all
@@ -357,7 +357,7 @@ class RamDiscardManager(OfOneProcess):
         self.registry.discard(registration.listener)
 
     def leave_regardless(self, registration: Registration) -> None:
-        """Make the listener leave, registered or not; what it does not let go of is in doubt."""
+        """Make the listener leave, registered or not; all that it keeps is in doubt."""
         section, listener = registration.section, registration.listener
         if registration.budgeted is not None:
             registration.budgeted.let_go()
@@ -371,7 +371,7 @@ class RamDiscardManager(OfOneProcess):
         self.registry.discard(listener)
 
     def stay_in_doubt(self, registration: Registration, reason: str) -> None:
-        """Put the listener back on the list, and tell it nothing: what it left is in doubt."""
+        """Put the listener back on the list, and tell it nothing: all that it left is in doubt."""
         self.registry.add(registration)
         self.replay(registration, populate=False).doubt(reason)
 

@@ -124,7 +124,7 @@ class Notification:
                     notify(section)
                 except BaseException as error:
                     # An Exception is a refusal. Anything else came from somewhere else, and the
-                    # listener may have done what it was told.
+                    # listener may have obeyed.
                     self._refused = isinstance(error, Exception)
                     self.refused_by = registration.target
                     raise
@@ -135,7 +135,7 @@ class Notification:
         """
         Undo :meth:`tell`, latest listener first; those that heard nothing hear nothing now.
 
-        A listener that refused holds what it held before that call; where it is not known whether
+        A listener that refused holds as much as before that call; where it is not known whether
         the call was carried out, it is reversed too. Every listener is put back even if an earlier
         one fails to; each failure is noted as a doubt and poisons.
 

@@ -71,7 +71,7 @@ class Registry:
         return self._by_listener.get(id(listener))
 
     def add(self, registration: Registration) -> None:
-        """Register, in the place of what the same listener had before."""
+        """Register, in the place of an earlier registration of the same listener."""
         self.discard(registration.listener)
         self._by_listener[id(registration.listener)] = registration
         self.limited += registration.limited

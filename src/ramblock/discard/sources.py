@@ -24,8 +24,8 @@ class Source(Protocol):
       ascending; without it, ``is_populated`` is asked granule by granule.
     - ``on_adding()``: called under the lock before the source is added; raising refuses.
     - ``on_removed()``: called once it was removed, or when adding it failed.
-    - ``withholds = True``: the guest itself cannot use what the source calls discarded, so that
-      this memory is freed (virtio-mem).
+    - ``withholds = True``: the guest itself cannot use discarded parts, so that they are freed
+      (virtio-mem).
     """
 
     @property

@@ -18,7 +18,7 @@ The rules:
   attribute made private. Its siblings, which are of the same step, and the other pieces are put
   back.
 - A step may have a function ``stuck``. It is called when its undo failed, and makes our records say
-  what is true now.
+  the truth.
 """
 
 from __future__ import annotations

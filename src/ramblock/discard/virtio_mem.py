@@ -19,7 +19,7 @@ class VirtioMem(BitmapSource):
     It adds itself to the block, with everything unplugged: listeners hear the discard, then the
     memory is freed. Plug state and page state are independent: an unplugged range may be converted,
     and is mapped when it is plugged. Taken out of the block's sources and added again, it keeps its
-    plug state, and frees what it withholds.
+    plug state, and frees all it withholds.
 
     :param block: The block that the device provides.
     :param block_size: Of the device, in bytes: a power of two, at least a host page, that divides
@@ -60,7 +60,7 @@ class VirtioMem(BitmapSource):
 
     def plug(self, offset: int, size: int) -> None:
         """
-        Plug ``[offset, offset + size)``: listeners hear what becomes populated, then it counts.
+        Plug ``[offset, offset + size)``: listeners hear of it, then it counts.
 
         :raises UsageError: Not whole device blocks, outside the block, or partly plugged already;
             nothing has changed.
@@ -102,7 +102,7 @@ class VirtioMem(BitmapSource):
         """
         Unplug everything that is plugged, in one transaction; nothing plugged is fine.
 
-        Raises what :meth:`unplug` raises, with the same state left.
+        Raises as :meth:`unplug`, with the same state left.
         """
         manager, size = self.block.discard_manager, self.block.size
         manager.run("unplug_all", self._change, "unplug_all", 0, size)
