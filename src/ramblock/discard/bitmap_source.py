@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ramblock.bitmap import SavedBits, SparseBitmap
 from ramblock.discard.manager import ManagedBlock
@@ -85,21 +85,18 @@ class BitmapChange:
         self._before = source.populated_bytes
         #: The bits before, where some of the range is in the new state already; else None.
         self.saved: SavedBits | None = None
-        whole = changed == end - start
-        if not whole:
+        runs: Callable[[int, int], Runs] | None = None
+        hollow = True
+        if changed < end - start:
             span = source.bits.span(start, end, value=not populate)
             assert span is not None  # something changes, so something has the other value
             start, end = span
             self.saved = source.bits.save(start, end)
+            runs, hollow = self._runs, not populate
         self._span = start, end
+        manager, start, end = source.block.discard_manager, start << shift, end << shift
         self.notification = Notification(
-            source.block.discard_manager,
-            start << shift,
-            end << shift,
-            populate=populate,
-            source=source,
-            runs=None if whole else self._runs,
-            hollow=whole or not populate,
+            manager, start, end, populate=populate, source=source, runs=runs, hollow=hollow
         )
 
     # Both yield whole granules, and only while the bits are as they were.

@@ -78,7 +78,6 @@ class Notification:
         self._populate = populate
         self._runs = runs
         self._hollow = hollow
-        self._doubts_before = len(board.guard.doubts)
 
     def _exact(self, section: RamSection) -> Iterable[RamSection]:
         start, end = max(self._start, section.offset), min(self._end, section.offset + section.size)
@@ -154,8 +153,9 @@ class Notification:
         self._refused = False
         if failure is not None:
             raise failure
-        for section, _ in self._board.guard.doubts[self._doubts_before :]:
-            # Others of this operation may be about other blocks.
+        # Doubts are of this operation, since a poisoned memory takes no change; but they may be
+        # about other blocks.
+        for section, _ in self._board.guard.doubts:
             ours = section.block is self._board.block
             if ours and section.offset < self._end and self._start < section.end:
                 raise RuntimeError("a listener may still reach pages of this change")
