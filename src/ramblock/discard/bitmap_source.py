@@ -17,7 +17,7 @@ __all__ = ["BitmapChange", "BitmapSource"]
 
 
 class BitmapSource(OfOneProcess):
-    """One bit per granule of a block, which divides its size; set means populated."""
+    """One bit per granule of a block, a power of two of bytes; set means populated."""
 
     def __init__(self, block: ManagedBlock, granularity: int) -> None:
         self.block = block
@@ -99,7 +99,7 @@ class BitmapChange:
             manager, start, end, populate=populate, source=source, runs=runs, hollow=hollow
         )
 
-    # Both yield whole granules, and only while the bits are as they were.
+    # This and the next yield whole granules, and only while the bits are as they were.
     def _runs(self, start: int, end: int) -> Runs:
         shift = self.source.shift
         first, last = start >> shift, ((end - 1) >> shift) + 1

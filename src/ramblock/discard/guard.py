@@ -63,7 +63,7 @@ class Guard:
         self._lock = Lock()
         self._gates: deque[Lock] = deque()
         self._reason: str | None = None
-        #: The section that a target may still reach, and the target; oldest first, never fewer.
+        #: Sections that a target may still reach, each with the target; oldest first.
         self.doubts: list[tuple[RamSection, object]] = []
         self.discards = DiscardCoordinator()
         self.observer: Observer | None = None

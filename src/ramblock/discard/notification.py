@@ -213,7 +213,7 @@ class Notification:
 
 
 def reserve(notifications: Iterable[Notification]) -> None:
-    """Check the budgets for a whole operation and its undo, or raise ``MappingLimitError``."""
+    """Check all budgets for the work and the undo; ``MappingLimitError``: nobody was told."""
     total: Counter[Budget] = Counter()
     for notification in notifications:
         for budget, extra in notification.needs():

@@ -42,7 +42,7 @@ class Registry:
     """
     The registrations of one block; the caller locks.
 
-    Telling costs as much as overlaps a change, however many sections the block has. Sections are
+    The cost of telling is in the sections that meet a change, however many the block has. They are
     kept on shelves by size: one that meets [start, end) and is shorter than 2**n begins behind
     ``start - 2**n``, so that each shelf is searched by halves.
     """

@@ -31,8 +31,7 @@ from ramblock.discard.guard import Guard
 __all__ = ["Entry", "UndoLog", "put_back"]
 
 _Function: TypeAlias = Callable[..., object]
-#: A step that was begun: its name, its piece, the functions ``undo`` and ``stuck``, their
-#: arguments.
+#: A step that was begun: its name, its piece, the functions ``undo`` and ``stuck``, arguments.
 Entry: TypeAlias = tuple[str, object, _Function, _Function | None, tuple[object, ...]]
 
 
