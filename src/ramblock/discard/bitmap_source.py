@@ -26,7 +26,12 @@ class BitmapSource(OfOneProcess):
         self.granularity = granularity
         self.shift = granularity.bit_length() - 1
         self.bits = SparseBitmap(block.size >> self.shift)
-        self.populated_bytes = 0
+
+    @property
+    def populated_bytes(self) -> int:
+        """The size of all that is populated, in bytes."""
+        # Counted each time: a conversion of two sections of the block flips two changes of it.
+        return self.bits.count(0, self.bits.length) << self.shift
 
     def is_populated(self, offset: int, size: int) -> bool:
         """Whether all of ``[offset, offset + size)`` is populated; any alignment."""
@@ -73,7 +78,7 @@ class BitmapChange:
     takes the source at its word meanwhile.
     """
 
-    __slots__ = ("_before", "_span", "changed_bytes", "notification", "populate", "saved", "source")
+    __slots__ = ("_span", "changed_bytes", "notification", "populate", "saved", "source")
 
     def __init__(
         self, source: BitmapSource, start: int, end: int, changed: int, *, populate: bool
@@ -82,7 +87,6 @@ class BitmapChange:
         self.source = source
         self.populate = populate
         self.changed_bytes = changed << shift
-        self._before = source.populated_bytes
         #: The bits before, where some of the range is in the new state already; else None.
         self.saved: SavedBits | None = None
         runs: Callable[[int, int], Runs] | None = None
@@ -113,13 +117,11 @@ class BitmapChange:
 
     def flip(self) -> None:
         """Change the bits, wherever they were left."""
-        source, (start, end) = self.source, self._span
+        bits, (start, end) = self.source.bits, self._span
         if self.populate:
-            source.bits.set(start, end)
-            source.populated_bytes = self._before + self.changed_bytes
+            bits.set(start, end)
         else:
-            source.bits.clear(start, end)
-            source.populated_bytes = self._before - self.changed_bytes
+            bits.clear(start, end)
 
     def flip_back(self) -> None:
         """Undo :meth:`flip`, whether it happened, half happened or did not."""
@@ -130,7 +132,6 @@ class BitmapChange:
             bits.clear(start, end)
         else:
             bits.set(start, end)
-        self.source.populated_bytes = self._before
 
     def __repr__(self) -> str:
         start, end = (bit << self.source.shift for bit in self._span)
