@@ -95,6 +95,11 @@ class Notification:
 
     def _heard(self, registration: Registration, *, populate: bool) -> Iterable[RamSection]:
         section = registration.section
+        if registration.budgeted is not None and self._hollow and not populate:
+            # A mapper unmaps by its own books, and is not told less: another source may have
+            # discarded pages already and say so later, and until then they are mapped.
+            whole = section.intersect(self._start, self._end - self._start)
+            return () if whole is None else (whole,)
         exact = self._exact(section)
         sparse = registration.sparse and self._hollow and not populate
         if not sparse or isinstance(exact, tuple):
