@@ -2,142 +2,93 @@
 """
 Every error that leaves the library.
 
-One root, few kinds, fields instead of prose: a caller decides by class and by field, a person reads the text.
-Ranges in messages are half-open and in hex, ``[start, end)``. The docstring of each class says what state it leaves.
+A caller decides by class and by field, a person reads the text. Ranges in messages are half-open
+and in hex, ``[start, end)``. The docstring of each class says which state it leaves.
 """
 
 from __future__ import annotations
 
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 __all__ = [
-    "BusyError",
-    "ConversionError",
-    "DmaError",
-    "GuestProgramError",
-    "IommuFault",
-    "LocalProtocolError",
-    "MappingLimitError",
-    "PoisonedError",
-    "ProtocolError",
-    "RamblockError",
-    "RemoteProtocolError",
-    "TraceError",
-    "UsageError",
-    "describe_range",
-]
+    "BusyError", "ConversionError", "DmaError", "GuestProgramError", "IommuFault",
+    "LocalProtocolError", "MappingLimitError", "PoisonedError", "ProtocolError", "RamblockError",
+    "RemoteProtocolError", "TraceError", "UsageError", "describe_range",
+]  # fmt: skip
 
 
 def describe_range(start: int, size: int) -> str:
-    """Write a range the way every message of ours does: ``[0x1000, 0x3000)``."""
+    """Write a range as every message of ours does: ``[0x1000, 0x3000)``."""
     return f"[{start:#x}, {start + size:#x})"
 
 
+# Errors are compared by identity and shown as Python shows every exception.
+@dataclass(eq=False, repr=False)
 class RamblockError(Exception):
     """The root: ``except RamblockError`` catches whatever the library raises on purpose."""
 
+    message: InitVar[str]
 
-class UsageError(RamblockError, ValueError):
-    """
-    A call that cannot be meant: bad range or alignment, an unknown or a wrong object. Nothing has changed.
-
-    :ivar value: The value that was refused, where there is a single one.
-    :ivar expected: What would have been accepted, in words.
-    :ivar reason: For a range that was refused, which rule it breaks: ``"hole"``, ``"no private side"``,
-        ``"alignment"``, ``"limit"``, ``"empty"`` (or negative), ``"type"``; else None.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        value: object = None,
-        expected: str | None = None,
-        reason: str | None = None,
-    ) -> None:
+    def __post_init__(self, message: str) -> None:
         super().__init__(message)
-        self.value = value
-        self.expected = expected
-        self.reason = reason
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class UsageError(RamblockError, ValueError):
+    """A call that cannot be meant: bad range or alignment, a wrong object. Nothing has changed."""
+
+    value: object = None  #: The value that was refused, where there is a single one.
+    expected: str | None = None  #: The values that would have been accepted, in words.
+    #: The rule that a range breaks: ``"hole"``, ``"no private side"``, ``"alignment"``,
+    #: ``"limit"``, ``"empty"`` (or negative), ``"type"``; else None.
+    reason: str | None = None
 
 
 class BusyError(RamblockError):
     """
     Somebody is in the way. Nothing has changed.
 
-    The source is there already, discards are required or forbidden by another user, or a listener called back into the
-    operation that is telling it.
+    The source is there already, another user requires or forbids discards, or a listener called
+    back into the operation that is telling it.
     """
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class ConversionError(RamblockError):
-    """
-    A conversion failed before its commit. Every step was put back: attributes, mappings and states are as before.
+    """A conversion failed before its commit: attributes, mappings and states are put back."""
 
-    The cause is chained (``__cause__``).
-
-    :ivar gpa: Start of the range that was asked for, in guest physical bytes; None outside a guest memory.
-    :ivar size: Its size in bytes.
-    :ivar to: The state that was asked for (a ``PageState``).
-    :ivar step: The step that failed: ``"unmap"``, ``"attribute"``, ``"map"`` or ``"state"``;
-        ``"poisoned"`` where none was begun.
-    :ivar target: The DMA target or listener that refused, where one did.
-    :ivar rolled_back: True: nothing changed. False only in :class:`PoisonedError`.
-    """
-
-    rolled_back = True
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        gpa: int | None = None,
-        size: int | None = None,
-        to: Any = None,
-        step: str | None = None,
-        target: object = None,
-    ) -> None:
-        super().__init__(message)
-        self.gpa = gpa
-        self.size = size
-        self.to = to
-        self.step = step
-        self.target = target
+    rolled_back = True  #: Nothing has changed. False only in :class:`PoisonedError`.
+    gpa: int | None = None  #: Start of the range, in guest bytes; None outside a guest memory.
+    size: int | None = None  #: Of the range, in bytes.
+    to: Any = None  #: The state that was asked for (a ``PageState``).
+    #: The step that failed: ``"unmap"``, ``"attribute"``, ``"map"`` or ``"state"``;
+    #: ``"poisoned"`` where none was begun.
+    step: str | None = None
+    target: object = None  #: The DMA target or listener that refused, where one did.
 
 
 class PoisonedError(ConversionError):
     """
-    What a device may reach is no longer known for certain; see ``GuestMemory.in_doubt()``.
+    Nobody knows for certain which pages a device reaches; see ``GuestMemory.in_doubt()``.
 
-    Raised by the call that poisons and by every later one that would change anything. The pages are kept. Permanent.
+    Raised by the call that poisons, and by every later one that would change anything. Pages are
+    kept. Permanent.
     """
 
     rolled_back = False
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class MappingLimitError(RamblockError):
-    """
-    The mapping budget does not hold for the operation and its undo. Raised before anything was done.
+    """The mapping budget does not hold for the operation and its undo. Nothing has been done."""
 
-    :ivar limit: Entries that may exist at once.
-    :ivar needed: Entries that would have to exist at once, in total.
-    """
-
-    def __init__(self, message: str, *, limit: int, needed: int) -> None:
-        super().__init__(message)
-        self.limit = limit
-        self.needed = needed
+    limit: int  #: Entries that may exist at once.
+    needed: int  #: Entries that would have to exist at once, in total.
 
 
 class DmaError(RamblockError, OSError):
-    """
-    A DMA target refused. Built like any ``OSError``: ``DmaError(errno, text)``, or ``DmaError(text)`` without errno.
-
-    :ivar iova: Start of the range of the call that was refused, in bytes, where known.
-    :ivar size: Its size in bytes.
-    :ivar in_doubt: False: the call did nothing. True: the target cannot say how much of it was done
-        (an iommufd unmap that removed some areas before it failed); whoever holds the mapping has to find out.
-    """
+    """A DMA target refused. Built like any ``OSError``: with errno and text, or the text alone."""
 
     def __init__(
         self,
@@ -146,93 +97,54 @@ class DmaError(RamblockError, OSError):
         size: int | None = None,
         in_doubt: bool = False,
     ) -> None:
-        super().__init__(*args)
-        self.iova = iova
-        self.size = size
+        OSError.__init__(self, *args)
+        self.iova = iova  #: Start of the range of the call, in bytes, where known.
+        self.size = size  #: In bytes.
+        #: False: the call did nothing. True: the target cannot say how much of it was done (an
+        #: iommufd unmap that removed some areas before it failed); the mapping's owner finds out.
         self.in_doubt = in_doubt
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class IommuFault(RamblockError):
-    """
-    A device touched an IOVA that is not mapped, or wrote to a read-only one. No byte was transferred.
+    """A device touched an unmapped IOVA or wrote to a read-only one. No byte was transferred."""
 
-    :ivar iova: Start of the device's access, in bytes.
-    :ivar size: Its size in bytes.
-    :ivar write: Whether it was a write.
-    """
-
-    def __init__(self, message: str, *, iova: int, size: int, write: bool) -> None:
-        super().__init__(message)
-        self.iova = iova
-        self.size = size
-        self.write = write
+    iova: int  #: Start of the device's access, in bytes.
+    size: int  #: In bytes.
+    write: bool  #: Whether it was a write.
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class GuestProgramError(RamblockError):
-    """
-    The guest program cannot go on: an exception, a triple fault, or an answer that it cannot have.
+    """The guest program cannot go on. Its vCPU is dead; memory and devices are as they were."""
 
-    Its vCPU is of no more use; memory and devices are as they were.
-
-    :ivar rip: Address of the instruction that failed, where it is known.
-    :ivar vector: Number of the exception, where there was one.
-    :ivar address: What the instruction touched, for a page fault and for an access to where no memory is.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        rip: int | None = None,
-        vector: int | None = None,
-        address: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.rip = rip
-        self.vector = vector
-        self.address = address
+    rip: int | None = None  #: Address of the instruction that failed, where known.
+    vector: int | None = None  #: Number of the exception, where there was one.
+    #: The byte that was touched, for a page fault and for an access to no memory.
+    address: int | None = None
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class ProtocolError(RamblockError):
-    """
-    A rule of the vfio-user protocol was broken; which side did it, says the class. Never raised itself.
+    """One side broke a rule of vfio-user; the class says which. Never raised itself."""
 
-    :ivar command: The number of the message's command, where known.
-    :ivar message_id: The message's id, where known.
-    :ivar offset: Where the message begins, in bytes of the stream since the connection was made, where known.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        command: int | None = None,
-        message_id: int | None = None,
-        offset: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.command = command
-        self.message_id = message_id
-        self.offset = offset
+    command: int | None = None  #: The number of the message's command, where known.
+    message_id: int | None = None  #: The message's id, where known.
+    #: Start of the message, in bytes of the stream since the connection was made, where known.
+    offset: int | None = None
 
 
 class LocalProtocolError(ProtocolError):
-    """This side was asked to break the protocol, or to go on with a connection that is over. Nothing was sent."""
+    """This side was to break the protocol or use a connection that is over. Nothing was sent."""
 
 
 class RemoteProtocolError(ProtocolError):
-    """The peer broke the protocol. The connection is of no more use, and its descriptors are closed."""
+    """The peer broke the protocol. The connection is dead, and its descriptors are closed."""
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class TraceError(RamblockError):
-    """
-    A trace cannot be read further. What was read before it stays valid.
+    """A trace cannot be read further. The part before it stays valid."""
 
-    :ivar path: The file, as it was given.
-    :ivar line: 1-based line, or the record's number in a binary trace.
-    """
-
-    def __init__(self, message: str, *, path: str | None = None, line: int | None = None) -> None:
-        super().__init__(message)
-        self.path = path
-        self.line = line
+    path: str | None = None  #: The file, as it was given.
+    line: int | None = None  #: 1-based line, or the record's number in a binary trace.
