@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The algebra of runs: ascending, disjoint, half-open ``(start, end)`` pairs in bytes, lazily.
+The algebra of runs: ascending, disjoint, half-open ``(start, end)`` pairs, lazily.
 
-Everything here costs what the runs are many, not what the range is long.
+The cost grows with the number of runs, not with the length of the range.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def clip(runs: Runs, start: int, end: int) -> Runs:
     for run_start, run_end in runs:
         if run_start >= end:
             return
-        if run_end > start:
+        if start < run_end and start < end:
             yield max(run_start, start), min(run_end, end)
 
 
@@ -30,7 +30,8 @@ def complement(runs: Runs, start: int, end: int) -> Runs:
     for run_start, run_end in runs:
         if run_start > position:
             yield position, run_start
-        position = max(position, run_end)
+        if run_end > position:  # max() is a call for each run: a fifth of the whole
+            position = run_end
     if position < end:
         yield position, end
 
