@@ -8,7 +8,6 @@ and in hex, ``[start, end)``. The docstring of each class says which state it le
 
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass
 from typing import Any
 
 __all__ = [
@@ -23,26 +22,28 @@ def describe_range(start: int, size: int) -> str:
     return f"[{start:#x}, {start + size:#x})"
 
 
-# Errors are compared by identity and shown as Python shows every exception.
-@dataclass(eq=False, repr=False)
+# Not dataclasses: that module alone is a seventh of the time of `ramblock --help`.
 class RamblockError(Exception):
     """The root: ``except RamblockError`` catches whatever the library raises on purpose."""
 
-    message: InitVar[str]
 
-    def __post_init__(self, message: str) -> None:
-        super().__init__(message)
-
-
-@dataclass(eq=False, repr=False, kw_only=True)
 class UsageError(RamblockError, ValueError):
     """A call that cannot be meant: bad range or alignment, a wrong object. Nothing has changed."""
 
-    value: object = None  #: The value that was refused, where there is a single one.
-    expected: str | None = None  #: The values that would have been accepted, in words.
-    #: The rule that a range breaks: ``"hole"``, ``"no private side"``, ``"alignment"``,
-    #: ``"limit"``, ``"empty"`` (or negative), ``"type"``; else None.
-    reason: str | None = None
+    def __init__(
+        self,
+        message: str,
+        *,
+        value: object = None,
+        expected: str | None = None,
+        reason: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.value = value  #: The value that was refused, where there is a single one.
+        self.expected = expected  #: The values that would have been accepted, in words.
+        #: The rule that a range breaks: ``"hole"``, ``"no private side"``, ``"alignment"``,
+        #: ``"limit"``, ``"empty"`` (or negative), ``"type"``; else None.
+        self.reason = reason
 
 
 class BusyError(RamblockError):
@@ -54,18 +55,29 @@ class BusyError(RamblockError):
     """
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
 class ConversionError(RamblockError):
-    """A conversion failed before its commit: attributes, mappings and states are put back."""
+    """A conversion failed before its commit and was put back; the cause is ``__cause__``."""
 
-    rolled_back = True  #: Nothing has changed. False only in :class:`PoisonedError`.
-    gpa: int | None = None  #: Start of the range, in guest bytes; None outside a guest memory.
-    size: int | None = None  #: Of the range, in bytes.
-    to: Any = None  #: The state that was asked for (a ``PageState``).
-    #: The step that failed: ``"unmap"``, ``"attribute"``, ``"map"`` or ``"state"``;
-    #: ``"poisoned"`` where none was begun.
-    step: str | None = None
-    target: object = None  #: The DMA target or listener that refused, where one did.
+    rolled_back = True  #: Attributes, mappings and states are as before.
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        gpa: int | None = None,
+        size: int | None = None,
+        to: Any = None,
+        step: str | None = None,
+        target: object = None,
+    ) -> None:
+        super().__init__(message)
+        self.gpa = gpa  #: Start of the range, in guest bytes; None outside a guest memory.
+        self.size = size  #: Of the range, in bytes.
+        self.to = to  #: The state that was asked for (a ``PageState``).
+        #: The step that failed: ``"unmap"``, ``"attribute"``, ``"map"`` or ``"state"``;
+        #: ``"poisoned"`` where none was begun.
+        self.step = step
+        self.target = target  #: The DMA target or listener that refused, where one did.
 
 
 class PoisonedError(ConversionError):
@@ -79,12 +91,13 @@ class PoisonedError(ConversionError):
     rolled_back = False
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
 class MappingLimitError(RamblockError):
     """The mapping budget does not hold for the operation and its undo. Nothing has been done."""
 
-    limit: int  #: Entries that may exist at once.
-    needed: int  #: Entries that would have to exist at once, in total.
+    def __init__(self, message: str, *, limit: int, needed: int) -> None:
+        super().__init__(message)
+        self.limit = limit  #: Entries that may exist at once.
+        self.needed = needed  #: Entries that would have to exist at once, in total.
 
 
 class DmaError(RamblockError, OSError):
@@ -97,7 +110,7 @@ class DmaError(RamblockError, OSError):
         size: int | None = None,
         in_doubt: bool = False,
     ) -> None:
-        OSError.__init__(self, *args)
+        super().__init__(*args)
         self.iova = iova  #: Start of the range of the call, in bytes, where known.
         self.size = size  #: In bytes.
         #: False: the call did nothing. True: the target cannot say how much of it was done (an
@@ -105,33 +118,50 @@ class DmaError(RamblockError, OSError):
         self.in_doubt = in_doubt
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
 class IommuFault(RamblockError):
     """A device touched an unmapped IOVA or wrote to a read-only one. No byte was transferred."""
 
-    iova: int  #: Start of the device's access, in bytes.
-    size: int  #: In bytes.
-    write: bool  #: Whether it was a write.
+    def __init__(self, message: str, *, iova: int, size: int, write: bool) -> None:
+        super().__init__(message)
+        self.iova = iova  #: Start of the device's access, in bytes.
+        self.size = size  #: In bytes.
+        self.write = write  #: Whether it was a write.
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
 class GuestProgramError(RamblockError):
     """The guest program cannot go on. Its vCPU is dead; memory and devices are as they were."""
 
-    rip: int | None = None  #: Address of the instruction that failed, where known.
-    vector: int | None = None  #: Number of the exception, where there was one.
-    #: The byte that was touched, for a page fault and for an access to no memory.
-    address: int | None = None
+    def __init__(
+        self,
+        message: str,
+        *,
+        rip: int | None = None,
+        vector: int | None = None,
+        address: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.rip = rip  #: Address of the instruction that failed, where known.
+        self.vector = vector  #: Number of the exception, where there was one.
+        #: The byte that was touched, for a page fault and for an access to no memory.
+        self.address = address
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
 class ProtocolError(RamblockError):
     """One side broke a rule of vfio-user; the class says which. Never raised itself."""
 
-    command: int | None = None  #: The number of the message's command, where known.
-    message_id: int | None = None  #: The message's id, where known.
-    #: Start of the message, in bytes of the stream since the connection was made, where known.
-    offset: int | None = None
+    def __init__(
+        self,
+        message: str,
+        *,
+        command: int | None = None,
+        message_id: int | None = None,
+        offset: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.command = command  #: The number of the message's command, where known.
+        self.message_id = message_id  #: The message's id, where known.
+        #: Start of the message, in bytes of the stream since the connection was made, where known.
+        self.offset = offset
 
 
 class LocalProtocolError(ProtocolError):
@@ -142,9 +172,10 @@ class RemoteProtocolError(ProtocolError):
     """The peer broke the protocol. The connection is dead, and its descriptors are closed."""
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
 class TraceError(RamblockError):
     """A trace cannot be read further. The part before it stays valid."""
 
-    path: str | None = None  #: The file, as it was given.
-    line: int | None = None  #: 1-based line, or the record's number in a binary trace.
+    def __init__(self, message: str, *, path: str | None = None, line: int | None = None) -> None:
+        super().__init__(message)
+        self.path = path  #: The file, as it was given.
+        self.line = line  #: 1-based line, or the record's number in a binary trace.
