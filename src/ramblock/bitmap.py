@@ -41,24 +41,19 @@ class SparseBitmap:
         self.length = length
         self._chunks: dict[int, bitarray] = {}
 
-    def _present(self, first: int, end: int) -> list[int]:
-        # The chunks of the range that exist, ascending.
+    def _present(self, first: int, last: int) -> list[int]:
+        # The chunks that exist from *first* to *last*, ascending.
         chunks = self._chunks
-        if end - first <= len(chunks):
-            return [index for index in range(first, end) if index in chunks]
-        # list(dict) is one step for other threads; iterating over the dictionary itself is not.
-        return sorted(index for index in list(chunks) if first <= index < end)
-
-    def _touched(self, start: int, end: int) -> list[int]:
-        # The same for a range of bits.
-        first, last = start >> _CHUNK_SHIFT, (end - 1) >> _CHUNK_SHIFT
         if first == last:
-            return [first] if first in self._chunks else []
-        return self._present(first, last + 1)
+            return [first] if first in chunks else []
+        if last - first < len(chunks):
+            return [index for index in range(first, last + 1) if index in chunks]
+        # list(dict) is one step for other threads; iterating over the dictionary itself is not.
+        return sorted(index for index in list(chunks) if first <= index <= last)
 
     def _pieces(self, start: int, end: int) -> Iterator[tuple[int, bitarray, int, int]]:
-        # The same, with the part of each chunk that lies in the range.
-        for index in self._touched(start, end):
+        # The chunks that exist, with the part of each that lies in the range of bits.
+        for index in self._present(start >> _CHUNK_SHIFT, (end - 1) >> _CHUNK_SHIFT):
             chunk = self._chunks.get(index)
             if chunk is not None:  # else another thread, as in count()
                 base = index << _CHUNK_SHIFT
@@ -105,7 +100,7 @@ class SparseBitmap:
         if end - base > _CHUNK_BITS:
             last = (end - 1) >> _CHUNK_SHIFT
             changed = self.clear(start, base + _CHUNK_BITS) + self.clear(last << _CHUNK_SHIFT, end)
-            for middle in self._present(index + 1, last):
+            for middle in self._present(index + 1, last - 1):
                 whole = chunks.pop(middle)
                 changed += _CHUNK_BITS if whole is _ONES else whole.count()
             return changed
@@ -134,7 +129,7 @@ class SparseBitmap:
             chunk = chunks.get(first)
             return 0 if chunk is None else chunk.count(1, low, high)
         total = 0
-        for index in self._present(first, last + 1):
+        for index in self._present(first, last):
             chunk = chunks.get(index)
             if chunk is not None:  # else a writer on another thread has just emptied it
                 bit = low if index == first else 0
@@ -166,7 +161,7 @@ class SparseBitmap:
             return None
         first, last = start >> _CHUNK_SHIFT, (end - 1) >> _CHUNK_SHIFT
         # Set bits are where chunks exist, clear ones may be anywhere.
-        indexes = reversed(self._touched(start, end)) if value else range(last, first - 1, -1)
+        indexes = reversed(self._present(first, last)) if value else range(last, first - 1, -1)
         for index in indexes:
             chunk = self._chunks.get(index)
             base = index << _CHUNK_SHIFT
