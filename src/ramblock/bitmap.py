@@ -7,8 +7,8 @@ A chunk that one operation fills is the one shared, immutable :data:`_ONES`: to 
 terabyte costs a dictionary entry per 256 MiB. Every cost depends on the range and the bits set
 inside it, not on the length of the bitmap.
 
-Positions are bits, half-open. Ranges lie inside the bitmap: the layers above check. Readers need no
-lock for their own safety: beside a writer they see each bit before or after.
+Ranges lie inside the bitmap: the layers above check. Readers need no lock for their own safety:
+beside a writer they see each bit before or after.
 """
 
 from __future__ import annotations
@@ -150,11 +150,7 @@ class SparseBitmap:
         return True
 
     def span(self, start: int, end: int, *, value: bool) -> tuple[int, int] | None:
-        """
-        Find the smallest range that holds every bit of the range that equals *value*.
-
-        :return: Half-open, or None when there is no such bit.
-        """
+        """Find the smallest range around all bits in it that equal *value*; None: there is none."""
         runs = self.runs(start, end)
         head = next(runs if value else complement(runs, start, end), None)
         if head is None:
@@ -175,27 +171,19 @@ class SparseBitmap:
         return None  # a writer on another thread has just changed it
 
     def runs(self, start: int, end: int, *, value: bool = True) -> Iterator[tuple[int, int]]:
-        """
-        Yield the maximal runs of bits that equal *value*, clipped, ascending, as (start, end).
-
-        Chunks that are absent or all ones cost one step each, or less.
-        """
+        """Yield the maximal runs (start, end) of bits that equal *value*, clipped, ascending."""
         if not value:
             yield from complement(self.runs(start, end), start, end)
             return
         run_start = run_end = start
         for index, chunk, low, high in self._pieces(start, end):
             base = index << _CHUNK_SHIFT
-            if chunk is _ONES:
-                found, stop = low, high
-            else:
-                found = chunk.find(1, low, high)
-                stop = low
+            # A chunk of ones is one step.
+            found = low if chunk is _ONES else chunk.find(1, low, high)
             while found >= 0:
-                if chunk is not _ONES:
-                    stop = chunk.find(0, found, high)
-                    if stop < 0:
-                        stop = high
+                stop = high if chunk is _ONES else chunk.find(0, found, high)
+                if stop < 0:
+                    stop = high
                 if base + found == run_end and run_end > run_start:
                     run_end = base + stop
                 else:
@@ -221,8 +209,6 @@ class SparseBitmap:
             if bits is _ONES:
                 self._chunks[index] = _ONES
             elif bits.any():
-                chunk = self._chunks.get(index)
-                if chunk is None:
-                    chunk = bitarray(_CHUNK_BITS)
+                chunk = self._chunks.get(index) or bitarray(_CHUNK_BITS)
                 chunk[low : low + len(bits)] = bits
                 self._chunks[index] = chunk

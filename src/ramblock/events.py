@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The deeds of the core, as values; whoever wants a trace sets an observer.
-
-An observer is called under the memory's lock, after the fact, and must not call back in. Its
-exceptions are logged and dropped: to watch never changes an outcome.
-"""
+"""The deeds of the core, as values; whoever wants a trace sets an observer."""
 
 from __future__ import annotations
 
@@ -30,4 +25,6 @@ class StateChanged:
     after: str  #: ``"shared"`` or ``"private"``.
 
 
+#: Called under the memory's lock, after the fact; must not call back in. Its exceptions are logged
+#: and dropped: to watch never changes an outcome.
 Observer = Callable[[StateChanged], None]

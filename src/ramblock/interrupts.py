@@ -3,16 +3,10 @@
 Interrupts wait: nothing of ours is left half-way by Ctrl-C.
 
 CPython runs a signal's handler on the main thread, between any two bytecodes, and an exception of
-the handler comes out there. No undo can be written against that, so an operation holds back the
-handlers of SIGINT and SIGTERM and hands over at its end, done or put back. (trio/_core/_ki.py does
-the same for trio's own code, and says why arbitrary bytecodes are the wrong place.)
-
-A handler is called once for each time that Python would have called it, in order. If several
-raise, the last exception leaves, with the ones before it as its context.
-
-An operation that never ends (a target that hangs) can still be killed: when a signal has waited for
-:data:`PATIENCE_SECONDS`, the next one ends the process as the kernel does by default. SIGQUIT and
-SIGKILL are not held back at all.
+the handler comes out there. No undo can be written against that (trio/_core/_ki.py says why), so an
+operation holds back the handlers of SIGINT and SIGTERM and hands over at its end, done or put back.
+Each is called as often as Python would have called it, in order. If several raise, the last
+exception leaves, with the ones before it as its context.
 """
 
 from __future__ import annotations
@@ -30,7 +24,9 @@ __all__ = ["PATIENCE_SECONDS", "hand_over", "uninterrupted"]
 
 T = TypeVar("T")
 
-#: Longer than any operation that works takes on one piece of memory, short enough for a terminal.
+#: When a signal has waited for so long, the next one ends the process as the kernel does by
+#: default: an operation may never end (a target that hangs). Longer than any operation that works
+#: takes on one piece of memory, short enough for a terminal. SIGQUIT and SIGKILL never wait.
 PATIENCE_SECONDS: Final = 10.0
 
 _HELD_BACK = (_signal.SIGINT, _signal.SIGTERM)

@@ -11,11 +11,10 @@ __all__ = ["Sparingly"]
 class Sparingly:
     """Logs the 1st, 10th, 100th, ... of many like messages, with the count."""
 
-    __slots__ = ("_level", "_logger", "_next", "count")
+    __slots__ = ("_logger", "_next", "count")
 
-    def __init__(self, logger: logging.Logger, level: int = logging.WARNING) -> None:
+    def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
-        self._level = level
         self._next = 1
         self.count = 0  #: Messages so far, logged or not.
 
@@ -25,4 +24,4 @@ class Sparingly:
         if self.count >= self._next:
             self._next *= 10
             text = "%s (number %d of its kind)"
-            self._logger.log(self._level, text, message % arguments, self.count)
+            self._logger.warning(text, message % arguments, self.count)

@@ -23,13 +23,9 @@ os.register_at_fork(after_in_child=_note_fork)
 
 
 class OfOneProcess:
-    """
-    Holds descriptors, mappings or locks that a copy would share, and close or free twice.
+    """Holds something that a copy would share, and close or free twice: TypeError for a copy."""
 
-    ``copy.copy``, ``copy.deepcopy`` and ``pickle`` raise :class:`TypeError`.
-    """
-
-    # All three ask here.
+    # copy.copy, copy.deepcopy and pickle ask here.
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(f"{self!r} holds memory or a device of this process: it cannot be copied")
 

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The algebra of runs: ascending, disjoint, half-open ``(start, end)`` pairs, lazily.
-
-The cost grows with the number of runs, not with the length of the range.
-"""
+"""Runs: ascending, disjoint, half-open pairs ``(start, end)``, lazily; the cost is one of runs."""
 
 from __future__ import annotations
 
@@ -20,7 +16,7 @@ def clip(runs: Runs, start: int, end: int) -> Runs:
     for run_start, run_end in runs:
         if run_start >= end:
             return
-        if start < run_end and start < end:
+        if start < run_end and start < end:  # nothing is in an empty range
             yield max(run_start, start), min(run_end, end)
 
 
@@ -40,11 +36,10 @@ def merge_adjacent(runs: Runs) -> Runs:
     """Join runs that touch."""
     start = end = -1
     for run_start, run_end in runs:
-        if run_start == end:
-            end = run_end
-            continue
-        if end > start:
-            yield start, end
-        start, end = run_start, run_end
+        if run_start != end:
+            if end > start:
+                yield start, end
+            start = run_start
+        end = run_end
     if end > start:
         yield start, end

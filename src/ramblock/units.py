@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Sizes, alignment and the check of ranges.
-
-Everything is in bytes and half-open unless a name says ``pages``. Addresses are plain ``int``:
-Python has no wrap-around, so a range past 2**64 is seen here, once, and not in every caller.
-"""
+"""Sizes, alignment, ranges: in bytes and half-open, unless a name says ``pages``."""
 
 from __future__ import annotations
 
@@ -20,7 +15,8 @@ __all__ = [
 
 #: The host's page, in bytes: the granularity of states (QEMU: qemu_real_host_page_size()).
 PAGE_SIZE = PAGESIZE
-#: First address that does not exist: guest physical and I/O virtual addresses have 64 bits.
+#: First address that does not exist: guest physical and I/O virtual addresses have 64 bits. An int
+#: does not wrap around, so check_range() sees a range past it.
 ADDRESS_LIMIT = 1 << 64
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
@@ -98,11 +94,7 @@ _SIZE = re.compile(
 
 
 def parse_size(text: str) -> int:
-    """
-    Read a size such as ``4096``, ``64K``, ``2MiB``, ``4G`` or ``0x1000`` (powers of two, as QEMU).
-
-    :raises UsageError: It is none.
-    """
+    """Read a size as QEMU does: ``4096``, ``64K``, ``2MiB``, ``4G``, ``0x1000``; or UsageError."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         expected = "a number of bytes, or one with K, M, G or T"

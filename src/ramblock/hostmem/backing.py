@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The memory behind a block: its shared side, and the protocol of its private side.
-
-Each kind knows its own way to free memory, because the wrong call succeeds and frees nothing:
-MADV_DONTNEED on a mapping of a memfd drops page table entries, not pages (firecracker #6167).
-"""
+"""The memory behind a block: its shared side, and the protocol of its private side."""
 
 from __future__ import annotations
 
@@ -88,11 +83,7 @@ class SharedBacking(Protocol):
 
 
 def punch_hole(fd: int, offset: int, size: int) -> None:
-    """
-    Free ``[offset, offset + size)`` of the file behind *fd*; it reads as zeros then (fallocate(2)).
-
-    :raises OSError: The kernel refused. Part of the range may be freed.
-    """
+    """Free a range of the file, which reads as zeros then; OSError: part of it may be freed."""
     if libc.fallocate(fd, _PUNCH_HOLE, offset, size) != 0:
         raise failure(f"fallocate(PUNCH_HOLE, {offset:#x}, {size:#x})")
 
@@ -134,7 +125,8 @@ class _Memfd(OfOneProcess):
         write_fd(self.fd, offset, data)
 
     def discard(self, offset: int, size: int) -> None:
-        # Frees pages in the file and in every mapping of it.
+        # Frees pages in the file and in every mapping of it. MADV_DONTNEED would succeed and free
+        # nothing: it drops page table entries, not pages (firecracker #6167).
         punch_hole(self.fd, offset, size)
 
     def allocated_bytes(self) -> int:
@@ -145,12 +137,7 @@ class _Memfd(OfOneProcess):
 
 
 class MemfdBacking(_Memfd):
-    """
-    A memfd, mapped shared; with a *page_size* above the host's, on hugetlbfs.
-
-    :raises OSError: The kernel has no memory, no such page size or no huge pages left; nothing is
-        held.
-    """
+    """A memfd, mapped shared; hugetlbfs for a *page_size* above the host's. OSError: holds none."""
 
     def __init__(self, name: str, size: int, page_size: int = PAGE_SIZE) -> None:
         self.page_size = page_size
@@ -189,11 +176,7 @@ class MemfdBacking(_Memfd):
 
 
 class AnonymousBacking(OfOneProcess):
-    """
-    Private anonymous memory: no descriptor; an untouched page that is read costs nothing.
-
-    :raises OSError: The kernel has no room; nothing is held.
-    """
+    """Private anonymous memory, without a descriptor. OSError: the kernel has no room."""
 
     def __init__(self, size: int) -> None:
         self.fd: int | None = None
@@ -211,7 +194,7 @@ class AnonymousBacking(OfOneProcess):
         self._mapping[offset : offset + len(data)] = data
 
     def discard(self, offset: int, size: int) -> None:
-        """MADV_DONTNEED: on private anonymous memory, and only there, it frees the pages."""
+        """MADV_DONTNEED: on private anonymous memory, and only there, it frees pages."""
         self._mapping.madvise(mmap.MADV_DONTNEED, offset, size)
 
     def allocated_bytes(self) -> None:
@@ -223,11 +206,7 @@ class AnonymousBacking(OfOneProcess):
 
 
 class StandInPrivate(_Memfd):
-    """
-    A memfd in the role of guest_memfd, without KVM. ``read`` and ``write`` are the guest's.
-
-    :raises OSError: The kernel has no room; nothing is held.
-    """
+    """A memfd in the role of guest_memfd, for hosts without KVM. OSError: there is no room."""
 
     def __init__(self, name: str, size: int) -> None:
         super().__init__(f"{name}-private", size)
@@ -253,11 +232,9 @@ def check_private(private: object, size: int, name: str) -> None:
     """Raise :class:`UsageError` unless *private* can back a block of *size* bytes."""
     there = getattr(private, "size", None)
     if not callable(getattr(private, "discard", None)) or not isinstance(there, int):
-        raise UsageError(
-            f"block {name!r}: {private!r} is not a private backing",
-            value=private,
-            expected='None, "stand-in", or an object with fd, size and discard(offset, size)',
-        )
+        text = f"block {name!r}: {private!r} is not a private backing"
+        expected = 'None, "stand-in", or an object with fd, size and discard(offset, size)'
+        raise UsageError(text, value=private, expected=expected)
     if there < size:
         text = f"block {name!r} has {size:#x} bytes, its private backing only {there:#x}"
         raise UsageError(text, value=there, expected=f"at least {size:#x}")

@@ -14,7 +14,7 @@ __all__ = ["HugePagePool", "describe_shortage", "lacking_on"]
 _POOLS = Path("/sys/kernel/mm/hugepages")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class HugePagePool:
     """One size of huge pages, on the whole host or on one node. Counts are in pages."""
 
@@ -37,10 +37,8 @@ class HugePagePool:
         path = base / f"hugepages-{page_size // KIB}kB"
         if not path.is_dir():
             return None
-        total, free, reserved = (_count(path, name) for name in ("nr", "free", "resv"))
-        return cls(
-            page_size=page_size, node=node, path=path, total=total, free=free, reserved=reserved
-        )
+        counts = [_count(path, name) for name in ("nr", "free", "resv")]
+        return cls(page_size, node, path, *counts)
 
     def advise(self, lacking: int) -> str:
         """Say how *lacking* pages more can be had."""

@@ -90,11 +90,7 @@ def take_in_place(private: InPlaceBacking) -> None:
 
 
 def set_attributes(backing: InPlaceBacking, offset: int, size: int, *, private: bool) -> None:
-    """
-    Set attributes, and try again a few times while somebody else holds a page.
-
-    :raises OSError: The last one of the backing; part of the range may be done.
-    """
+    """Set attributes, :data:`TRIES` times while a page is held; OSError: part of it may be done."""
     for _ in range(TRIES - 1):
         try:
             backing.set_attributes(offset, size, private)

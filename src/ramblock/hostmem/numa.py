@@ -1,12 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The NUMA nodes that the pages of a block come from (mbind(2)).
-
-The policy outlives the pages: a page that a conversion frees comes from the same nodes again. On a
-memfd the policy belongs to the file, whoever touches it (mm/shmem.c, shmem_set_policy()). On
-anonymous memory and huge pages it belongs to this process's mapping (hugetlb_vm_ops, mm/hugetlb.c):
-a huge page that another process or IOMMU_IOAS_MAP_FILE touches first follows that one's policy.
-"""
+"""The NUMA nodes that the pages of a block come from (mbind(2))."""
 
 from __future__ import annotations
 
@@ -67,8 +60,7 @@ class NumaBinding:
         """
         Compare with the nodes of this host.
 
-        :raises UsageError: One of them has no memory, does not exist, or is forbidden to this
-            process.
+        :raises UsageError: A node has no memory, does not exist, or is forbidden to this process.
         :raises OSError: The kernel knows no nodes.
         """
         there = nodes_with_memory()
@@ -93,6 +85,11 @@ class NumaBinding:
 
         :raises OSError: The kernel refused.
         """
+        # The policy outlives the pages: a page that a conversion frees comes from the same nodes
+        # again. On a memfd the policy belongs to the file, whoever touches it (mm/shmem.c,
+        # shmem_set_policy()). On anonymous memory and huge pages it belongs to this process's
+        # mapping (hugetlb_vm_ops, mm/hugetlb.c): a huge page that another process or
+        # IOMMU_IOAS_MAP_FILE touches first follows that one's policy.
         mode = MempolicyMode[f"MPOL_{self.policy.name}"]
         set_memory_policy(address, size, mode, self.nodes)
 

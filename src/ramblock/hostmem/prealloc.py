@@ -32,8 +32,7 @@ def preallocate(
     Put a page everywhere in *backing*, which nobody uses yet; *what* names it in the message.
 
     :param hint: The rest of the message: the cause, and the cure.
-    :raises OSError: ENOMEM, and how much could be had. The pages so far stay; the caller closes
-        *backing*.
+    :raises OSError: ENOMEM, and how much could be had. The pages so far stay.
     :raises BaseException: From *progress*, or Ctrl-C; likewise.
     """
     done, total = 0, backing.size
