@@ -64,7 +64,7 @@ class SharedBacking(Protocol):
 
     @property
     def page_size(self) -> int:
-        """What can be freed at once, in bytes."""
+        """The least that can be freed, in bytes."""
 
     def read(self, offset: int, size: int) -> bytes:
         """Copy bytes out; a hole reads as zeros and stays a hole."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the host says of its memory in /proc and /sys: nodes, and the memory that is available."""
+"""The host's own account of its memory in /proc and /sys: nodes, and available memory."""
 
 from __future__ import annotations
 
