@@ -14,6 +14,7 @@ from ramblock.units import PAGE_SIZE
 
 __all__ = [
     "PAGE",
+    "CoarseSource",
     "Heard",
     "PageSource",
     "PageSourceWithRanges",
@@ -161,6 +162,19 @@ class PageSourceWithRanges(PageSource):
     def ranges(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
         inside = {number for number in self.populated if offset <= number * PAGE < offset + size}
         yield from runs(inside)
+
+
+class CoarseSource(PageSource):
+    """
+    One that thinks in larger granules, and answers in whole ones whatever it is asked for.
+
+    ``populated`` has whole granules of pages.
+    """
+
+    def ranges(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
+        for start, length in runs(self.populated):
+            if start < offset + size and offset < start + length:
+                yield start, length
 
 
 class RunSource:

@@ -505,6 +505,40 @@ def test_state_change_of_a_block_in_no_guest(to: PageState) -> None:
     )
 
 
+def reset(guest: Guest) -> None:
+    guest.checker.resetting = True
+    guest.memory.reset()
+
+
+def is_reset(expected: Expected) -> None:
+    for block in expected.model.blocks.values():
+        if block.confidential:
+            block.shared.clear()
+        if block.plugged is not None:
+            block.plugged.clear()
+
+
+RESETS = {
+    "alone": Setup(targets=(CUT, EXACT), layout=((0, 2, SHARED), (5, 8, SHARED))),
+    "with others": Setup(
+        targets=(CUT_PAGE,),
+        layout=((1, 3, SHARED),),
+        listener=True,
+        source=HALF | {PAGES[2]},
+    ),
+    "virtio-mem": Setup(
+        targets=(CUT,), layout=ALL_SHARED, virtio_mem={PAGES[1], PAGES[2], PAGES[4]}
+    ),
+    "ordinary": Setup(targets=(CUT, NO_CUT), layout=((0, 2, SHARED),), ordinary=("b",)),
+    "in place": Setup(targets=(CUT,), layout=((0, 3, SHARED), (4, 5, SHARED)), in_place=("a",)),
+}
+
+
+@pytest.mark.parametrize("setup", RESETS.values(), ids=RESETS)
+def test_reset(setup: Setup) -> None:
+    explore(Scenario(setup=setup, act=reset, change=is_reset, few=True, resets=True))
+
+
 # -- the same, in place ----------------------------------------------------------------------------
 
 

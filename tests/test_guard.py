@@ -7,10 +7,10 @@ import pytest
 
 from doubles import PAGE, PageSource, RecordingListener, RecordingVm, attributes_of, section
 from ramblock import GuestMemory, Mapper, PageState, RamBlock, RamSection, VirtioMem
+from ramblock.discard.guard import Guard
 from ramblock.dma import DmaCapabilities, HostRange, SoftIommu
 from ramblock.errors import BusyError, ConversionError, PoisonedError, UsageError
 from ramblock.events import StateChanged
-from ramblock.discard.guard import Guard
 from ramblock.testing import FaultyTarget
 
 SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE
@@ -406,7 +406,8 @@ def test_doubts_are_joined_by_target() -> None:
         ]
         assert guard.poisoned
         assert set(map(id, guard.doubts_of(block))) == {id(one), id(two)}
-        assert guard.doubts_of(object()) == []
+        with RamBlock.create("other", PAGE) as other:
+            assert guard.doubts_of(other) == []
 
 
 def test_an_observer_that_fails_changes_nothing(

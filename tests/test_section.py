@@ -2,6 +2,8 @@ from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from doubles import PAGE
 from ramblock import RamBlock, RamSection
@@ -84,3 +86,40 @@ def test_the_last_page_of_the_address_space(block: RamBlock) -> None:
 def test_text(block: RamBlock) -> None:
     section = RamSection(block, PAGE, PAGE, 0x10000)
     assert repr(section) == "<RamSection 'ram' [0x1000, 0x2000) at [0x10000, 0x11000)>"
+
+
+# -- intersect -------------------------------------------------------------------------------------
+
+
+@given(
+    st.tuples(st.integers(0, 15), st.integers(1, 16)),
+    st.tuples(st.integers(0, 40), st.integers(0, 40)),
+)
+def test_intersect_is_the_common_part(inside: tuple[int, int], asked: tuple[int, int]) -> None:
+    with RamBlock.create("ram", 32 * PAGE) as block:
+        whole = RamSection(block, inside[0] * PAGE, inside[1] * PAGE, 1 << 30, readonly=True)
+        part = whole.intersect(asked[0] * PAGE, asked[1] * PAGE)
+        common = set(range(inside[0], sum(inside))) & set(range(asked[0], sum(asked)))
+        if not common:
+            assert part is None
+        else:
+            start = min(common) * PAGE
+            assert part == RamSection(
+                block, start, len(common) * PAGE, (1 << 30) + start - whole.offset, readonly=True
+            )
+
+
+def test_intersect_takes_any_alignment(block: RamBlock) -> None:
+    whole = RamSection(block, PAGE, 2 * PAGE, 7)
+    assert whole.intersect(PAGE + 5, 3) == RamSection(block, PAGE + 5, 3, 12)
+    assert whole.intersect(0, 1 << 64) == whole
+    assert whole.intersect(0, PAGE) is None
+    assert whole.intersect(PAGE, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"), [(-1, 5), (0, -1), (1.5, 2), (0, "1"), (None, 1), (True, 1)]
+)
+def test_intersect_refuses_what_is_no_range(block: RamBlock, offset: int, size: int) -> None:
+    with pytest.raises(UsageError):
+        RamSection(block, 0, PAGE).intersect(offset, size)

@@ -22,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from doubles import (
     PAGE,
+    CoarseSource,
     Heard,
     PageSource,
     PageSourceWithRanges,
@@ -33,7 +34,7 @@ from ramblock import GuestMemory, Mapper, MappingPolicy, PageState, RamBlock, Ra
 from ramblock.dma import SoftIommu
 from ramblock.dma.vfio_user import Capabilities
 from ramblock.errors import ConversionError, IommuFault, MappingLimitError, UsageError
-from ramblock.hostmem import MemfdBacking, StandInPrivate
+from ramblock.hostmem import MemfdBacking, PrivateBacking, StandInPrivate
 from ramblock.testing import (
     GuestChecker,
     GuestModel,
@@ -47,7 +48,6 @@ from vfio_user_server import RemoteIommu
 SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE
 COUNT = 8
 SIZE = COUNT * PAGE
-UNIT = 2 * PAGE
 CONFIDENTIAL = ("low", "high", "hotplug")
 NAMES = (*CONFIDENTIAL, "ordinary")
 MOST = 3  # listeners, targets, sources: enough to be several
@@ -60,6 +60,9 @@ PLACES = [
     ModelSection(block="high", offset=0, size=SIZE, gpa=SIZE),
     ModelSection(block="high", offset=2 * PAGE, size=4 * PAGE, gpa=SIZE),
     ModelSection(block="hotplug", offset=0, size=SIZE, gpa=3 * SIZE),
+    # Whose borders cut blocks of a virtio-mem device, and granules of other people's sources.
+    ModelSection(block="hotplug", offset=PAGE, size=5 * PAGE, gpa=3 * SIZE),
+    ModelSection(block="hotplug", offset=3 * PAGE, size=2 * PAGE, gpa=3 * SIZE),
     ModelSection(block="ordinary", offset=0, size=SIZE, gpa=2 * SIZE),
     ModelSection(block="ordinary", offset=PAGE, size=2 * PAGE, gpa=5 * SIZE),
 ]
@@ -111,6 +114,8 @@ class Edge:
     """None for ordinary RAM, and in place."""
     in_place: SimulatedInPlace | None = None
     device: VirtioMem | None = None
+    removed: VirtioMem | None = None
+    """A device that was taken out, and may come back."""
     sources: dict[int, PageSource] = field(default_factory=dict)
 
 
@@ -150,7 +155,7 @@ class EverythingAgrees(RuleBasedStateMachine):
             for kind in kinds:
                 self.attach(kind)
         if plugged:
-            self.add_virtio_mem(None)
+            self.add_virtio_mem(2, None)
             self.plug_or_unplug("plug", (0, SIZE), None)
 
     def _create(self, name: str) -> None:
@@ -398,13 +403,13 @@ class EverythingAgrees(RuleBasedStateMachine):
 
     # -- virtio-mem --------------------------------------------------------------------------------
 
-    @rule(refuse_at=st.none() | st.integers(0, 4))
+    @rule(unit=st.sampled_from([1, 2, 4, 8]), refuse_at=st.none() | st.integers(0, 4))
     @precondition(lambda self: self.edges["hotplug"].device is None)
-    def add_virtio_mem(self, refuse_at: int | None) -> None:
+    def add_virtio_mem(self, unit: int, refuse_at: int | None) -> None:
         edge = self.edges["hotplug"]
 
         def call() -> None:
-            edge.device = VirtioMem(edge.block, UNIT)
+            edge.device = VirtioMem(edge.block, unit * PAGE)
 
         if self._attempt(call, refuse_at):
             self.model.add_virtio_mem("hotplug")
@@ -418,17 +423,40 @@ class EverythingAgrees(RuleBasedStateMachine):
         assert device is not None
         if self._attempt(lambda: edge.block.discard_manager.remove_source(device), refuse_at):
             edge.device = None
+            edge.removed = device
             self.model.blocks["hotplug"].plugged = None
+
+    @rule(refuse_at=st.none() | st.integers(0, 4))
+    @precondition(lambda self: self.edges["hotplug"].removed is not None)
+    @precondition(lambda self: self.edges["hotplug"].device is None)
+    def virtio_mem_comes_back(self, refuse_at: int | None) -> None:
+        """It keeps what was plugged; the rest, which the guest could use meanwhile, is freed."""
+        edge = self.edges["hotplug"]
+        device = edge.removed
+        assert device is not None
+        if self._attempt(lambda: edge.block.discard_manager.add_source(device), refuse_at):
+            edge.device, edge.removed = device, None
+            plugged = {
+                page
+                for offset, size in device.ranges(0, SIZE)
+                for page in range(offset, offset + size, PAGE)
+            }
+            self.model.blocks["hotplug"].plugged = plugged
+            for page in set(range(COUNT)) - {page // PAGE for page in plugged}:
+                self.bytes["hotplug"].pop(page, None)
 
     @rule(
         verb=st.sampled_from(["plug", "unplug"]),
-        where=page_ranges(SIZE, granularity=UNIT),
+        where=inside,
         refuse_at=st.none() | st.integers(0, 4),
     )
     @precondition(lambda self: self.edges["hotplug"].device is not None)
     def plug_or_unplug(self, verb: str, where: tuple[int, int], refuse_at: int | None) -> None:
         device = self.edges["hotplug"].device
         assert device is not None
+        unit = device.block_size
+        start, end = where[0] // unit * unit, -(-sum(where) // unit) * unit
+        where = start, end - start
         plugged = self.model.blocks["hotplug"].plugged
         assert plugged is not None
         touched = set(range(where[0], sum(where), PAGE))
@@ -458,7 +486,8 @@ class EverythingAgrees(RuleBasedStateMachine):
     @rule(
         name=names,
         key=index,
-        kind=st.sampled_from([PageSource, PageSourceWithRanges]),
+        kind=st.sampled_from([PageSource, PageSourceWithRanges, CoarseSource]),
+        granule=st.sampled_from([1, 2, 4, 8]),
         withheld=st.sets(st.integers(0, COUNT - 1), max_size=COUNT // 2),
         refuse_at=st.none() | st.integers(0, 4),
     )
@@ -467,13 +496,19 @@ class EverythingAgrees(RuleBasedStateMachine):
         name: str,
         key: int,
         kind: type[PageSource],
+        granule: int,
         withheld: set[int],
         refuse_at: int | None,
     ) -> None:
         edge = self.edges[name]
         if key in edge.sources:
             return
-        source = kind(set(range(COUNT)) - withheld)
+        withheld = {
+            page + more
+            for page in (number // granule * granule for number in withheld)
+            for more in range(granule)
+        }
+        source = kind(set(range(COUNT)) - withheld, granularity=granule * PAGE)
         if self._attempt(lambda: edge.block.discard_manager.add_source(source), refuse_at):
             edge.sources[key] = source
             self._tell_model(name, key)
@@ -504,11 +539,12 @@ class EverythingAgrees(RuleBasedStateMachine):
         name, key, source = self._some_source(which)
         # A source says what it changed, and only that: as much of the range as is like its first
         # page.
-        first = where[0] // PAGE
+        unit = source.granularity // PAGE
+        first = where[0] // PAGE // unit * unit
         populates = first not in source.populated
         end = first
-        while end < sum(where) // PAGE and (end in source.populated) is not populates:
-            end += 1
+        while end * PAGE < sum(where) and (end in source.populated) is not populates:
+            end += unit
         before = source.populated.copy()
         source.populated ^= set(range(first, end))
         manager = self.edges[name].block.discard_manager
@@ -544,6 +580,45 @@ class EverythingAgrees(RuleBasedStateMachine):
         if self._attempt(lambda: manager.unregister_listener(listening.listener), refuse_at):
             self.listening.remove(listening)
             assert (listening.listener.held, listening.listener.wrong) == (set(), [])
+
+    # -- a reboot ----------------------------------------------------------------------------------
+
+    @rule(refuse_at=st.none() | st.integers(0, 4), new_vm=st.booleans(), new_sides=st.booleans())
+    def reset(self, refuse_at: int | None, new_vm: bool, new_sides: bool) -> None:
+        """Of the old guest's confidential memory nothing is left, on either side."""
+        private: dict[RamBlock, PrivateBacking] = {}
+        made: dict[str, StandInPrivate] = {}
+        placed = {section.block for section in self.model.sections}
+        for name in sorted(placed & set(CONFIDENTIAL) - self.in_place) if new_sides else ():
+            edge = self.edges[name]
+            assert edge.private is not None
+            edge.private.write(0, b"old")
+            made[name] = StandInPrivate(name, SIZE)
+            watched = self.checker.private(made[name])
+            watched.block = edge.block
+            private[edge.block] = watched
+        vm = self.checker.vm() if new_vm else None
+        self.checker.resetting = True
+        worked = self._attempt(lambda: self.memory.reset(vm, private), refuse_at)
+        self.checker.resetting = False
+        if not worked:
+            for backing in made.values():
+                backing.close()
+            return
+        self.vm = self.vm if vm is None else vm
+        for name, backing in made.items():
+            edge = self.edges[name]
+            assert edge.private is not None
+            assert edge.private.allocated_bytes() == 0
+            edge.private.close()
+            edge.private = backing
+        for name in placed:
+            if name in CONFIDENTIAL or self.model.blocks[name].plugged is not None:
+                self.bytes[name].clear()
+            if name in CONFIDENTIAL:
+                self.model.blocks[name].shared.clear()
+            if self.model.blocks[name].plugged is not None:
+                self.model.blocks[name].plugged = set()
 
     # -- devices -----------------------------------------------------------------------------------
 

@@ -17,9 +17,9 @@ from doubles import (
 )
 from ramblock import GuestMemory, MappingPolicy, PageState, RamBlock, VirtioMem
 from ramblock.dma import SoftIommu
-from ramblock.errors import BusyError, DmaError, MappingLimitError, UsageError
+from ramblock.errors import BusyError, DmaError, IommuFault, MappingLimitError, UsageError
 from ramblock.hostmem import StandInPrivate
-from ramblock.testing import FaultyTarget
+from ramblock.testing import FaultyTarget, pages_of
 
 SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE
 COUNT = 16
@@ -417,3 +417,89 @@ def test_any_sequence_against_two_sets(sequence: list[tuple[str, int, int]]) -> 
             assert device.plugged_size == len(plugged) * PAGE
             assert attributes.shared_bytes == len(shared) * PAGE
             assert (listener.held, listener.wrong) == (plugged & shared, [])
+
+
+# -- where a section cuts a block of the device
+# ------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", range(9))
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("verb", ["unplug_all", "unplug", "refused"])
+def test_a_section_that_cuts_a_device_block(
+    block: RamBlock, first: int, count: int, verb: str
+) -> None:
+    share_all(block)
+    memory = GuestMemory()
+    memory.map(block, 0, offset=first * PAGE, size=count * PAGE)
+    iommu = SoftIommu()
+    memory.attach(iommu)
+    device = VirtioMem(block, UNIT)
+    listener = listen(block, first, count)
+    device.plug(UNIT, 2 * UNIT)  # pages 4 to 11: the device is plugged in part
+    inside = {page for page in range(4, 12) if first <= page < first + count}
+    held = {page - first for page in inside}
+    assert pages_of(iommu.mappings()) == {page * PAGE for page in held}
+    assert listener.held == inside
+    if verb == "refused":
+        last = RecordingListener("refuses")
+        block.discard_manager.register_listener(last, section(block))
+        last.refuse_all("discard")
+        with pytest.raises(RefusalError):
+            device.unplug_all()
+        last.refuse_nothing()
+        assert pages_of(iommu.mappings()) == {page * PAGE for page in held}
+        assert listener.held == inside
+    elif verb == "unplug":
+        device.unplug(UNIT, UNIT)
+        device.unplug(2 * UNIT, UNIT)
+    else:
+        device.unplug_all()
+    if verb != "refused":
+        assert iommu.mappings() == []
+        assert listener.held == set()
+        for page in range(count):
+            with pytest.raises(IommuFault):
+                iommu.write(page * PAGE, b"x")
+    for heard in listener.sections:
+        assert first * PAGE <= heard.offset < heard.end <= (first + count) * PAGE
+    assert listener.wrong == []
+    assert not memory.poisoned
+
+
+def test_one_that_comes_back_frees_and_accounts(block: RamBlock) -> None:
+    share_all(block)
+    device = VirtioMem(block, UNIT)
+    device.plug(0, UNIT)
+    block.discard_manager.remove_source(device)
+    block.write(0, b"x" * block.size)  # all of it may be used now
+    if isinstance(block.private, StandInPrivate):
+        block.private.write(0, b"x" * block.size)
+    block.discard_manager.add_source(device)
+    # Only the plugged part is left, on either side.
+    assert allocated(block) == UNIT
+    assert block.read(0, block.size) == b"x" * UNIT + bytes(block.size - UNIT)
+    if isinstance(block.private, StandInPrivate):
+        # Shared and plugged: the private side is not in use, but nothing has freed it there.
+        assert block.private.allocated_bytes() == UNIT
+    assert block.not_freed_bytes == 0
+
+
+def test_one_that_comes_back_accounts_for_what_is_not_freed(
+    ordinary: RamBlock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = VirtioMem(ordinary, UNIT)
+    device.plug(0, UNIT)
+    ordinary.discard_manager.remove_source(device)
+    ordinary.write(0, b"x" * ordinary.size)
+    reclaimer = ordinary.sides.both
+    with monkeypatch.context() as patch:
+
+        def refuse(offset: int, size: int) -> None:
+            raise OSError("not now")
+
+        patch.setattr(reclaimer, "_discard", refuse)
+        ordinary.discard_manager.add_source(device)
+        assert ordinary.not_freed_bytes == ordinary.size - UNIT
+    assert ordinary.free_pending() == 0
+    assert allocated(ordinary) == UNIT

@@ -14,10 +14,9 @@ Runs: TypeAlias = Iterator[tuple[int, int]]
 def clip(runs: Runs, start: int, end: int) -> Runs:
     """Yield the parts of *runs* that lie in [start, end)."""
     for run_start, run_end in runs:
-        if run_start >= end:
-            return
-        if start < run_end and start < end:  # nothing is in an empty range
-            yield max(run_start, start), min(run_end, end)
+        low, high = max(run_start, start), min(run_end, end)
+        if low < high:
+            yield low, high
 
 
 def complement(runs: Runs, start: int, end: int) -> Runs:

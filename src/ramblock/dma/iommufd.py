@@ -39,6 +39,7 @@ from ramblock.dma.kernel_errors import KernelRefusal
 from ramblock.dma.target import DmaCapabilities, HostRange
 from ramblock.dma.vfio_dma import check_pages, unmap_dma
 from ramblock.errors import DmaError, describe_range
+from ramblock.process import OfOneProcess
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["IommufdIoas", "IommufdMode"]
@@ -53,7 +54,7 @@ class IommufdMode(Enum):
     """In any parts, by VFIO_IOMMU_UNMAP_DMA, with large pages off."""
 
 
-class IommufdIoas:
+class IommufdIoas(OfOneProcess):
     """
     An I/O address space of its own iommufd. Maps for all devices that are attached to it.
 

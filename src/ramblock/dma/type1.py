@@ -22,6 +22,7 @@ from ramblock.dma.target import DmaCapabilities, HostRange
 from ramblock.dma.vfio_dma import check_pages, map_dma, unmap_all_dma, unmap_dma
 from ramblock.dma.vfio_group import VfioGroup
 from ramblock.errors import DmaError, UsageError, describe_range
+from ramblock.process import OfOneProcess
 from ramblock.uapi.vfio import (
     VFIO_API_VERSION,
     VFIO_CHECK_EXTENSION,
@@ -91,7 +92,7 @@ def _parse_ranges(answer: bytes, offset: int) -> tuple[tuple[int, int], ...]:
     return tuple((entry.start, entry.end + 1) for entry in found)
 
 
-class Type1Container:
+class Type1Container(OfOneProcess):
     """
     A container, and the groups in it. Maps for all of their devices at once.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ramblock.dma.descriptor import Descriptor
 from ramblock.dma.kernel_errors import Refused, refusal
+from ramblock.process import OfOneProcess
 from ramblock.uapi.vfio import (
     VFIO_GROUP_GET_DEVICE_FD,
     VFIO_GROUP_GET_STATUS,
@@ -22,7 +23,7 @@ from ramblock.uapi.vfio import (
 __all__ = ["VfioGroup"]
 
 
-class VfioGroup:
+class VfioGroup(OfOneProcess):
     """
     An open group.
 

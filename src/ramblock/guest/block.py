@@ -85,19 +85,24 @@ class RamBlock(OfOneProcess):
         assert self.private is not None
         self.private.discard(offset, size)
 
-    def retire_private(self, old: PrivateBacking) -> None:
+    def retire_private(self, old: PrivateBacking) -> int:
         """
         Empty *old*, which :attr:`private` has taken the place of; for a reset, which holds the lock.
 
-        The old guest's bytes must go. A backing of somebody else's is theirs to close.
+        A backing of somebody else's is theirs to close.
+
+        :return: The bytes that are not freed.
         """
+        not_freed = 0
         try:
             old.discard(0, self.size)
         except Exception as error:
+            not_freed = self.size
             _log.warning("block %r: the old private side is not emptied: %s", self.name, error)
         if old is self._own_private and isinstance(old, StandInPrivate):
             old.close()
             self._own_private = None
+        return not_freed
 
     @classmethod
     def create(

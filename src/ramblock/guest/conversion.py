@@ -88,16 +88,12 @@ class ConversionPiece:
         if self.vm is not None or self.block.in_place is not None:
             section = self.section
             end = section.offset + section.size
-            set_attribute(
-                self.vm, self.block, section, section.offset, end, private=self.private
-            )
+            set_attribute(self.vm, self.block, section, section.offset, end, private=self.private)
 
     def put_attribute_back(self) -> None:
         """Undo :meth:`set_attribute`, however far it came: only what differed goes back."""
         for start, end in self.change.changed_runs():
-            set_attribute(
-                self.vm, self.block, self.section, start, end, private=not self.private
-            )
+            set_attribute(self.vm, self.block, self.section, start, end, private=not self.private)
 
     def settle_in_doubt(self) -> None:
         """Call the pages shared, which some listeners hold and others were told to let go of."""
@@ -180,9 +176,7 @@ def plan_pieces(
                 expected="RAM with private backing",
                 reason="no private side",
             )
-        change = attributes.plan(
-            section.offset, section.size, populate=to is PageState.SHARED
-        )
+        change = attributes.plan(section.offset, section.size, populate=to is PageState.SHARED)
         if change is not None:
             pieces.append(ConversionPiece(section, place.block, attributes, change, vm))
     return pieces
@@ -221,6 +215,4 @@ def convert_pieces(
             cause.add_note(f"{where} was left by it; nothing has changed")
             raise
         text = f"{where} failed; nothing has changed"
-        raise ConversionError(
-            text, gpa=gpa, size=size, to=to, step=step, target=target
-        ) from cause
+        raise ConversionError(text, gpa=gpa, size=size, to=to, step=step, target=target) from cause

@@ -10,7 +10,7 @@ The steps and their undo, as in a conversion; ordinary RAM stays as it is and st
 
     unmap       <-> map again             everything that will not be populated any more
     slot        <-> add with the old side only where a private side is replaced in the same VM
-    attribute   <-> as the states say     private; in a new VM before it has a slot
+    attribute   <-> share again           private; in a new VM before it has a slot
     slot        <-> remove                in a new VM all of them
     state       <-> flip back             everything private and unplugged
     --- committed ---
@@ -22,7 +22,8 @@ believes private.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from ramblock.discard.attributes import RamBlockAttributes
@@ -36,10 +37,19 @@ from ramblock.errors import UsageError
 from ramblock.guest.block import RamBlock
 from ramblock.guest.freeing import free_each
 from ramblock.guest.places import Place, PlaceMap
-from ramblock.guest.vm import MAKE_PRIVATE, MemorySlots, Vm, establish, set_attribute, withdraw
+from ramblock.guest.vm import (
+    MAKE_PRIVATE,
+    MAKE_SHARED,
+    MemorySlots,
+    Vm,
+    set_attribute,
+    withdraw,
+)
 from ramblock.hostmem.backing import PrivateBacking, check_private
 
 __all__ = ["check_new_parts", "reset_guest"]
+
+_log = logging.getLogger(__name__)
 
 
 def check_new_parts(
@@ -65,11 +75,12 @@ def reset_guest(
     old_vm: Vm | None,
     vm: Vm | None,
     private: Mapping[RamBlock, PrivateBacking],
-) -> None:
+) -> int:
     """
     Reset; see the module. The caller holds the lock and has checked the new parts.
 
     :param vm: The new VM; None: it stays.
+    :return: Bytes of the old guest that could not be freed.
     :raises BaseException: What a target or VM raised; everything is as before.
     :raises PoisonedError: It could not be put back.
     """
@@ -78,8 +89,7 @@ def reset_guest(
     old_sides = [(block, block.private) for block in private]
     changing = [block for block in _blocks(places) if _resettable(block)]
     farewells = [
-        Notification(block.discard_manager, 0, block.size, populate=False)
-        for block in changing
+        Notification(block.discard_manager, 0, block.size, populate=False) for block in changing
     ]
     reserve(farewells)
     flips: list[BitmapChange] = []
@@ -89,7 +99,10 @@ def reset_guest(
         # Slots of the old VM need no care where it is replaced: it does not run any more.
         again = [place for place in places if renewed or place.block in private]
         for place in [] if renewed else again:
-            _do_slot(undo, old_vm, place, add=False)
+            unmapped = farewells[changing.index(place.block)]
+            reason = "unmapped, and the VM does not take it back"
+            stuck = partial(unmapped.doubt, reason)
+            _do_slot(undo, old_vm, place, add=False, stuck=stuck)
         for block, backing in private.items():
             undo.do(
                 "private side",
@@ -97,31 +110,38 @@ def reset_guest(
                 partial(setattr, block, "private", block.private),
                 piece=block,
             )
+        # From here on, if an undo fails the pages stay private and unmapped: so the states say.
         for place in places:
             if place.block.attributes is not None:
-                # An attribute of a new VM goes back to the kernel's default, which nobody sees.
-                back = withdraw if renewed and place.block.in_place is None else establish
+                # One of a new VM goes back to the kernel's default. Whoever has that VM drops it,
+                # so that it does no harm if that fails.
+                new = renewed and place.block.in_place is None
+                back = partial(
+                    withdraw if new else _share_again, new_vm, place.block, place.section
+                )
                 undo.do(
                     "attribute",
                     partial(_make_private, new_vm, place.block, place.section),
-                    partial(back, new_vm, place.block, place.section),
+                    partial(_try_to, back) if new else back,
                     piece=place.block,
+                    stuck=partial(_settle, place.block),
                 )
         for place in again:
-            _do_slot(undo, new_vm, place, add=True)
+            settle = None if renewed else partial(_settle, place.block)
+            _do_slot(undo, new_vm, place, add=True, stuck=settle)
         for block in changing:
-            for source in _resettable(block):
-                change = source.plan(0, block.size, populate=False)
-                if change is not None:
-                    undo.do("state", change.flip, change.flip_back, piece=block)
-                    flips.append(change)
+            for change in _changes(block):
+                settle = partial(_settle, block)
+                undo.do("state", change.flip, change.flip_back, piece=block, stuck=settle)
+                flips.append(change)
     for change in flips:
         if isinstance(change.source, RamBlockAttributes):
             change.source.observe(change, 0, change.source.block.size)
+    frees = [partial(block.sides.both.free, 0, block.size) for block in changing]
     for block, old in old_sides:
         if old is not None and old is not block.private:
-            block.retire_private(old)
-    free_each(partial(block.sides.both.free, 0, block.size) for block in changing)
+            frees.append(partial(block.retire_private, old))
+    return free_each(frees)
 
 
 def _blocks(places: PlaceMap) -> list[RamBlock]:
@@ -137,16 +157,45 @@ def _resettable(block: RamBlock) -> list[RamBlockAttributes | VirtioMem]:
     ]
 
 
+def _changes(block: RamBlock) -> Iterator[BitmapChange]:
+    for source in _resettable(block):
+        change = source.plan(0, block.size, populate=False)
+        if change is not None:
+            yield change
+
+
+def _settle(block: RamBlock) -> None:
+    for change in _changes(block):
+        change.flip()
+
+
 def _make_private(vm: Vm | None, block: RamBlock, section: RamSection) -> None:
     set_attribute(vm, block, section, section.offset, section.end, private=MAKE_PRIVATE)
 
 
-def _do_slot(undo: UndoLog, vm: object, place: Place, *, add: bool) -> None:
+def _share_again(vm: Vm | None, block: RamBlock, section: RamSection) -> None:
+    assert block.attributes is not None
+    for offset, size in block.attributes.ranges(section.offset, section.size):
+        set_attribute(vm, block, section, offset, offset + size, private=MAKE_SHARED)
+
+
+def _try_to(undo: Callable[[], None]) -> None:
+    try:
+        undo()
+    except Exception as error:
+        _log.warning("a new VM that is not taken over was not put back: %s", error)
+
+
+def _do_slot(
+    undo: UndoLog, vm: object, place: Place, *, add: bool, stuck: Callable[[], None] | None
+) -> None:
     if isinstance(vm, MemorySlots):
-        calls = (vm.add_memory_slot, vm.remove_memory_slot)
-        do, put_back = calls if add else reversed(calls)
+        calls = [vm.add_memory_slot, vm.remove_memory_slot]
+        do, put_back = (partial(call, place.section) for call in (calls if add else calls[::-1]))
         try:
-            undo.do("slot", do, put_back, place.section, piece=place.block)
+            if stuck is None:
+                put_back = partial(_try_to, put_back)
+            undo.do("slot", do, put_back, piece=place.block, stuck=stuck)
         except Exception:
             undo.drop_last()  # a refusal: the VM did nothing
             raise

@@ -10,6 +10,7 @@ from types import TracebackType
 from ramblock.kvm.cpuid import CpuidTable, read_supported
 from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.vm import KvmVm, VmType
+from ramblock.process import OfOneProcess
 from ramblock.uapi.kvm import (
     KVM_API_VERSION,
     KVM_CHECK_EXTENSION,
@@ -32,7 +33,7 @@ _HINTS = {
 }
 
 
-class Kvm:
+class Kvm(OfOneProcess):
     """
     The kernel's KVM. A context manager; VMs live on when it is closed.
 

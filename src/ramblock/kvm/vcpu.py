@@ -15,6 +15,7 @@ from ramblock.kvm.exits import Exit, HypercallExit, InterruptedExit, IoExit, Mmi
 from ramblock.kvm.hypercall import HypercallResult
 from ramblock.kvm.kick import discard_kick, enter_thread, send_kick, set_mask
 from ramblock.kvm.run_page import RunPage
+from ramblock.process import OfOneProcess
 from ramblock.uapi import ioctl
 from ramblock.uapi.kvm import (
     KVM_GET_REGS,
@@ -30,7 +31,7 @@ from ramblock.uapi.kvm import (
 __all__ = ["Vcpu"]
 
 
-class Vcpu:
+class Vcpu(OfOneProcess):
     """
     A vCPU, made by :meth:`KvmVm.create_vcpu`.
 

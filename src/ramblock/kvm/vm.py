@@ -13,6 +13,7 @@ from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.guest_memfd import GuestMemfd
 from ramblock.kvm.slots import SlotTable
 from ramblock.kvm.vcpu import Vcpu
+from ramblock.process import OfOneProcess
 from ramblock.uapi.kvm import (
     KVM_CHECK_EXTENSION,
     KVM_CREATE_GUEST_MEMFD,
@@ -52,7 +53,7 @@ class VmType(IntEnum):
     """
 
 
-class KvmVm:
+class KvmVm(OfOneProcess):
     """
     A VM, made by :meth:`Kvm.create_vm`.
 

@@ -60,6 +60,8 @@ class GuestChecker:
         self.violations: list[str] = []
         #: How many calls were looked at.
         self.calls = 0
+        #: The guest is being reset: private memory that it used may be freed.
+        self.resetting = False
         #: Guest pages whose attribute is private, by guest address.
         self.private_pages: set[int] = set()
         #: Pages of memory in place whose attribute is private, by host address.
@@ -282,7 +284,7 @@ class CheckedPrivate(_Side):
     def discard(self, offset: int, size: int) -> None:
         """Free, and look."""
         self._checker.calls += 1
-        block = self.block
+        block = None if self._checker.resetting else self.block
         if block is not None and any(_used_privately(block, page) for page in _pages(offset, size)):
             what = describe_range(offset, size)
             self._checker.complain(
@@ -319,6 +321,8 @@ class CheckedInPlace(CheckedShared):
 
     def _in_use(self, block: RamBlock, offset: int, size: int) -> bool:
         """Whether anything of it is plugged: in either state it is the guest's."""
+        if self._checker.resetting:
+            return False
         devices = [
             source for source in block.discard_manager.sources if isinstance(source, VirtioMem)
         ]

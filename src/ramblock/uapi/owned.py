@@ -7,10 +7,12 @@ import os
 import weakref
 from abc import ABC, abstractmethod
 
+from ramblock.process import OfOneProcess
+
 __all__ = ["OwnedDescriptor"]
 
 
-class OwnedDescriptor(ABC):
+class OwnedDescriptor(OfOneProcess, ABC):
     """
     Owns *fd* from now on, and closes it at the latest when nobody holds this object any more.
 

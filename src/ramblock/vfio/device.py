@@ -19,6 +19,7 @@ from ramblock.dma.iommufd import IommufdIoas
 from ramblock.dma.type1 import Type1Container
 from ramblock.dma.vfio_group import VfioGroup
 from ramblock.errors import UsageError
+from ramblock.process import OfOneProcess
 from ramblock.uapi.vfio import (
     VFIO_DEVICE_ATTACH_IOMMUFD_PT,
     VFIO_DEVICE_BIND_IOMMUFD,
@@ -45,7 +46,7 @@ _PCI_COMMAND_MASTER = 0x4
 _SYSFS, _DEV = Path("/sys"), Path("/dev")
 
 
-class VfioDevice:
+class VfioDevice(OfOneProcess):
     """
     An open device; also a context manager. Made by :meth:`open_by_group` and :meth:`open_by_cdev`.
 

@@ -45,6 +45,7 @@ from ramblock.dma.vfio_user.requests import (
 )
 from ramblock.dma.vfio_user.serving import ServedMemory
 from ramblock.errors import DmaError, ProtocolError, describe_range
+from ramblock.process import OfOneProcess
 from ramblock.units import ADDRESS_LIMIT, check_range
 
 __all__ = ["VfioUserTarget"]
@@ -56,7 +57,7 @@ _MAX_REGIONS = 100
 _REGION_ARGSZ = 4096
 
 
-class VfioUserTarget:
+class VfioUserTarget(OfOneProcess):
     """
     A vfio-user server that maps and unmaps, and its device. For any number of threads.
 
