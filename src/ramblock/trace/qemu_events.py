@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What QEMU's trace events mean: one translation for the text log and the binary format.
+The meaning of QEMU's trace events: one translation for the text log and the binary format.
 
-Two of them are written *before* the thing they name is done, and tell no result: ``kvm_convert_memory`` and the vfio-user ones.
+Two of them are written *before* the thing they name is done, and tell no result:
+``kvm_convert_memory`` and the vfio-user ones.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ _VFIO_USER = "vfio-user"
 # 11.1.3 prints these words (tests/qemu/test_steps.py holds them against the program).
 _STATES = {b"populated": False, b"discarded": True}
 _MIXTURE = b"mixture"
-_NEEDS_BLOCK = "virtio-mem requests count in blocks whose size is not in the trace: what was plugged is not known (--virtio-mem-block)"
+_NEEDS_BLOCK = (
+    "virtio-mem requests count in blocks whose size is not in the trace: what was plugged is not"
+    " known (--virtio-mem-block)"
+)
 
 
 class QemuEvents:
@@ -95,7 +99,8 @@ class QemuEvents:
     def _convert_memory(
         self, time: int | None, line: int, start: int, size: int, what: bytes
     ) -> list[Event]:
-        # accel/kvm/kvm-all.c, kvm_convert_memory(): traced at its entry; the attribute is the first thing that it changes.
+        # accel/kvm/kvm-all.c, kvm_convert_memory(): traced at its entry; the attribute is the first
+        # thing that it changes.
         private = what == b"shared_to_private"
         end = start + size
         return [
@@ -237,7 +242,8 @@ class QemuEvents:
     def _unmap_dma_non_exist(
         self, time: int | None, line: int, fd: int, ioas: int, iova: int, size: int, _result: int
     ) -> list[Event]:
-        # backends/iommufd.c: written in place of the other when the kernel says ENOENT, which QEMU takes for success. The kernel says it
+        # backends/iommufd.c: written in place of the other when the kernel says ENOENT, which QEMU
+        # takes for success. The kernel says it
         # too when the range cuts a mapping in two, and that mapping stays (iopt_unmap_iova_range).
         self.last_target = target = _ioas(fd, ioas)
         return [Unmap(time, self._source, line, target, iova, iova + size, unmapped=0)]
@@ -269,7 +275,8 @@ class QemuEvents:
         self.last_target = _VFIO_USER
         return [Unmap(time, self._source, line, _VFIO_USER, iova, iova + size)]
 
-    # virtio-mem (hw/virtio/virtio-mem.c): the request is traced when it comes, the response when everything is done or refused.
+    # virtio-mem (hw/virtio/virtio-mem.c): the request is traced when it comes, the response when
+    # everything is done or refused.
 
     def _plug_request(self, time: int | None, line: int, start: int, blocks: int) -> list[Event]:
         return self._ask(time, line, start, blocks, plugged=True)
