@@ -12,7 +12,7 @@ from ramblock.check import CheckOptions, check_file
 from ramblock.run import Run, RunReport, Scenario
 from ramblock.run.scenario import Devices, Guest, Job, Size
 from ramblock.run.tally import Outcome, Tally
-from ramblock.run.verifier import ViolationKind
+from ramblock.testing import ViolationKind
 from ramblock.units import MIB
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 
 from ramblock import GuestMemory, PageState, RamBlock
 from ramblock.dma import HostRange, VfioUserTarget
@@ -15,9 +14,9 @@ from ramblock.errors import ConversionError, DmaError, IommuFault, PoisonedError
 from ramblock.hostmem.host_calls import address_of
 from ramblock.probe.server import Probe
 from ramblock.probe.windows import UnmapRule
+from ramblock.testing.conformance import check_target
 from ramblock.units import PAGE_SIZE
 from ramblock.vfio import probe_registers as registers
-from target_model import PAGES, Cutting, Step, TargetModel, play, steps
 
 P = PAGE_SIZE
 BASE = 1 << 32
@@ -30,23 +29,15 @@ def probe(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Probe]:
     assert probe.error is None
 
 
-# Each example has a client of its own.
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(todo=steps())
-def test_the_model_of_a_target(probe: Probe, todo: list[Step]) -> None:
-    target = VfioUserTarget(probe.path)
-    with RamBlock.create("ram", PAGES * P) as block:
+def test_it_is_a_target_like_any_other(probe: Probe) -> None:
+    def reaches(target: VfioUserTarget, iova: int) -> bool:
+        try:
+            probe.read(iova, 1)
+        except IommuFault:
+            return False
+        return next(w for w in target.mappings() if w.iova <= iova < w.end).writable
 
-        def reaches(iova: int) -> bool:
-            try:
-                probe.read(iova, 1)
-            except IommuFault:
-                return False
-            return next(w for w in target.mappings() if w.iova <= iova < w.end).writable
-
-        play(target, TargetModel(Cutting.ONE_MAPPING), block, todo, BASE, reaches)
-        assert target.mappings() == []
-        target.close()
+    check_target(lambda: VfioUserTarget(probe.path), reaches=reaches, examples=40)
     assert probe.record.clean
 
 
