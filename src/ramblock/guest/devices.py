@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Iterable
 from itertools import islice
 
-from ramblock.discard.coordination import DiscardHold
 from ramblock.discard.guard import Guard
 from ramblock.discard.notification import reserve
 from ramblock.discard.registry import Registration
@@ -24,7 +23,7 @@ from ramblock.dma.target import DmaTarget
 from ramblock.guest.places import Place, PlaceMap
 from ramblock.hostmem.backing import SharedBacking
 
-__all__ = ["Attachment", "check_place", "count_some", "give_up", "leave_all", "map_some"]
+__all__ = ["Attachment"]
 
 # Entries that one batch maps: some milliseconds on a fast target, and conversions wait no longer.
 _BATCH = 256
@@ -34,17 +33,25 @@ _COUNTED = 4096
 
 class Attachment:
     """
-    A mapper, and that its target keeps alive the memory it reaches, also where nobody else does.
+    A mapper that comes to a guest; its target keeps alive the memory it reaches, also where nobody
+    else does. The caller holds the lock.
 
-    :param mapper: Whose target is kept in step.
-    :param hold: Its claim that nobody discards behind its back.
+    :param mapper: Its target is kept in step.
+    :param guard: Of the memory.
+    :param places: The sections that are there.
+    :raises UsageError: The target cannot map one of them.
+    :raises BusyError: Somebody needs to discard behind the mapper's back.
     """
 
-    def __init__(self, mapper: Mapper, hold: DiscardHold) -> None:
+    def __init__(self, mapper: Mapper, guard: Guard, places: PlaceMap) -> None:
         self.mapper = mapper
+        self._guard = guard
+        self._places = places
         #: Whether it maps all that it should. Not so while it is still being attached.
         self.complete = False
-        self._hold = hold
+        for place in places:
+            self._check(place)
+        self._hold = guard.discards.forbid_uncoordinated(f"DMA mapper of {mapper.target!r}")
         # By listener. Nothing in here leads back to the target: else neither would ever go.
         self._reachable: dict[int, SharedBacking] = {}
         self._anchor: weakref.finalize[..., DmaTarget] | None = None
@@ -54,18 +61,19 @@ class Attachment:
         except TypeError:
             pass  # it cannot be watched, for instance because it has __slots__
 
-    def finish(self) -> None:
-        """Note that everything is mapped."""
-        self.complete = True
+    def _check(self, place: Place) -> None:
+        manager = place.block.discard_manager
+        granularity = manager.min_granularity if manager.sources else None
+        self.mapper.check_section(place.section, granularity)
 
-    def admit(self, place: Place, guard: Guard) -> Registration:
+    def admit(self, place: Place) -> Registration:
         """
         Make a listener for *place*; it is not registered by that.
 
         :raises UsageError: The target cannot map it.
         """
-        check_place(self.mapper, place)
-        listener = SectionMapper(self.mapper, place.section, guard.doubt)
+        self._check(place)
+        listener = SectionMapper(self.mapper, place.section, self._guard.doubt)
         place.listeners[self] = listener
         self._reachable[id(listener)] = place.block.shared
         return place.block.discard_manager.check_in(listener, place.section)
@@ -75,18 +83,104 @@ class Attachment:
         listener = place.listeners.get(self)
         return None if listener is None else place.block.discard_manager.find(listener)
 
-    def force_out(self, place: Place) -> None:
+    def count_some(self, place: Place, position: int) -> tuple[int, int]:
         """
-        Unmap what the target lets go of, on a poisoned memory; the rest is noted as in doubt.
+        Count the entries that the next runs of *place* need, from offset *position* of the block
+        on.
 
-        The listener may be in no list and still hold pages, after an undo that failed.
+        :return: The entries, and the offset up to which they are counted.
         """
+        part = place.section.part(position, place.section.end)
+        runs = list(islice(place.block.discard_manager.populated(part), _COUNTED))
+        entries = sum(self.mapper.entries_for(run.size) for run in runs)
+        return entries, runs[-1].end if len(runs) == _COUNTED else place.section.end
+
+    def map_some(self, place: Place) -> bool:
+        """
+        Map the next batch of *place*; whether anything is left to map. All of the batch or nothing.
+
+        :raises UsageError: The target cannot map it.
+        :raises MappingLimitError: No room for the batch.
+        :raises BaseException: From the target.
+        """
+        section, manager = place.section, place.block.discard_manager
+        if self._places.look_up(section) is not place:
+            return False  # it was unmapped meanwhile
+        before = self.registration(place)
+        start = section.offset if before is None else before.section.end
+        registration = before or self.admit(place)
+        rest = manager.populated(section.part(start, section.end))
+        stop = self._end_of_batch(rest) or section.end
+        replay = manager.replay(registration._replace(section=section.part(start, stop)))
+        reserve((replay,))
+        with UndoLog(self._guard, "attach") as undo:
+            mapped = registration._replace(section=section.part(section.offset, stop))
+            manager.join(undo, mapped, replay, before=before)
+        return stop < section.end
+
+    def _end_of_batch(self, runs: Iterable[RamSection]) -> int | None:
+        left = _BATCH
+        for run in runs:
+            entries = self.mapper.entries_for(run.size)
+            if entries > left:
+                # Only one mapping for each page can be divided; one of a run is a single entry.
+                return run.offset + left * self.mapper.page_size
+            if entries == left:
+                return run.end
+            left -= entries
+        return None  # behind the last run
+
+    def finish(self) -> None:
+        """Note that everything is mapped."""
+        self.complete = True
+
+    def leave_all(self) -> None:
+        """
+        Unmap everything, and give back the claim on discards: all or nothing.
+
+        On a poisoned memory, all that the target lets go of; the rest is noted as in doubt.
+
+        :raises BaseException: From the target; all is mapped as before.
+        :raises PoisonedError: It could not be mapped again.
+        """
+        if self._guard.poisoned:
+            for place in self._places:
+                self.force_out(place)
+        else:
+            with UndoLog(self._guard, "detach") as undo:
+                for place in self._places:
+                    registration = self.registration(place)
+                    if registration is not None:
+                        place.block.discard_manager.leave(undo, registration)
+        for place in self._places:
+            place.listeners.pop(self, None)
+        self._close()
+
+    def give_up(self) -> None:
+        """Unmap a mapper that is attached in part, whatever its target says."""
+        for place in self._places:
+            registration = self.registration(place)
+            self.force_out(place)
+            listener = place.listeners.pop(self, None)
+            if registration is not None and listener is not None and listener.in_doubt:
+                # Nobody holds the mapper: for closing to tell it once more.
+                place.block.discard_manager.keep(registration)
+        self._close()
+
+    def _close(self) -> None:
+        self._hold.release()
+        # On a poisoned memory it is not certain that nothing is mapped any more.
+        if self._anchor is not None and not self._guard.poisoned:
+            self._anchor.detach()
+
+    def force_out(self, place: Place) -> None:
+        """Unmap what the target lets go of in *place*; the rest is noted as in doubt."""
         listener = place.listeners.get(self)
         if listener is not None:
             manager = place.block.discard_manager
-            manager.leave_regardless(
-                manager.find(listener) or manager.registration(listener, place.section)
-            )
+            # After an undo that failed it may be in no list and still hold pages.
+            found = manager.find(listener) or manager.registration(listener, place.section)
+            manager.leave_regardless(found)
 
     def forget(self, place: Place) -> None:
         """Forget the listener for *place*; nothing happens if there is none."""
@@ -95,102 +189,3 @@ class Attachment:
             self.mapper.remove(listener)
             if not listener.in_doubt:
                 del self._reachable[id(listener)]
-
-    def close(self, *, keeps_blocks: bool) -> None:
-        """
-        Give back the claim, once nothing is mapped any more.
-
-        :param keeps_blocks: It is not certain that nothing is.
-        """
-        self._hold.release()
-        if self._anchor is not None and not keeps_blocks:
-            self._anchor.detach()
-
-
-def check_place(mapper: Mapper, place: Place) -> None:
-    """Raise :class:`UsageError` if the target of *mapper* cannot map the section of *place*."""
-    manager = place.block.discard_manager
-    mapper.check_section(place.section, manager.min_granularity if manager.sources else None)
-
-
-def count_some(mapper: Mapper, place: Place, position: int) -> tuple[int, int]:
-    """
-    Count the entries that the next runs of *place* need, from offset *position* of the block on.
-
-    :return: The entries, and the offset up to which they are counted.
-    """
-    part = place.section.part(position, place.section.end)
-    runs = list(islice(place.block.discard_manager.populated(part), _COUNTED))
-    entries = sum(mapper.entries_for(run.size) for run in runs)
-    return entries, runs[-1].end if len(runs) == _COUNTED else place.section.end
-
-
-def map_some(attachment: Attachment, places: PlaceMap, place: Place, guard: Guard) -> bool:
-    """
-    Map the next batch of *place*; whether anything is left to map. All of the batch or nothing.
-
-    :raises UsageError: The target cannot map it.
-    :raises MappingLimitError: No room for the batch.
-    :raises BaseException: What the target raised.
-    """
-    section, manager = place.section, place.block.discard_manager
-    if places.look_up(section) is not place:
-        return False  # it was unmapped meanwhile
-    before = attachment.registration(place)
-    start = section.offset if before is None else before.section.end
-    registration = before or attachment.admit(place, guard)
-    rest = manager.populated(section.part(start, section.end))
-    stop = _end_of_batch(attachment.mapper, rest) or section.end
-    replay = manager.replay(registration._replace(section=section.part(start, stop)))
-    reserve((replay,))
-    with UndoLog(guard, "attach") as undo:
-        mapped = registration._replace(section=section.part(section.offset, stop))
-        manager.join(undo, mapped, replay, before=before)
-    return stop < section.end
-
-
-def _end_of_batch(mapper: Mapper, runs: Iterable[RamSection]) -> int | None:
-    """Find where a batch ends; None: behind the last of *runs*."""
-    left = _BATCH
-    for run in runs:
-        entries = mapper.entries_for(run.size)
-        if entries > left:
-            # Only one mapping for each page can be divided; one of a run is a single entry.
-            return run.offset + left * mapper.page_size
-        if entries == left:
-            return run.end
-        left -= entries
-    return None
-
-
-def leave_all(attachment: Attachment, places: Iterable[Place], guard: Guard) -> None:
-    """
-    Unmap everything that *attachment* has mapped: all or nothing.
-
-    On a poisoned memory, all that the target lets go of; the rest is noted as in doubt.
-
-    :raises BaseException: What the target raised; all is mapped as before.
-    :raises PoisonedError: It could not be mapped again.
-    """
-    if guard.poisoned:
-        for place in places:
-            attachment.force_out(place)
-    else:
-        with UndoLog(guard, "detach") as undo:
-            for place in places:
-                registration = attachment.registration(place)
-                if registration is not None:
-                    place.block.discard_manager.leave(undo, registration)
-    for place in places:
-        place.listeners.pop(attachment, None)
-
-
-def give_up(attachment: Attachment, places: Iterable[Place]) -> None:
-    """Unmap a mapper that is attached in part, whatever its target says."""
-    for place in places:
-        registration = attachment.registration(place)
-        attachment.force_out(place)
-        listener = place.listeners.pop(attachment, None)
-        if registration is not None and listener is not None and listener.in_doubt:
-            # Nobody holds the mapper: for closing to tell it once more.
-            place.block.discard_manager.keep(registration)

@@ -17,18 +17,11 @@ from ramblock.errors import BusyError, ConversionError, PoisonedError, UsageErro
 from ramblock.events import Observer
 from ramblock.guest.block import RamBlock
 from ramblock.guest.conversion import ConversionResult, convert_pieces, plan_pieces
-from ramblock.guest.devices import (
-    Attachment,
-    check_place,
-    count_some,
-    give_up,
-    leave_all,
-    map_some,
-)
+from ramblock.guest.devices import Attachment
 from ramblock.guest.freeing import free_each
 from ramblock.guest.placement import Placer
 from ramblock.guest.places import Place, PlaceMap
-from ramblock.guest.reset import check_new_parts, reset_guest
+from ramblock.guest.reset import reset_guest
 from ramblock.guest.vm import Vm
 from ramblock.hostmem.backing import PrivateBacking
 from ramblock.interrupts import hand_over, uninterrupted
@@ -40,12 +33,6 @@ from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_positive, check_range
 __all__ = ["GuestMemory"]
 
 _log = logging.getLogger(__name__)
-
-
-def _check_unplaced(block: RamBlock) -> None:
-    if block.placement is not None:
-        raise UsageError(f"block {block.name!r} is in another guest memory already", value=block)
-    block.discard_manager.check_open()
 
 
 class GuestMemory(OfOneProcess):
@@ -72,7 +59,7 @@ class GuestMemory(OfOneProcess):
 
     @property
     def sections(self) -> tuple[RamSection, ...]:
-        """Where blocks appear, ascending by guest address."""
+        """The parts of blocks that appear, ascending by guest address."""
         return tuple(place.section for place in self._places)
 
     @property
@@ -119,8 +106,8 @@ class GuestMemory(OfOneProcess):
         """
         Yield the maximal runs of pages in *state* as (gpa, size), ascending, across blocks.
 
-        Holes are in neither state. Lazy: a conversion on another thread is seen page by page, before
-        or after.
+        Holes are in neither state. Lazy: a conversion on another thread is seen page by page,
+        before or after.
 
         :raises UsageError: Not a page state.
         """
@@ -151,17 +138,17 @@ class GuestMemory(OfOneProcess):
         """
         Let *block*, or ``[offset, offset + size)`` of it, appear at *gpa*. All or nothing.
 
-        The attributes of a block with private backing are set before the guest can see it (its memory
-        slot), so that the guest at no instant could run with pages shared that are tracked as
-        private. Then each attached target maps the populated pages.
+        The attributes of a block with private backing are set before the guest can see it (its
+        memory slot), so that the guest at no instant could run with pages shared that are tracked
+        as private. Then each attached target maps the populated pages.
 
         :param gpa: In bytes, a multiple of the page size.
         :param offset: In the block, in bytes, a multiple of the page size.
         :param size: In bytes; None: to the end of the block.
         :param readonly: Devices may not write to it.
         :raises UsageError: Unaligned, outside the block or the address space, overlapping another
-            section in guest addresses or (with private backing) in the block, or the block is closed
-            or in another memory; nothing has changed.
+            section in guest addresses or (with private backing) in the block, or the block is
+            closed or in another memory; nothing has changed.
         :raises BusyError: The block's users and this memory's contradict each other about discards;
             nothing has changed.
         :raises MappingLimitError: A mapper has no room for it; nothing has changed.
@@ -183,11 +170,38 @@ class GuestMemory(OfOneProcess):
     def _map(self, block: RamBlock, section: RamSection) -> None:
         self._places.check_free(block, section)
         try:
-            self._adopt(block)
+            if block.placement is not self:
+                self._check_unplaced(block)
+                # Its own guard is taken inside ours. Nobody takes them the other way round: a
+                # block's own guard knows no memory.
+                block.guard.run("map", self._adopt, block, block.guard)
             self._placer.place(Place(block, section))
         except BaseException:
             self._release_unplaced(block)
             raise
+
+    def _check_unplaced(self, block: RamBlock) -> None:
+        if block.placement is not None:
+            text = f"block {block.name!r} is in another guest memory already"
+            raise UsageError(text, value=block)
+        block.discard_manager.check_open()
+
+    def _adopt(self, block: RamBlock, own: Guard) -> None:
+        self._check_unplaced(block)
+        if block.guard is not own:
+            raise BusyError(f"block {block.name!r} is being placed by somebody else")
+        self._adopted[id(block)] = self._guard.discards.adopt(own.discards)
+        block.placement = self
+        block.discard_manager.guard = self._guard
+
+    def _release_unplaced(self, block: RamBlock) -> None:
+        # A block without a section here gets a guard of its own again.
+        if block.placement is self and not self._places.of_block(block):
+            guard, manager = Guard(), block.discard_manager
+            holds = [*self._adopted.pop(id(block), ()), *manager.holds]
+            self._guard.leave_with(guard, block, holds)
+            block.placement = None
+            manager.guard = guard
 
     def unmap(self, section: RamSection) -> None:
         """
@@ -225,32 +239,6 @@ class GuestMemory(OfOneProcess):
         self._adopted.pop(id(block), None)
         block.placement = None
 
-    def _adopt(self, block: RamBlock) -> None:
-        """Bring *block* under this memory's lock, if it is not there."""
-        if block.placement is not self:
-            _check_unplaced(block)
-            # Its own guard is taken inside ours. Nobody takes them the other way round: a block's
-            # own guard knows no memory.
-            own = block.guard
-            own.run("map", self._adopt_under, block, own)
-
-    def _adopt_under(self, block: RamBlock, own: Guard) -> None:
-        _check_unplaced(block)
-        if block.guard is not own:
-            raise BusyError(f"block {block.name!r} is being placed by somebody else")
-        self._adopted[id(block)] = self._guard.discards.adopt(own.discards)
-        block.placement = self
-        block.discard_manager.guard = self._guard
-
-    def _release_unplaced(self, block: RamBlock) -> None:
-        """Give *block* a guard of its own again, if it has no section here."""
-        if block.placement is self and not self._places.of_block(block):
-            guard, manager = Guard(), block.discard_manager
-            holds = [*self._adopted.pop(id(block), ()), *manager.holds]
-            self._guard.leave_with(guard, block, holds)
-            block.placement = None
-            manager.guard = guard
-
     def reset(
         self, vm: Vm | None = None, private: Mapping[RamBlock, PrivateBacking] | None = None
     ) -> int:
@@ -260,21 +248,14 @@ class GuestMemory(OfOneProcess):
 
         :param vm: Takes the place of the VM until now, which must not run any more; None: it stays.
         :param private: New private backings by block, where they are recreated.
-        :return: Bytes of the old guest that could not be freed. Unless it is 0 the new guest must not
-            run: call it again.
+        :return: Bytes of the old guest that could not be freed. Unless it is 0 the new guest must
+            not run: call it again.
         :raises UsageError: *vm* is no VM, or a block cannot take a new private backing; nothing has
             changed.
         :raises BaseException: What a target or VM raised; everything is as before.
         :raises PoisonedError: This memory is poisoned, or this call poisoned it.
         """
-        return self._guard.run("reset", self._reset, vm, dict(private or {}))
-
-    def _reset(self, vm: Vm | None, private: Mapping[RamBlock, PrivateBacking]) -> int:
-        check_new_parts(self._places, vm, private)
-        not_freed = reset_guest(self._guard, self._places, self._placer.vm, vm, private)
-        if vm is not None:
-            self._placer.vm = vm
-        return not_freed
+        return self._guard.run("reset", reset_guest, self._placer, vm, dict(private or {}))
 
     def attach(
         self,
@@ -290,8 +271,8 @@ class GuestMemory(OfOneProcess):
 
         :param max_mappings: The operator's budget; the smaller of it and the target's counts.
         :return: The mapper that watches over it; hand it to :meth:`detach`.
-        :raises UsageError: RUN on a target that cannot cut, page size above a block's granularity, a
-            section outside its IOVA ranges, or attached here already; nothing has changed.
+        :raises UsageError: RUN on a target that cannot cut, page size above a block's granularity,
+            a section outside its IOVA ranges, or attached here already; nothing has changed.
         :raises BusyError: Somebody needs uncoordinated discards; nothing has changed.
         :raises MappingLimitError: No room for the populated pages; nothing has changed.
         :raises DmaError: The target refused; its mappings are unmapped again.
@@ -308,22 +289,20 @@ class GuestMemory(OfOneProcess):
         run, mapper = self._guard.run, Mapper(target, policy, max_mappings)
         attachment, places = run("attach", self._begin_attach, mapper)
         try:
-            if mapper.limit is not None:
-                # For all of it, before anything is mapped.
-                needed = 0
-                for place in places:
-                    position = place.section.offset
-                    while position < place.section.end:
-                        entries, position = run("attach", count_some, mapper, place, position)
-                        needed += entries
-                        hand_over()
-                mapper.require(needed)
+            needed = 0
+            for place in places if mapper.limit is not None else ():
+                position = place.section.offset
+                while position < place.section.end:
+                    entries, position = run("attach", attachment.count_some, place, position)
+                    needed += entries
+                    hand_over()
+            mapper.require(needed)  # for all of it, before anything is mapped
             for place in places:
-                while run("attach", map_some, attachment, self._places, place, self._guard):
+                while run("attach", attachment.map_some, place):
                     hand_over()
             run("attach", attachment.finish)
         except BaseException as error:
-            run("attach", self._give_up_attach, attachment, even_poisoned=True)
+            run("attach", self._give_up, attachment, even_poisoned=True)
             if self._guard.poisoned and not isinstance(error, PoisonedError):
                 raise self._guard.poisoned_error("attach") from error
             raise
@@ -333,19 +312,14 @@ class GuestMemory(OfOneProcess):
         target = mapper.target
         if any(attachment.mapper.target is target for attachment in self._attachments):
             raise UsageError(f"{target!r} is attached already", value=target)
-        places = list(self._places)
-        for place in places:
-            check_place(mapper, place)
-        hold = self._guard.discards.forbid_uncoordinated(f"DMA mapper of {target!r}")
-        attachment = Attachment(mapper, hold)
+        attachment = Attachment(mapper, self._guard, self._places)
         # From here on, a section that is placed meanwhile is mapped with the others.
         self._attachments.append(attachment)
-        return attachment, places
+        return attachment, list(self._places)
 
-    def _give_up_attach(self, attachment: Attachment) -> None:
+    def _give_up(self, attachment: Attachment) -> None:
         self._attachments.remove(attachment)
-        give_up(attachment, self._places)
-        attachment.close(keeps_blocks=self._guard.poisoned)
+        attachment.give_up()
 
     def detach(self, mapper: Mapper) -> None:
         """
@@ -365,9 +339,8 @@ class GuestMemory(OfOneProcess):
         attachment = next(found, None)
         if attachment is None:
             raise UsageError(f"{mapper!r} is not attached here", value=mapper)
-        leave_all(attachment, self._places, self._guard)
+        attachment.leave_all()
         self._attachments.remove(attachment)
-        attachment.close(keeps_blocks=self._guard.poisoned)
 
     def convert(self, gpa: int, size: int, to: PageState) -> ConversionResult:
         """
@@ -378,10 +351,11 @@ class GuestMemory(OfOneProcess):
         :raises UsageError: Unaligned, empty, past 2**64, over a hole or over RAM without private
             backing; nothing has changed.
         :raises MappingLimitError: A budget does not hold for it and its undo; nothing has changed.
-        :raises ConversionError: A step failed, and every step was put back: nothing has changed. The
-            cause is chained. In place, an OSError with EAGAIN: somebody holds a page, and the guest may
-            ask again later.
-        :raises PoisonedError: This memory is poisoned, or this call poisoned it: see :meth:`in_doubt`.
+        :raises ConversionError: A step failed, and every step was put back: nothing has changed.
+            The cause is chained. In place, an OSError with EAGAIN: somebody holds a page, and the
+            guest may ask again later.
+        :raises PoisonedError: This memory is poisoned, or this call poisoned it: see
+            :meth:`in_doubt`.
         :raises KeyboardInterrupt: It came meanwhile and waited: the conversion is done, or put back
             with its error as the context.
         """
@@ -390,14 +364,9 @@ class GuestMemory(OfOneProcess):
     def _convert(self, gpa: int, size: int, to: PageState) -> ConversionResult:
         if to is not PageState.PRIVATE and to is not PageState.SHARED:
             check_state(to)
-        # The look that check_range() begins with; it has the words for the others.
-        if (
-            type(gpa) is not int
-            or type(size) is not int
-            or gpa < 0
-            or not 0 < size <= ADDRESS_LIMIT - gpa
-            or (gpa | size) & (PAGE_SIZE - 1)
-        ):
+        # The look that check_range() begins with, to save a call; it has the words for the others.
+        whole = type(gpa) is int and type(size) is int
+        if not whole or gpa < 0 or not 0 < size <= ADDRESS_LIMIT - gpa or (gpa | size) % PAGE_SIZE:
             check_range(gpa, size, limit=ADDRESS_LIMIT, align=PAGE_SIZE, what="conversion")
         pieces = plan_pieces(self._places, gpa, size, to, self._placer.vm)
         if not pieces:
@@ -407,7 +376,7 @@ class GuestMemory(OfOneProcess):
             map_calls -= attachment.mapper.map_calls
             unmap_calls -= attachment.mapper.unmap_calls
         for piece in pieces:
-            if piece.block.discard_manager.registry.limited:
+            if piece.place.block.discard_manager.registry.limited:
                 reserve([each.change.notification for each in pieces])
                 break
         try:
@@ -422,8 +391,8 @@ class GuestMemory(OfOneProcess):
         for piece in pieces:
             changed += piece.change.changed_bytes
             if self._guard.observer is not None:
-                section = piece.section
-                piece.attributes.observe(piece.change, section.offset, section.size)
+                start, length = piece.section.offset, piece.section.size
+                piece.attributes.observe(piece.change, start, length)
         # Committed. What is freed is not put back.
         not_freed = pieces[0].free() if len(pieces) == 1 else free_each(p.free for p in pieces)
         for attachment in self._attachments:
