@@ -60,8 +60,9 @@ class DmaTarget(Protocol):
     """
     Whatever maps IOVAs for devices. The mapper uses these and nothing else.
 
-    A call that raises :class:`~ramblock.errors.DmaError` has done nothing, unless the error says ``in_doubt``. After any
-    other exception the call may or may not have been carried out, and the mapper finds out.
+    A call that raises :class:`~ramblock.errors.DmaError` has done nothing, unless the error says
+    ``in_doubt``. After any other exception the call may or may not have been carried out, and the
+    mapper finds out.
     """
 
     @property
@@ -72,15 +73,18 @@ class DmaTarget(Protocol):
         """
         Let devices reach *memory* at *iova*.
 
-        :raises DmaError: EEXIST: something is mapped there. ENOSPC: no entry is left. EINVAL: misaligned, out of range.
+        :raises DmaError: EEXIST: something is mapped there. ENOSPC: no entry is left. EINVAL:
+            misaligned, out of range.
         """
 
     def unmap(self, iova: int, size: int) -> int:
         """
-        Take ``[iova, iova + size)`` away from devices; none of their accesses is under way any more on return.
+        Take ``[iova, iova + size)`` away from devices; none of their accesses is under way any more
+        on return.
 
         :return: Bytes really unmapped; 0 where nothing was mapped.
-        :raises DmaError: EINVAL: it would cut a mapping and the target cannot. ENOENT: no such mapping (exact).
+        :raises DmaError: EINVAL: it would cut a mapping and the target cannot. ENOENT: no such
+            mapping (exact).
         """
 
     def close(self) -> None:
