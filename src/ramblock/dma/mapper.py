@@ -84,11 +84,7 @@ class Mapper:
         self._log_nearly = Sparingly(_log)
 
     def require(self, extra: int) -> None:
-        """
-        Check that *extra* entries more may exist at once.
-
-        :raises MappingLimitError: They may not.
-        """
+        """Raise :class:`MappingLimitError` unless *extra* entries more may exist at once."""
         limit, needed = self.limit, self.entries + extra
         if limit is None or extra <= 0:
             return
@@ -286,33 +282,30 @@ class SectionMapper:
             raise
 
     def _unmap_after_failure(
-        self, start: int, position: int, in_flight_end: int, error: BaseException
+        self, start: int, position: int, stop: int, error: BaseException
     ) -> None:
-        # [start, position) is mapped for certain, [position, in_flight_end) perhaps: unmap both.
-        self._erase(start, in_flight_end)
+        # [start, position) is mapped for certain, [position, stop) perhaps: unmap both.
+        self._erase(start, stop)
         step = self._step if self.mapper.exact and self._step else position - start
         for piece in range(start, position, step or 1):
             _, problem = self._try_unmap(piece, piece + step)
             if problem is not None:
                 self._report(piece, piece + step, problem)
-        if position == in_flight_end or _is_refusal(error):
+        if position == stop or _is_refusal(error):
             return
-        removed, problem = self._try_unmap(position, in_flight_end, perhaps=True)
-        size = (in_flight_end - position) * PAGE_SIZE
+        removed, problem = self._try_unmap(position, stop, perhaps=True)
+        size = (stop - position) * PAGE_SIZE
         if problem is None and removed < size:
             problem = f"unmap removed {removed:#x} of {size:#x} bytes"
             if not removed:
-                problem = self._second_witness(position, in_flight_end)
+                # It may be short: where a map succeeds, the second witness, nothing was left.
+                try:
+                    self._map_piece(position, stop - position)
+                    _, problem = self._try_unmap(position, stop)
+                except BaseException as failure:  # part of an undo
+                    problem = f"unmap removed nothing, and mapping it again failed: {failure!r}"
         if problem is not None:
-            self._report(position, in_flight_end, problem)
-
-    def _second_witness(self, start: int, end: int) -> str | None:
-        # An unmap that removed nothing may be short: where a map succeeds nothing was left.
-        try:
-            self._map_piece(start, end - start)
-        except BaseException as error:  # part of an undo
-            return f"unmap removed nothing, and mapping it again failed: {error!r}"
-        return self._try_unmap(start, end)[1]
+            self._report(position, stop, problem)
 
     def _try_unmap(self, start: int, end: int, *, perhaps: bool = False) -> tuple[int, str | None]:
         # In an undo, or on a poisoned memory: the rest has to happen whatever comes. Returns the
@@ -349,20 +342,20 @@ class SectionMapper:
             assert span is not None  # the caller has counted
             start, end = span
             saved = self.mapped.save(start, end)
-        position, in_flight_end, pages = start, end, mapped
+        position, stop, pages = start, end, mapped
         gpa, exact = self.section.gpa, self.mapper.exact
         try:
             # (As the pieces of a target that is not exact, without a call.)
-            for position, in_flight_end in self._pieces(start, end) if exact else ((start, end),):
+            for position, stop in self._pieces(start, end) if exact else ((start, end),):
                 if exact:
-                    pages = in_flight_end - position
-                iova, size = gpa + position * PAGE_SIZE, (in_flight_end - position) * PAGE_SIZE
+                    pages = stop - position
+                iova, size = gpa + position * PAGE_SIZE, (stop - position) * PAGE_SIZE
                 self.mapper.unmap_calls += 1
                 removed = self.target.unmap(iova, size)
                 # Not only short ones: None is the answer of a target that forgot to give one.
                 if type(removed) is not int or removed < pages * PAGE_SIZE:
                     raise _ShortUnmapError(iova, size, removed, pages * PAGE_SIZE)
-            position = in_flight_end
+            position = stop
             self._erase(start, end)
         except BaseException as error:
             runs = SparseBitmap(self.pages)
@@ -370,30 +363,25 @@ class SectionMapper:
                 runs.set(start, end)
             else:
                 runs.restore(start, end, saved)
-            self._map_after_failure(runs, start, position, in_flight_end, error)
+            self._map_after_failure(runs, start, position, stop, error)
             raise
 
     def _map_after_failure(
-        self,
-        runs: SparseBitmap,
-        start: int,
-        position: int,
-        in_flight_end: int,
-        error: BaseException,
+        self, runs: SparseBitmap, start: int, position: int, stop: int, error: BaseException
     ) -> None:
         # Of *runs*, which were mapped, [start, position) is unmapped for certain, and
-        # [position, in_flight_end) perhaps: map all of it again.
+        # [position, stop) perhaps: map all of it again.
         problem: str | None = None
         if isinstance(error, _ShortUnmapError):
             problem = str(error)
-        elif not _is_refusal(error) and position < in_flight_end:
+        elif not _is_refusal(error) and position < stop:
             # Not known whether it happened: make sure it has. A short answer shows when the pages
             # are mapped again.
-            _, problem = self._try_unmap(position, in_flight_end, perhaps=True)
+            _, problem = self._try_unmap(position, stop, perhaps=True)
             if problem is None:
-                position = in_flight_end
+                position = stop
         if problem is not None:
-            for run in list(runs.runs(position, in_flight_end)):
+            for run in list(runs.runs(position, stop)):
                 self._report(*run, problem)
         if position == start:
             return
@@ -411,9 +399,6 @@ class SectionMapper:
         base = self.section.offset
         part = self.section.part(base + start * PAGE_SIZE, base + end * PAGE_SIZE)
         self._doubt(part, self, reason)
-
-    def __repr__(self) -> str:
-        return f"<SectionMapper of {self.section!r} on {self.target!r}>"
 
 
 def _is_refusal(error: BaseException) -> bool:

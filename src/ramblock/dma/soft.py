@@ -18,7 +18,7 @@ from collections import deque
 from itertools import pairwise
 from operator import itemgetter
 from threading import Lock
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from ramblock.dma.target import DmaCapabilities, HostRange
 from ramblock.errors import DmaError, IommuFault, describe_range
@@ -143,7 +143,7 @@ class SoftIommu(OfOneProcess):
         size, ranges = memory.size, self.capabilities.iova_ranges
         end = iova + size
         if size <= 0 or iova < 0 or end > ADDRESS_LIMIT or (iova | size) & self._in_page:
-            self._refuse("map", iova, size)
+            raise self._bad_range("map", iova, size)
         if ranges is not None and not any(start <= iova and end <= stop for start, stop in ranges):
             raise _refusal("map", iova, size, errno.EINVAL, "outside the IOVA ranges")
         with self._lock:
@@ -167,7 +167,7 @@ class SoftIommu(OfOneProcess):
         """
         end = iova + size
         if size <= 0 or iova < 0 or end > ADDRESS_LIMIT or (iova | size) & self._in_page:
-            self._refuse("unmap", iova, size)
+            raise self._bad_range("unmap", iova, size)
         with self._lock:
             position, behind = self._table.overlapping(iova, end)
             hit = self._table.mappings[position:behind]
@@ -204,11 +204,11 @@ class SoftIommu(OfOneProcess):
         with self._lock:
             return list(self._table.mappings)
 
-    def _refuse(self, call: str, iova: int, size: int) -> NoReturn:
+    def _bad_range(self, call: str, iova: int, size: int) -> DmaError:
         text = f"not made of pages of {self.capabilities.page_size:#x} bytes"
         if size <= 0 or iova < 0 or iova + size > ADDRESS_LIMIT:
             text = "empty, or past 2**64"
-        raise _refusal(call, iova, size, errno.EINVAL, text)
+        return _refusal(call, iova, size, errno.EINVAL, text)
 
     def _check_room(self, call: str, iova: int, size: int) -> None:
         # For one mapping more.

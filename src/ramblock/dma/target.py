@@ -38,7 +38,7 @@ class DmaCapabilities:
     cut: bool = False
     """An unmap may remove a part of a mapping while the rest stays mapped without a gap."""
     exact: bool = False
-    """An unmap must name one whole mapping (libvfio-user, lib/dma.c, dma_controller_remove_region())."""
+    """An unmap must name one whole mapping (libvfio-user: dma_controller_remove_region())."""
     iova_ranges: tuple[tuple[int, int], ...] | None = None
     """Half-open ranges of addresses that devices can use; None: all of them."""
 
@@ -79,8 +79,7 @@ class DmaTarget(Protocol):
 
     def unmap(self, iova: int, size: int) -> int:
         """
-        Take ``[iova, iova + size)`` away from devices; none of their accesses is under way any more
-        on return.
+        Take ``[iova, iova + size)`` away from devices; no access to it is under way on return.
 
         :return: Bytes really unmapped; 0 where nothing was mapped.
         :raises DmaError: EINVAL: it would cut a mapping and the target cannot. ENOENT: no such

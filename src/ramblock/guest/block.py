@@ -37,10 +37,10 @@ def _check_name(name: object) -> None:
 
 class RamBlock(OfOneProcess):
     """
-    Guest RAM: a shared backing, for confidential guests a private one, the page states, and the
-    discard manager.
+    Guest RAM: its backings, page states and discard manager.
 
-    Made by :meth:`create` or :meth:`from_backend`. A context manager: leaving it closes the block.
+    The shared backing is always there, the private one for confidential guests. Made by
+    :meth:`create` or :meth:`from_backend`. A context manager: leaving it closes the block.
     """
 
     def __init__(
@@ -64,10 +64,12 @@ class RamBlock(OfOneProcess):
         self.page_size = shared.page_size
         #: The private backing; None for ordinary RAM.
         self.private = private
-        #: The memory, where it serves both states and so is both sides; else None.
+        #: The memory, where it serves both states; else None.
         self.in_place = private if is_in_place(private) else None
         self.placement: Placement | None = None
-        self._own_private = private if owns_private else None
+        self._own_private = None
+        if owns_private and isinstance(private, StandInPrivate):
+            self._own_private = private
         #: Joins the block's sources and tells its listeners.
         self.discard_manager = manager = RamDiscardManager(self)
         #: The page states; None for ordinary RAM, which is always shared.
@@ -87,19 +89,15 @@ class RamBlock(OfOneProcess):
         self.private.discard(offset, size)
 
     def retire_private(self, old: PrivateBacking) -> int:
-        """
-        Empty *old*, which :attr:`private` has replaced in a reset, and close it if it is ours.
-
-        :return: The bytes that are not freed.
-        """
+        """Empty *old*, which a reset has replaced, close it if it is ours; return what is left."""
         not_freed = 0
         try:
             old.discard(0, self.size)
         except Exception as error:
             not_freed = self.size
             _log.warning("block %r: the old private side is not emptied: %s", self.name, error)
-        if old is self._own_private and isinstance(old, StandInPrivate):
-            old.close()
+        if self._own_private is old:
+            self._own_private.close()
             self._own_private = None
         return not_freed
 
@@ -114,11 +112,9 @@ class RamBlock(OfOneProcess):
         :param size: In bytes; a multiple of the host page size.
         :param private: None for ordinary RAM; ``"stand-in"`` for a memfd in the role of
             guest_memfd; any :class:`~ramblock.PrivateBacking`, which stays the caller's to close;
-            or an
-            :class:`~ramblock.InPlaceBacking`, which is all of the block's memory from now on and is
-            closed with it.
-        :raises UsageError: Bad size, or *private* is none of these or does not fit; nothing is
-            held.
+            or an :class:`~ramblock.InPlaceBacking`, which is all of the block's memory from now on
+            and is closed with it.
+        :raises UsageError: Bad size, or *private* is no such or does not fit; nothing is held.
         :raises OSError: The host has no memory; nothing is held.
         """
         if is_in_place(private):
@@ -146,8 +142,8 @@ class RamBlock(OfOneProcess):
         """
         _check_name(name)
         if is_in_place(private):
-            text = f"block {name!r}: {private!r} is all the memory of its block"
-            text += ", there is none to allocate"
+            reason = f"{private!r} is all the memory of its block, there is none to allocate"
+            text = f"block {name!r}: {reason}"
             raise UsageError(text, value=private, expected="RamBlock.create")
         if private is not None and private != "stand-in":
             check_private(private, backend.size, name)
@@ -196,9 +192,8 @@ class RamBlock(OfOneProcess):
 
     def free_pending(self) -> int:
         """
-        Try once more to free what could not be freed.
+        Try once more to free all that waits; return the bytes that still wait.
 
-        :return: Bytes that still wait.
         :raises PoisonedError: The block is poisoned, and keeps its pages.
         """
         self.discard_manager.check_open()
@@ -211,12 +206,11 @@ class RamBlock(OfOneProcess):
 
     def close(self) -> None:
         """
-        Unregister the listeners, leave the guest memory, and give the memory back. Twice is the
-        same as once.
+        Unregister the listeners, leave the guest memory, and give the memory back.
 
-        It never refuses because of listeners: one that cannot let go poisons, and then, as for any
-        poisoned block, the pages stay alive, since a target may reach them. In a fork it only
-        closes what this process has of the block, and tells nobody.
+        Twice is the same as once. It never refuses because of listeners: one that cannot let go
+        poisons, and then, as for any poisoned block, the pages stay alive, since a target may reach
+        them. In a fork it only closes this process's part of the block, and tells nobody.
 
         :raises BusyError: Called by a listener from inside an operation; nothing has changed.
         """
@@ -242,7 +236,7 @@ class RamBlock(OfOneProcess):
             _log.critical("block %r is closed poisoned; its %s stay allocated", self.name, size)
         else:
             self.shared.close()
-        if isinstance(self._own_private, StandInPrivate):
+        if self._own_private is not None:
             self._own_private.close()
 
     def __enter__(self) -> RamBlock:

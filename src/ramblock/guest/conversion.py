@@ -103,13 +103,8 @@ class ConversionPiece(NamedTuple):
 _Call: TypeAlias = Callable[[ConversionPiece], None]
 
 
-class _Step(NamedTuple):
-    # One line of a table.
-    name: str
-    do: _Call
-    undo: _Call
-    stuck: _Call | None = None  # called when ``undo`` failed, so that our records say what is true
-
+# Name, do, undo; a function called when undo failed, so that our records say what is true now.
+_Step: TypeAlias = tuple[str, _Call, _Call, _Call | None]
 
 _ATTRIBUTE: tuple[_Call, _Call] = ConversionPiece.set_attribute, ConversionPiece.put_attribute_back
 _TELL: tuple[_Call, _Call] = (
@@ -121,29 +116,25 @@ _FLIP: tuple[_Call, _Call] = (
     lambda piece: piece.change.flip_back(),
 )
 
-TO_PRIVATE = (
-    _Step("unmap", *_TELL),
+TO_PRIVATE: tuple[_Step, ...] = (
+    ("unmap", *_TELL, None),
     # If the attribute cannot be made shared again nothing may be mapped again: the pages are
     # private for every device.
-    _Step("attribute", *_ATTRIBUTE, stuck=_FLIP[0]),
-    _Step("state", *_FLIP, stuck=_FLIP[0]),
+    ("attribute", *_ATTRIBUTE, _FLIP[0]),
+    ("state", *_FLIP, _FLIP[0]),
 )
-TO_SHARED = (
-    _Step("attribute", *_ATTRIBUTE),
+TO_SHARED: tuple[_Step, ...] = (
+    ("attribute", *_ATTRIBUTE, None),
     # If pages cannot be unmapped again the attribute stays shared, and so does the state.
-    _Step("map", *_TELL, stuck=ConversionPiece.settle_in_doubt),
-    _Step("state", *_FLIP, stuck=_FLIP[0]),
+    ("map", *_TELL, ConversionPiece.settle_in_doubt),
+    ("state", *_FLIP, _FLIP[0]),
 )
 
 
 def plan_pieces(
     places: PlaceMap, gpa: int, size: int, to: PageState, vm: Vm | None
 ) -> list[ConversionPiece]:
-    """
-    List the pieces in which something changes.
-
-    :raises UsageError: A hole, or RAM without private backing.
-    """
+    """List the pieces in which something changes; UsageError for RAM that cannot be private."""
     pieces = []
     for place, section in places.pieces(gpa, size):
         attributes = place.block.attributes
@@ -167,9 +158,7 @@ def convert_pieces(
     """
     Run the table over *pieces*, step by step: all are unmapped before the first attribute changes.
 
-    :raises ConversionError: A step failed; everything is put back. The cause is chained.
-    :raises PoisonedError: And it could not be put back.
-    :raises BaseException: The cause itself, if it is no Exception; everything is put back.
+    Raises as ``GuestMemory.convert``; an exception that is no Exception goes on as it is.
     """
     begun: list[Entry] = []  # as an UndoLog keeps, without a call for each step
     try:

@@ -10,7 +10,7 @@ section as is mapped, hears of every change there, and of none behind.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from ramblock.discard.guard import Guard
@@ -20,6 +20,7 @@ from ramblock.discard.section import RamSection
 from ramblock.discard.undo import UndoLog
 from ramblock.dma.mapper import Mapper, SectionMapper
 from ramblock.dma.target import DmaTarget
+from ramblock.errors import UsageError
 from ramblock.guest.places import Place, PlaceMap
 from ramblock.hostmem.backing import SharedBacking
 
@@ -33,33 +34,42 @@ _COUNTED = 4096
 
 class Attachment:
     """
-    A mapper that comes to a guest; its target keeps alive the memory it reaches, also where nobody
-    else does. The caller holds the lock.
+    A mapper in a guest. The caller holds the lock.
 
-    :param mapper: Its target is kept in step.
-    :param guard: Of the memory.
-    :param places: The sections that are there.
-    :raises UsageError: The target cannot map one of them.
+    Its target keeps alive the memory it reaches, also where nobody else does.
+
+    :param siblings: The attachments of the guest; it adds and removes itself.
+    :raises UsageError: It is there already, or its target cannot map one of *places*.
     :raises BusyError: Somebody needs to discard behind the mapper's back.
     """
 
-    def __init__(self, mapper: Mapper, guard: Guard, places: PlaceMap) -> None:
-        self.mapper = mapper
+    def __init__(
+        self, mapper: Mapper, guard: Guard, places: PlaceMap, siblings: list[Attachment]
+    ) -> None:
+        target = mapper.target
+        if any(sibling.mapper.target is target for sibling in siblings):
+            raise UsageError(f"{target!r} is attached already", value=target)
+        self.mapper: Mapper = mapper
         self._guard = guard
         self._places = places
+        self._siblings = siblings
         #: Whether it maps all that it should. Not so while it is still being attached.
         self.complete = False
         for place in places:
             self._check(place)
-        self._hold = guard.discards.forbid_uncoordinated(f"DMA mapper of {mapper.target!r}")
+        self._hold = guard.discards.forbid_uncoordinated(f"DMA mapper of {target!r}")
         # By listener. Nothing in here leads back to the target: else neither would ever go.
         self._reachable: dict[int, SharedBacking] = {}
         self._anchor: weakref.finalize[..., DmaTarget] | None = None
         try:
-            self._anchor = weakref.finalize(mapper.target, self._reachable.clear)
+            self._anchor = weakref.finalize(target, self._reachable.clear)
             self._anchor.atexit = False
         except TypeError:
             pass  # it cannot be watched, for instance because it has __slots__
+        # From here on, a section that is placed meanwhile is mapped with the others.
+        #: Maps all sections, batch by batch: where it yields, the lock may go to others.
+        self.batches = self._map_all(list(places))
+        siblings.append(self)
 
     def _check(self, place: Place) -> None:
         manager = place.block.discard_manager
@@ -67,11 +77,7 @@ class Attachment:
         self.mapper.check_section(place.section, granularity)
 
     def admit(self, place: Place) -> Registration:
-        """
-        Make a listener for *place*; it is not registered by that.
-
-        :raises UsageError: The target cannot map it.
-        """
+        """Make a listener for *place*, unless the target cannot map it; it is not registered."""
         self._check(place)
         listener = SectionMapper(self.mapper, place.section, self._guard.doubt)
         place.listeners[self] = listener
@@ -83,26 +89,26 @@ class Attachment:
         listener = place.listeners.get(self)
         return None if listener is None else place.block.discard_manager.find(listener)
 
-    def count_some(self, place: Place, position: int) -> tuple[int, int]:
-        """
-        Count the entries that the next runs of *place* need, from offset *position* of the block
-        on.
+    def _map_all(self, places: list[Place]) -> Iterator[None]:
+        if self.mapper.limit is not None:
+            # For all of it, before anything is mapped.
+            needed = 0
+            for place in places:
+                position, end = place.section.offset, place.section.end
+                while position < end:
+                    rest = place.block.discard_manager.populated(place.section.part(position, end))
+                    runs = list(islice(rest, _COUNTED))
+                    needed += sum(self.mapper.entries_for(run.size) for run in runs)
+                    position = runs[-1].end if len(runs) == _COUNTED else end
+                    yield
+            self.mapper.require(needed)
+        for place in places:
+            while self._map_some(place):
+                yield
+        self.complete = True
 
-        :return: The entries, and the offset up to which they are counted.
-        """
-        part = place.section.part(position, place.section.end)
-        runs = list(islice(place.block.discard_manager.populated(part), _COUNTED))
-        entries = sum(self.mapper.entries_for(run.size) for run in runs)
-        return entries, runs[-1].end if len(runs) == _COUNTED else place.section.end
-
-    def map_some(self, place: Place) -> bool:
-        """
-        Map the next batch of *place*; whether anything is left to map. All of the batch or nothing.
-
-        :raises UsageError: The target cannot map it.
-        :raises MappingLimitError: No room for the batch.
-        :raises BaseException: From the target.
-        """
+    def _map_some(self, place: Place) -> bool:
+        # The next batch, all or nothing; whether anything is left to map.
         section, manager = place.section, place.block.discard_manager
         if self._places.look_up(section) is not place:
             return False  # it was unmapped meanwhile
@@ -130,19 +136,8 @@ class Attachment:
             left -= entries
         return None  # behind the last run
 
-    def finish(self) -> None:
-        """Note that everything is mapped."""
-        self.complete = True
-
     def leave_all(self) -> None:
-        """
-        Unmap everything, and give back the claim on discards: all or nothing.
-
-        On a poisoned memory, all that the target lets go of; the rest is noted as in doubt.
-
-        :raises BaseException: From the target; all is mapped as before.
-        :raises PoisonedError: It could not be mapped again.
-        """
+        """Unmap everything, all or nothing; as much as the target lets go of if it is poisoned."""
         if self._guard.poisoned:
             for place in self._places:
                 self.force_out(place)
@@ -154,10 +149,12 @@ class Attachment:
                         place.block.discard_manager.leave(undo, registration)
         for place in self._places:
             place.listeners.pop(self, None)
+        self._siblings.remove(self)
         self._close()
 
     def give_up(self) -> None:
         """Unmap a mapper that is attached in part, whatever its target says."""
+        self._siblings.remove(self)
         for place in self._places:
             registration = self.registration(place)
             self.force_out(place)

@@ -51,13 +51,10 @@ _QUEUE = 1024
 
 
 def free_each(frees: Iterable[Callable[[], int]]) -> int:
-    """
-    Call each of *frees* and add up the bytes that are not freed.
-
-    :raises BaseException: The last one that is no Exception, after all had their turn: memory whose
-        turn never came would be lost. (Refusals are on the account, and raise nothing.)
-    """
+    """Call each of *frees* and add up the bytes that are not freed."""
     not_freed = 0
+    # Refusals are on the account and raise nothing. Anything else is raised after all had their
+    # turn: memory whose turn never came would be lost.
     failure: BaseException | None = None
     for free in frees:
         try:
@@ -108,9 +105,8 @@ class Reclaimer:
         """
         Free ``[offset, offset + size)``, which nobody needs any more.
 
-        :return: How many bytes of it are not freed now; they are on the account and freed later.
-        :raises BaseException: What the backing raised, if it is no Exception; the range is on the
-            account then.
+        :return: Bytes of it that are not freed now; they are on the account and freed later.
+        :raises BaseException: From the backing, if it is no Exception; the range is on the account.
         """
         end = offset + size
         earlier = len(self._queue)
@@ -123,11 +119,7 @@ class Reclaimer:
         return self._pending.count(offset // PAGE_SIZE, end // PAGE_SIZE) * PAGE_SIZE
 
     def free_pending(self) -> int:
-        """
-        Try once more to free everything that waits.
-
-        :return: Bytes that still wait, among them the parts of huge pages that are partly in use.
-        """
+        """Try once more to free all that waits; return the bytes that still wait."""
         self._queue.clear()  # the account knows all of it
         for start, end in list(self._unused(0, self._pending.length * PAGE_SIZE)):
             if not self._free_range(start, end):
@@ -216,30 +208,25 @@ class Sides:
         self.private: Reclaimer | None = None
         name, size, unit = f"block {manager.block.name!r}", manager.block.size, shared.page_size
         if is_in_place(shared):
-            self._all = [Reclaimer(name, size, unit, shared.discard, self._plugged)]
+            self._all = [Reclaimer(name, size, unit, shared.discard, partial(self._used, ""))]
             return
-        side, used = f"{name}, shared side", self._used_shared
+        side, used = f"{name}, shared side", partial(self._used, "shared")
         self.shared = Reclaimer(side, size, unit, shared.discard, used)
         self._all = [self.shared]
         if attributes is not None:
-            side, used = f"{name}, private side", self._used_privately
+            side, used = f"{name}, private side", partial(self._used, "private")
             self.private = Reclaimer(side, size, PAGE_SIZE, discard_private, used)
             self._all.append(self.private)
 
-    def _plugged(self, start: int, end: int) -> Runs:
-        return self._of_plugged(iter(((start, end),)))
-
-    def _of_plugged(self, runs: Runs) -> Runs:
+    def _used(self, side: str, start: int, end: int) -> Runs:
+        runs: Runs = iter(((start, end),))
+        if side:
+            runs = joint_runs(runs, self._attributes)
+        if side == "private":
+            runs = complement(runs, start, end)
         # Other sources are not asked: the guest may still use what they withhold from devices.
         sources = [each for each in self._manager.sources if getattr(each, "withholds", False)]
         return joint_runs(runs, sources)
-
-    def _used_shared(self, start: int, end: int) -> Runs:
-        return self._of_plugged(joint_runs(iter(((start, end),)), self._attributes))
-
-    def _used_privately(self, start: int, end: int) -> Runs:
-        shared = joint_runs(iter(((start, end),)), self._attributes)
-        return self._of_plugged(complement(shared, start, end))
 
     @property
     def not_freed_bytes(self) -> int:

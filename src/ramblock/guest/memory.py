@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 from ramblock.discard.attributes import PageState, check_state
 from ramblock.discard.coordination import DiscardCoordinator, DiscardHold
 from ramblock.discard.guard import Guard, InDoubt
 from ramblock.discard.notification import reserve
 from ramblock.discard.section import RamSection
+from ramblock.discard.undo import UndoLog
 from ramblock.dma.mapper import Mapper
 from ramblock.dma.target import DmaTarget, MappingPolicy
 from ramblock.errors import BusyError, ConversionError, PoisonedError, UsageError
@@ -19,10 +21,9 @@ from ramblock.guest.block import RamBlock
 from ramblock.guest.conversion import ConversionResult, convert_pieces, plan_pieces
 from ramblock.guest.devices import Attachment
 from ramblock.guest.freeing import free_each
-from ramblock.guest.placement import Placer
 from ramblock.guest.places import Place, PlaceMap
 from ramblock.guest.reset import reset_guest
-from ramblock.guest.vm import Vm
+from ramblock.guest.vm import MAKE_SHARED, MemorySlots, Vm, change_slot, establish, withdraw
 from ramblock.hostmem.backing import PrivateBacking
 from ramblock.interrupts import hand_over, uninterrupted
 from ramblock.logs import Sparingly
@@ -50,10 +51,14 @@ class GuestMemory(OfOneProcess):
 
     def __init__(self, vm: Vm | None = None) -> None:
         self._guard = Guard()
+        self._vm = vm
         self._places = PlaceMap()
         self._attachments: list[Attachment] = []
-        self._placer = Placer(self._guard, vm, self._places, self._attachments)
         self._log_failure = Sparingly(_log)
+        #: Who needs discards of this memory, and who forbids them.
+        self.discards: DiscardCoordinator = self._guard.discards
+        # Sections that have gone, and whose attributes the VM did not reset.
+        self._not_reset: list[RamSection] = []
         # The claims that each block's own guard held when it came here, by the block's id.
         self._adopted: dict[int, list[DiscardHold]] = {}
 
@@ -66,11 +71,6 @@ class GuestMemory(OfOneProcess):
     def mappers(self) -> tuple[Mapper, ...]:
         """The mappers that are attached, oldest first."""
         return tuple(entry.mapper for entry in self._attachments if entry.complete)
-
-    @property
-    def discards(self) -> DiscardCoordinator:
-        """Who needs discards of this memory, and who forbids them."""
-        return self._guard.discards
 
     @property
     def observer(self) -> Observer | None:
@@ -169,14 +169,26 @@ class GuestMemory(OfOneProcess):
 
     def _map(self, block: RamBlock, section: RamSection) -> None:
         self._places.check_free(block, section)
+        place, manager = Place(block, section), block.discard_manager
         try:
             if block.placement is not self:
                 self._check_unplaced(block)
                 # Its own guard is taken inside ours. Nobody takes them the other way round: a
                 # block's own guard knows no memory.
                 block.guard.run("map", self._adopt, block, block.guard)
-            self._placer.place(Place(block, section))
+            joining = [attachment.admit(place) for attachment in self._attachments]
+            replays = [manager.replay(registration) for registration in joining]
+            reserve(replays)
+            with UndoLog(self._guard, "map") as undo:
+                # From the first moment: private before the slot lets the guest see the pages.
+                undo.do("attribute", self._set_attributes, self._try_to_withdraw, place)
+                change_slot(undo, self._vm, place, add=True)
+                for registration, replay in zip(joining, replays, strict=True):
+                    manager.join(undo, registration, replay)
+            self._places.add(place)
         except BaseException:
+            if not self._guard.poisoned:
+                self._forget_listeners(place)
             self._release_unplaced(block)
             raise
 
@@ -220,21 +232,79 @@ class GuestMemory(OfOneProcess):
         if place is None:
             raise UsageError(f"{section!r} is not mapped here", value=section)
         if self._guard.poisoned:
-            self._placer.force_out(place)
+            self._force_out(place)
         else:
-            self._placer.remove(place)
+            self._remove(place, partial(withdraw, self._vm))
         self._release_unplaced(place.block)
+
+    def _remove(self, place: Place, unset: Callable[[Place], None]) -> None:
+        # All or nothing; *unset* takes the attributes away.
+        manager = place.block.discard_manager
+        found = [attachment.registration(place) for attachment in self._attachments]
+        leaving = [registration for registration in found if registration is not None]
+
+        def stay_unmapped(*_: object) -> None:
+            for registration in leaving:
+                manager.stay_in_doubt(registration, "unmapped, and the VM does not take it back")
+
+        with UndoLog(self._guard, "unmap") as undo:
+            for registration in leaving:
+                manager.leave(undo, registration)
+            change_slot(undo, self._vm, place, add=False, stuck=stay_unmapped)
+            undo.do("attribute", unset, self._set_attributes, place, stuck=stay_unmapped)
+        self._places.discard(place)
+        self._forget_listeners(place)
+
+    def _force_out(self, place: Place) -> None:
+        # Whatever anybody says; the rest of its mappings is noted as in doubt.
+        poisoned, vm = self._guard.poisoned, self._vm
+        for attachment in self._attachments:
+            attachment.force_out(place)
+        self._places.discard(place)
+        self._forget_listeners(place)
+        try:
+            if isinstance(vm, MemorySlots):
+                vm.remove_memory_slot(place.section)
+        except BaseException as error:
+            # The guest still sees the memory, as a device would: the block must keep it.
+            self._guard.doubt(place.section, vm, f"the VM keeps its slot: {error!r}")
+        else:
+            if not poisoned:
+                self._try_to_withdraw(place)
+
+    def _forget_listeners(self, place: Place) -> None:
+        for attachment in self._attachments:
+            attachment.forget(place)
+
+    def _set_attributes(self, place: Place) -> None:
+        section = place.section
+        if place.block.attributes is not None:
+            establish(self._vm, place)
+        elif self._vm is not None and any(
+            old.gpa < section.gpa_end and section.gpa < old.gpa_end for old in self._not_reset
+        ):
+            # Ordinary RAM has the kernel's default, which an earlier section may have left changed.
+            self._vm.set_memory_attributes(section.gpa, section.size, MAKE_SHARED)
+
+    def _try_to_withdraw(self, place: Place) -> None:
+        # For a section that the guest does not see. Where the VM refuses, nobody is harmed: nothing
+        # is there. But the next section there has to set the attributes.
+        try:
+            withdraw(self._vm, place)
+        except OSError as error:
+            self._not_reset.append(place.section)
+            _log.warning("%r: attributes are not reset: %s", place.section, error)
 
     def forget(self, block: RamBlock) -> None:
         """Take out every section of *block*, for its ``close``, which holds the lock."""
         for place in self._places.of_block(block):
-            if not self._guard.poisoned:
-                try:
-                    self._placer.remove(place, closing=True)
+            try:
+                if not self._guard.poisoned:
+                    self._remove(place, self._try_to_withdraw)
                     continue
-                except BaseException as error:
-                    _log.debug("closing block %r by force: %r", block.name, error)
-            self._placer.force_out(place)
+            except BaseException as error:
+                _log.debug("closing block %r by force: %r", block.name, error)
+            self._force_out(place)
         # The block keeps this guard: its doubts are noted here.
         self._adopted.pop(id(block), None)
         block.placement = None
@@ -243,8 +313,10 @@ class GuestMemory(OfOneProcess):
         self, vm: Vm | None = None, private: Mapping[RamBlock, PrivateBacking] | None = None
     ) -> int:
         """
-        Reset the guest: all confidential pages private, virtio-mem unplugged, neither mapped by any
-        device, and all that memory freed on both sides. All or nothing until it is committed.
+        Reset the guest. All or nothing until it is committed.
+
+        All confidential pages become private, virtio-mem is unplugged, no device maps either, and
+        all that memory is freed on both sides.
 
         :param vm: Takes the place of the VM until now, which must not run any more; None: it stays.
         :param private: New private backings by block, where they are recreated.
@@ -252,10 +324,15 @@ class GuestMemory(OfOneProcess):
             not run: call it again.
         :raises UsageError: *vm* is no VM, or a block cannot take a new private backing; nothing has
             changed.
-        :raises BaseException: What a target or VM raised; everything is as before.
+        :raises BaseException: From a target or VM; everything is as before.
         :raises PoisonedError: This memory is poisoned, or this call poisoned it.
         """
-        return self._guard.run("reset", reset_guest, self._placer, vm, dict(private or {}))
+        return self._guard.run("reset", self._reset, vm, dict(private or {}))
+
+    def _reset(self, vm: Vm | None, private: Mapping[RamBlock, PrivateBacking]) -> int:
+        frees = reset_guest(self._guard, self._places, self._vm, vm, private)
+        self._vm = self._vm if vm is None else vm
+        return free_each(frees)
 
     def attach(
         self,
@@ -287,39 +364,16 @@ class GuestMemory(OfOneProcess):
 
     def _attach(self, target: DmaTarget, policy: MappingPolicy, max_mappings: int | None) -> Mapper:
         run, mapper = self._guard.run, Mapper(target, policy, max_mappings)
-        attachment, places = run("attach", self._begin_attach, mapper)
+        attachment = run("attach", Attachment, mapper, self._guard, self._places, self._attachments)
         try:
-            needed = 0
-            for place in places if mapper.limit is not None else ():
-                position = place.section.offset
-                while position < place.section.end:
-                    entries, position = run("attach", attachment.count_some, place, position)
-                    needed += entries
-                    hand_over()
-            mapper.require(needed)  # for all of it, before anything is mapped
-            for place in places:
-                while run("attach", attachment.map_some, place):
-                    hand_over()
-            run("attach", attachment.finish)
+            while run("attach", next, attachment.batches, attachment) is not attachment:
+                hand_over()
         except BaseException as error:
-            run("attach", self._give_up, attachment, even_poisoned=True)
+            run("attach", attachment.give_up, even_poisoned=True)
             if self._guard.poisoned and not isinstance(error, PoisonedError):
                 raise self._guard.poisoned_error("attach") from error
             raise
         return mapper
-
-    def _begin_attach(self, mapper: Mapper) -> tuple[Attachment, list[Place]]:
-        target = mapper.target
-        if any(attachment.mapper.target is target for attachment in self._attachments):
-            raise UsageError(f"{target!r} is attached already", value=target)
-        attachment = Attachment(mapper, self._guard, self._places)
-        # From here on, a section that is placed meanwhile is mapped with the others.
-        self._attachments.append(attachment)
-        return attachment, list(self._places)
-
-    def _give_up(self, attachment: Attachment) -> None:
-        self._attachments.remove(attachment)
-        attachment.give_up()
 
     def detach(self, mapper: Mapper) -> None:
         """
@@ -340,7 +394,6 @@ class GuestMemory(OfOneProcess):
         if attachment is None:
             raise UsageError(f"{mapper!r} is not attached here", value=mapper)
         attachment.leave_all()
-        self._attachments.remove(attachment)
 
     def convert(self, gpa: int, size: int, to: PageState) -> ConversionResult:
         """
@@ -368,7 +421,7 @@ class GuestMemory(OfOneProcess):
         whole = type(gpa) is int and type(size) is int
         if not whole or gpa < 0 or not 0 < size <= ADDRESS_LIMIT - gpa or (gpa | size) % PAGE_SIZE:
             check_range(gpa, size, limit=ADDRESS_LIMIT, align=PAGE_SIZE, what="conversion")
-        pieces = plan_pieces(self._places, gpa, size, to, self._placer.vm)
+        pieces = plan_pieces(self._places, gpa, size, to, self._vm)
         if not pieces:
             return ConversionResult(gpa, size, to, 0, 0, 0, 0)
         map_calls = unmap_calls = 0

@@ -27,42 +27,34 @@ from functools import partial
 
 from ramblock.discard.attributes import RamBlockAttributes
 from ramblock.discard.bitmap_source import BitmapChange
+from ramblock.discard.guard import Guard
 from ramblock.discard.notification import Notification, reserve
 from ramblock.discard.undo import UndoLog
 from ramblock.discard.virtio_mem import VirtioMem
 from ramblock.errors import UsageError
 from ramblock.guest.block import RamBlock
-from ramblock.guest.freeing import free_each
-from ramblock.guest.placement import Placer
-from ramblock.guest.places import Place, PlaceMap
-from ramblock.guest.vm import (
-    MAKE_PRIVATE,
-    MAKE_SHARED,
-    Vm,
-    change_slot,
-    set_attribute,
-    try_to,
-    withdraw,
-)
+from ramblock.guest.places import PlaceMap
+from ramblock.guest.vm import Vm, change_slot, make_private, share, try_to, withdraw
 from ramblock.hostmem.backing import PrivateBacking, check_private
 
 __all__ = ["reset_guest"]
 
 
-def reset_guest(placer: Placer, vm: Vm | None, private: Mapping[RamBlock, PrivateBacking]) -> int:
+def reset_guest(
+    guard: Guard,
+    places: PlaceMap,
+    old_vm: Vm | None,
+    vm: Vm | None,
+    private: Mapping[RamBlock, PrivateBacking],
+) -> list[partial[int]]:
     """
-    Reset; see the module. The caller holds the lock.
+    Reset, but for freeing; the caller holds the lock. Raises as ``GuestMemory.reset``.
 
     :param vm: The new VM; None: it stays.
-    :param private: New private backings by block.
-    :return: Bytes of the old guest that could not be freed.
-    :raises UsageError: *vm* is no VM, or a block cannot take its backing; nothing has changed.
-    :raises BaseException: From a target or VM; everything is as before.
-    :raises PoisonedError: It could not be put back.
+    :return: Functions that free the memory of the old guest, and return what is not freed.
     """
-    _check_new_parts(placer.places, vm, private)
-    places, renewed = placer.places, vm is not None
-    new_vm = placer.vm if vm is None else vm
+    _check_new_parts(places, vm, private)
+    renewed, new_vm = vm is not None, old_vm if vm is None else vm
     old_sides = [(block, block.private) for block in private]
     blocks = {id(place.block): place.block for place in places}.values()
     farewells = {
@@ -72,7 +64,7 @@ def reset_guest(placer: Placer, vm: Vm | None, private: Mapping[RamBlock, Privat
     }
     reserve(farewells.values())
     flips: list[BitmapChange] = []
-    with UndoLog(placer.guard, "reset") as undo:
+    with UndoLog(guard, "reset") as undo:
         for block, farewell in farewells.items():
             undo.do("unmap", farewell.tell, farewell.take_back, piece=block)
         again = [place for place in places if renewed or place.block in private]
@@ -80,20 +72,19 @@ def reset_guest(placer: Placer, vm: Vm | None, private: Mapping[RamBlock, Privat
         for place in [] if renewed else again:
             reason = "unmapped, and the VM does not take it back"
             stuck = partial(farewells[place.block].doubt, reason)
-            change_slot(undo, placer.vm, place, add=False, piece=place.block, stuck=stuck)
+            change_slot(undo, old_vm, place, add=False, piece=place.block, stuck=stuck)
         for block, backing in private.items():
             swap = partial(setattr, block, "private")
-            undo.do(
-                "private side", partial(swap, backing), partial(swap, block.private), piece=block
-            )
+            new, old = partial(swap, backing), partial(swap, block.private)
+            undo.do("private side", new, old, piece=block)
         # From here on, if an undo fails the pages stay private and unmapped: so the states say.
         for place in places:
             block, settle = place.block, partial(_settle, place.block)
             if block.attributes is not None:
                 # Those of a new VM go back to the kernel's default.
-                new = renewed and block.in_place is None
-                do, back = _make_private, partial(try_to, withdraw) if new else _share_again
-                undo.do("attribute", do, back, new_vm, place, piece=block, stuck=settle)
+                fresh = renewed and block.in_place is None
+                back = partial(try_to, withdraw) if fresh else share
+                undo.do("attribute", make_private, back, new_vm, place, piece=block, stuck=settle)
         for place in again:
             block, settle = place.block, partial(_settle, place.block)
             change_slot(undo, new_vm, place, add=True, piece=block, stuck=settle, dropped=renewed)
@@ -102,16 +93,14 @@ def reset_guest(placer: Placer, vm: Vm | None, private: Mapping[RamBlock, Privat
                 settle = partial(_settle, block)
                 undo.do("state", change.flip, change.flip_back, piece=block, stuck=settle)
                 flips.append(change)
-    if vm is not None:
-        placer.vm = vm
     for change in flips:
         if isinstance(change.source, RamBlockAttributes):
             change.source.observe(change, 0, change.source.block.size)
     frees = [partial(block.sides.free, 0, block.size) for block in farewells]
-    for block, old in old_sides:
-        if old is not None and old is not block.private:
-            frees.append(partial(block.retire_private, old))
-    return free_each(frees)
+    for block, side in old_sides:
+        if side is not None and side is not block.private:
+            frees.append(partial(block.retire_private, side))
+    return frees
 
 
 def _check_new_parts(
@@ -142,14 +131,3 @@ def _changes(block: RamBlock) -> list[BitmapChange]:
 def _settle(block: RamBlock, *_: object) -> None:
     for change in _changes(block):
         change.flip()
-
-
-def _make_private(vm: Vm | None, place: Place) -> None:
-    section = place.section
-    set_attribute(vm, place, section.offset, section.end, private=MAKE_PRIVATE)
-
-
-def _share_again(vm: Vm | None, place: Place) -> None:
-    assert place.block.attributes is not None
-    for offset, size in place.block.attributes.ranges(place.section.offset, place.section.size):
-        set_attribute(vm, place, offset, offset + size, private=MAKE_SHARED)

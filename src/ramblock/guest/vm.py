@@ -33,8 +33,7 @@ class Vm(Protocol):
 
     def set_memory_attributes(self, gpa: int, size: int, private: bool) -> None:  # noqa: FBT001
         """
-        Make ``[gpa, gpa + size)`` private or shared for the guest. Setting what is set already
-        changes nothing.
+        Make ``[gpa, gpa + size)`` private or shared for the guest; no change where it is already.
 
         :raises OSError: Refused; whoever asked puts back what was, since it cannot know.
         """
@@ -77,21 +76,36 @@ def set_attribute(vm: Vm | None, place: Place, start: int, end: int, *, private:
         vm.set_memory_attributes(gpa, end - start, private)
 
 
-def establish(vm: Vm | None, place: Place) -> None:
-    """Make the attributes of *place*, which has private backing, say the same as the page states."""
-    section, attributes = place.section, place.block.attributes
-    assert attributes is not None
-    ranges = attributes.ranges(section.offset, section.size)
-    shared = [(offset, offset + size) for offset, size in ranges]
-    # The VM's may be anything before, and nobody sees them yet: all private, then what is shared.
-    private: Runs = iter(((section.offset, section.end),))
-    if place.block.in_place is not None:
-        # Another section or a listener may rely on those of a memory: only what differs changes.
-        private = complement(iter(shared), section.offset, section.end)
-    for start, end in private:
-        set_attribute(vm, place, start, end, private=MAKE_PRIVATE)
-    for start, end in shared:
+def make_private(vm: Vm | None, place: Place) -> None:
+    """Make all of *place* private."""
+    section = place.section
+    set_attribute(vm, place, section.offset, section.end, private=MAKE_PRIVATE)
+
+
+def share(vm: Vm | None, place: Place) -> None:
+    """Make the pages of *place* shared whose state is shared."""
+    for start, end in _shared_runs(place):
         set_attribute(vm, place, start, end, private=MAKE_SHARED)
+
+
+def _shared_runs(place: Place) -> Runs:
+    section, attributes = place.section, place.block.attributes
+    assert attributes is not None  # there is private backing
+    for offset, size in attributes.ranges(section.offset, section.size):
+        yield offset, offset + size
+
+
+def establish(vm: Vm | None, place: Place) -> None:
+    """Make the attributes of *place*, which has private backing, agree with the page states."""
+    if place.block.in_place is None:
+        # The VM's may be anything before, and nobody sees them yet.
+        make_private(vm, place)
+    else:
+        # Another section or a listener may rely on those of a memory: only what differs changes.
+        section = place.section
+        for start, end in complement(_shared_runs(place), section.offset, section.end):
+            set_attribute(vm, place, start, end, private=MAKE_PRIVATE)
+    share(vm, place)
 
 
 def withdraw(vm: Vm | None, place: Place) -> None:
