@@ -291,8 +291,8 @@ class SectionMapper:
             _, problem = self._try_unmap(piece, piece + step)
             if problem is not None:
                 self._report(piece, piece + step, problem)
-        if position == stop or _is_refusal(error):
-            return
+        if position == stop or (isinstance(error, DmaError) and not error.in_doubt):
+            return  # a refusal did nothing
         removed, problem = self._try_unmap(position, stop, perhaps=True)
         size = (stop - position) * PAGE_SIZE
         if problem is None and removed < size:
@@ -374,9 +374,9 @@ class SectionMapper:
         problem: str | None = None
         if isinstance(error, _ShortUnmapError):
             problem = str(error)
-        elif not _is_refusal(error) and position < stop:
-            # Not known whether it happened: make sure it has. A short answer shows when the pages
-            # are mapped again.
+        elif position < stop and (not isinstance(error, DmaError) or error.in_doubt):
+            # No refusal: not known whether it happened, so make sure it has. A short answer shows
+            # when the pages are mapped again.
             _, problem = self._try_unmap(position, stop, perhaps=True)
             if problem is None:
                 position = stop
@@ -399,11 +399,6 @@ class SectionMapper:
         base = self.section.offset
         part = self.section.part(base + start * PAGE_SIZE, base + end * PAGE_SIZE)
         self._doubt(part, self, reason)
-
-
-def _is_refusal(error: BaseException) -> bool:
-    # Whether the target says that the call did nothing.
-    return isinstance(error, DmaError) and not error.in_doubt
 
 
 class _ShortUnmapError(DmaError):

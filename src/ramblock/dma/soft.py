@@ -140,20 +140,20 @@ class SoftIommu(OfOneProcess):
             something is mapped there; the text says where. ENOSPC: no entry is left. Nothing has
             changed.
         """
-        size, ranges = memory.size, self.capabilities.iova_ranges
-        end = iova + size
+        size, end = memory.size, iova + memory.size
+        limit, ranges = self.capabilities.max_mappings, self.capabilities.iova_ranges
         if size <= 0 or iova < 0 or end > ADDRESS_LIMIT or (iova | size) & self._in_page:
-            raise self._bad_range("map", iova, size)
+            raise self._refusal("map", iova, size)
         if ranges is not None and not any(start <= iova and end <= stop for start, stop in ranges):
-            raise _refusal("map", iova, size, errno.EINVAL, "outside the IOVA ranges")
+            raise self._refusal("map", iova, size, errno.EINVAL, "outside the IOVA ranges")
         with self._lock:
             first, last = self._table.overlapping(iova, end)
             if first < last:
                 other = self._table.mappings[first]
                 text = f"{describe_range(other.iova, other.size)} is mapped"
-                raise _refusal("map", iova, size, errno.EEXIST, text)
-            if self.capabilities.max_mappings is not None:
-                self._check_room("map", iova, size)
+                raise self._refusal("map", iova, size, errno.EEXIST, text)
+            if limit is not None and len(self._table.mappings) >= limit:
+                raise self._refusal("map", iova, size, errno.ENOSPC)
             self._table.replace(first, first, [Mapping(iova, size, memory, writable)])
 
     def unmap(self, iova: int, size: int) -> int:
@@ -165,14 +165,14 @@ class SoftIommu(OfOneProcess):
             with ``exact``, it is not one whole mapping. ENOSPC: no entry is left for the part
             behind the cut. Nothing has changed.
         """
-        end = iova + size
+        end, limit = iova + size, self.capabilities.max_mappings
         if size <= 0 or iova < 0 or end > ADDRESS_LIMIT or (iova | size) & self._in_page:
-            raise self._bad_range("unmap", iova, size)
+            raise self._refusal("unmap", iova, size)
         with self._lock:
             position, behind = self._table.overlapping(iova, end)
             hit = self._table.mappings[position:behind]
             if self.capabilities.exact and (len(hit) != 1 or hit[0][:2] != (iova, size)):
-                raise _refusal("unmap", iova, size, errno.ENOENT, "not one whole mapping")
+                raise self._refusal("unmap", iova, size, errno.ENOENT, "not one whole mapping")
             if not hit:
                 return 0
             first, last = hit[0], hit[-1]
@@ -185,9 +185,9 @@ class SoftIommu(OfOneProcess):
             if rest and not self.capabilities.cut:
                 cut = first if first.iova < iova else last
                 text = f"it would cut {describe_range(cut.iova, cut.size)}"
-                raise _refusal("unmap", iova, size, errno.EINVAL, text)
-            if len(rest) > len(hit):
-                self._check_room("unmap", iova, size)
+                raise self._refusal("unmap", iova, size, errno.EINVAL, text)
+            if len(rest) > len(hit) and limit is not None and len(self._table.mappings) >= limit:
+                raise self._refusal("unmap", iova, size, errno.ENOSPC)
             self._table.replace(position, behind, rest)
         removed = min(last_end, end) - max(first.iova, iova)
         for before, after in pairwise(hit):
@@ -204,17 +204,16 @@ class SoftIommu(OfOneProcess):
         with self._lock:
             return list(self._table.mappings)
 
-    def _bad_range(self, call: str, iova: int, size: int) -> DmaError:
-        text = f"not made of pages of {self.capabilities.page_size:#x} bytes"
-        if size <= 0 or iova < 0 or iova + size > ADDRESS_LIMIT:
+    def _refusal(
+        self, call: str, iova: int, size: int, number: int = errno.EINVAL, text: str = ""
+    ) -> DmaError:
+        if number == errno.ENOSPC:
+            text = f"{len(self._table)} of {self.capabilities.max_mappings} mappings in use"
+        elif size <= 0 or iova < 0 or iova + size > ADDRESS_LIMIT:
             text = "empty, or past 2**64"
-        return _refusal(call, iova, size, errno.EINVAL, text)
-
-    def _check_room(self, call: str, iova: int, size: int) -> None:
-        # For one mapping more.
-        used, limit = len(self._table), self.capabilities.max_mappings
-        if limit is not None and used >= limit:
-            raise _refusal(call, iova, size, errno.ENOSPC, f"{used} of {limit} mappings in use")
+        text = text or f"not made of pages of {self.capabilities.page_size:#x} bytes"
+        where = describe_range(iova, size)
+        return DmaError(number, f"{call} {where}: {text}", iova=iova, size=size)
 
     def read(self, iova: int, size: int) -> bytes:
         """
@@ -272,10 +271,6 @@ class SoftIommu(OfOneProcess):
 
     def __repr__(self) -> str:
         return f"<SoftIommu at {id(self):#x}: {len(self._table.mappings)} mappings>"
-
-
-def _refusal(call: str, iova: int, size: int, number: int, text: str) -> DmaError:
-    return DmaError(number, f"{call} {describe_range(iova, size)}: {text}", iova=iova, size=size)
 
 
 def _read_host(memory: HostRange) -> bytes:

@@ -140,12 +140,8 @@ def plan_pieces(
         attributes = place.block.attributes
         if attributes is None:
             where = f"{describe_range(gpa, size)}: block {place.block.name!r} at {section.gpa:#x}"
-            raise UsageError(
-                f"{where} has no private backing",
-                value=section.gpa,
-                expected="RAM with private backing",
-                reason="no private side",
-            )
+            text, expected = f"{where} has no private backing", "RAM with private backing"
+            raise UsageError(text, value=section.gpa, expected=expected, reason="no private side")
         change = attributes.plan(section.offset, section.size, populate=to is PageState.SHARED)
         if change is not None:
             pieces.append(ConversionPiece(place, section, attributes, change, vm))
