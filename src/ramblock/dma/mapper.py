@@ -47,7 +47,6 @@ class Mapper:
     """
     One target's mappings. Made by ``GuestMemory.attach``.
 
-    :param policy: PAGE, RUN or AUTO.
     :param max_mappings: The operator's budget; the smaller of it and the target's counts.
     :raises UsageError: RUN, and the target cannot cut.
     """
@@ -71,12 +70,9 @@ class Mapper:
         #: Smallest piece that one mapping covers, in bytes.
         self.page_size = max(capabilities.page_size, PAGE_SIZE)
         self.exact = capabilities.exact
-        #: Mappings that exist now.
-        self.entries = 0
-        #: Bytes that devices can reach now.
-        self.mapped_bytes = 0
-        #: Calls made so far, those of undone conversions too.
-        self.map_calls = 0
+        self.entries = 0  #: Mappings that exist now.
+        self.mapped_bytes = 0  #: Bytes that devices can reach now.
+        self.map_calls = 0  #: Calls made so far, those of undone conversions too.
         self.unmap_calls = 0
         self.listeners: list[SectionMapper] = []
         self._warned = False
@@ -158,8 +154,7 @@ class SectionMapper:
         self.pages = section.size // PAGE_SIZE
         self.mapped = SparseBitmap(self.pages)
         self.starts = SparseBitmap(self.pages)
-        #: The pages that were reported as in doubt.
-        self.uncertain = SparseBitmap(self.pages)
+        self.uncertain = SparseBitmap(self.pages)  #: The pages that were reported as in doubt.
         self._doubt = doubt
         self._step = mapper.page_size // PAGE_SIZE if mapper.policy is MappingPolicy.PAGE else None
         mapper.listeners.append(self)

@@ -65,8 +65,7 @@ class MappingTable:
 
     def __init__(self) -> None:
         self._starts: list[int] = []
-        #: Ascending, disjoint.
-        self.mappings: list[Mapping] = []
+        self.mappings: list[Mapping] = []  #: Ascending, disjoint.
 
     def __len__(self) -> int:
         return len(self.mappings)
@@ -129,8 +128,7 @@ class SoftIommu(OfOneProcess):
         self._table = MappingTable()
         #: The latest faults; older ones are forgotten, but counted.
         self.faults: deque[FaultRecord] = deque(maxlen=_FAULTS_KEPT)
-        #: Faults since the beginning.
-        self.fault_count = 0
+        self.fault_count = 0  #: Faults since the beginning.
 
     def map(self, iova: int, memory: HostRange, *, writable: bool = True) -> None:
         """

@@ -19,41 +19,34 @@ __all__ = ["DmaCapabilities", "DmaTarget", "HostRange", "MappingPolicy"]
 class MappingPolicy(Enum):
     """How much one mapping covers."""
 
+    #: One mapping per page: any target can unmap any page later. 65,535 entries are 256 MiB.
     PAGE = "page"
-    """One mapping per page: any target can unmap any page later. 65,535 entries are 256 MiB."""
-    RUN = "run"
-    """One mapping per run of each conversion; the target has to cut."""
-    AUTO = "auto"
-    """``RUN`` where the target cuts, else ``PAGE``."""
+    RUN = "run"  #: One mapping per run of each conversion; the target has to cut.
+    AUTO = "auto"  #: ``RUN`` where the target cuts, else ``PAGE``.
 
 
 @dataclass(frozen=True, slots=True)
 class DmaCapabilities:
     """What a target can do."""
 
+    #: Smallest piece it maps, in bytes; addresses and sizes are multiples of it.
     page_size: int = PAGE_SIZE
-    """Smallest piece it maps, in bytes; addresses and sizes are multiples of it."""
-    max_mappings: int | None = None
-    """How many mappings may exist at once; None: any number."""
+    max_mappings: int | None = None  #: How many mappings may exist at once; None: any number.
+    #: An unmap may remove a part of a mapping while the rest stays mapped without a gap.
     cut: bool = False
-    """An unmap may remove a part of a mapping while the rest stays mapped without a gap."""
     exact: bool = False
     """An unmap must name one whole mapping (libvfio-user: dma_controller_remove_region())."""
+    #: Half-open ranges of addresses that devices can use; None: all of them.
     iova_ranges: tuple[tuple[int, int], ...] | None = None
-    """Half-open ranges of addresses that devices can use; None: all of them."""
 
 
 class HostRange(NamedTuple):
     """Where the bytes are on this host."""
 
-    fd: int | None
-    """Descriptor of the memory; None for anonymous memory."""
-    offset: int
-    """First byte in the descriptor."""
-    address: int
-    """Host virtual address of the first byte."""
-    size: int
-    """In bytes."""
+    fd: int | None  #: Descriptor of the memory; None for anonymous memory.
+    offset: int  #: First byte in the descriptor.
+    address: int  #: Host virtual address of the first byte.
+    size: int  #: In bytes.
 
 
 class DmaTarget(Protocol):

@@ -52,18 +52,13 @@ class RamBlock(OfOneProcess):
         owns_private: bool,
     ) -> None:
         self.name = name
-        #: In bytes.
-        self.size = shared.size
-        #: The shared backing itself.
-        self.shared = shared
-        #: Descriptor of the shared backing; None for anonymous memory.
-        self.fd = shared.fd
-        #: Host virtual address of the shared backing.
-        self.address = shared.address
+        self.size = shared.size  #: In bytes.
+        self.shared = shared  #: The shared backing itself.
+        self.fd = shared.fd  #: Descriptor of the shared backing; None for anonymous memory.
+        self.address = shared.address  #: Host virtual address of the shared backing.
         #: The smallest piece of the shared backing that can be freed, in bytes.
         self.page_size = shared.page_size
-        #: The private backing; None for ordinary RAM.
-        self.private = private
+        self.private = private  #: The private backing; None for ordinary RAM.
         #: The memory, where it serves both states; else None.
         self.in_place = private if is_in_place(private) else None
         self.placement: Placement | None = None

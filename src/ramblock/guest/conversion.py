@@ -28,38 +28,33 @@ nothing back, and handles one block. The undo runs the right-hand column from be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 from ramblock.discard.attributes import PageState, RamBlockAttributes
 from ramblock.discard.bitmap_source import BitmapChange
 from ramblock.discard.guard import Guard
+from ramblock.discard.notification import reserve
 from ramblock.discard.section import RamSection
 from ramblock.discard.undo import Entry, put_back
 from ramblock.errors import ConversionError, PoisonedError, UsageError, describe_range
 from ramblock.guest.places import Place, PlaceMap
 from ramblock.guest.vm import Vm, set_attribute
 
-__all__ = ["ConversionPiece", "ConversionResult", "convert_pieces", "plan_pieces"]
+__all__ = ["ConversionPiece", "ConversionResult", "convert_pieces"]
 
 
 class ConversionResult(NamedTuple):
     """The account of one conversion."""
 
-    gpa: int
-    """Start of the range, in guest physical bytes."""
-    size: int
-    """In bytes."""
-    to: PageState
-    """The state that all of it is in now."""
-    changed_bytes: int
-    """How much of it was in the other state."""
-    map_calls: int
-    """Calls to DMA targets, all of them together."""
-    unmap_calls: int
-    """Calls to DMA targets, all of them together."""
+    gpa: int  #: Start of the range, in guest physical bytes.
+    size: int  #: In bytes.
+    to: PageState  #: The state that all of it is in now.
+    changed_bytes: int  #: How much of it was in the other state.
+    map_calls: int  #: Calls to DMA targets, all of them together.
+    unmap_calls: int  #: Calls to DMA targets, all of them together.
+    #: How much of the side that is no longer used is not freed yet; it is freed later.
     not_freed_bytes: int
-    """How much of the side that is no longer used is not freed yet; it is freed later."""
 
 
 class ConversionPiece(NamedTuple):
@@ -131,11 +126,17 @@ TO_SHARED: tuple[_Step, ...] = (
 )
 
 
-def plan_pieces(
-    places: PlaceMap, gpa: int, size: int, to: PageState, vm: Vm | None
+def convert_pieces(
+    guard: Guard, places: PlaceMap, vm: Vm | None, gpa: int, size: int, to: PageState
 ) -> list[ConversionPiece]:
-    """List the pieces in which something changes; UsageError for RAM that cannot be private."""
+    """
+    Convert, but for freeing; return the pieces in which something changed.
+
+    The table runs step by step: all pieces are unmapped before the first attribute changes. Raises
+    as ``GuestMemory.convert``; an exception that is no Exception goes on as it is.
+    """
     pieces = []
+    limited = False
     for place, section in places.pieces(gpa, size):
         attributes = place.block.attributes
         if attributes is None:
@@ -145,23 +146,16 @@ def plan_pieces(
         change = attributes.plan(section.offset, section.size, populate=to is PageState.SHARED)
         if change is not None:
             pieces.append(ConversionPiece(place, section, attributes, change, vm))
-    return pieces
-
-
-def convert_pieces(
-    guard: Guard, pieces: Sequence[ConversionPiece], gpa: int, size: int, to: PageState
-) -> None:
-    """
-    Run the table over *pieces*, step by step: all are unmapped before the first attribute changes.
-
-    Raises as ``GuestMemory.convert``; an exception that is no Exception goes on as it is.
-    """
+            limited = limited or place.block.discard_manager.registry.limited > 0
+    if limited:
+        reserve([piece.change.notification for piece in pieces])
     begun: list[Entry] = []  # as an UndoLog keeps, without a call for each step
     try:
         for step, do, undo, stuck in TO_PRIVATE if to is PageState.PRIVATE else TO_SHARED:
             for piece in pieces:
                 begun.append((step, piece, undo, stuck, (piece,)))
                 do(piece)
+        return pieces
     except BaseException as cause:
         put_back(guard, begun)
         step, failed = begun[-1][:2]

@@ -92,8 +92,7 @@ class Reclaimer:
         self._pending = SparseBitmap(size // PAGE_SIZE)
         self._queue: deque[tuple[int, int]] = deque(maxlen=_QUEUE)
         self._log_failure = Sparingly(_log)
-        #: Bytes that nobody needs and that are still there.
-        self.not_freed_bytes = 0
+        self.not_freed_bytes = 0  #: Bytes that nobody needs and that are still there.
 
     def keep_used(self, offset: int, size: int) -> None:
         """Take off the account the pages of the range that are in use again."""

@@ -18,7 +18,7 @@ from ramblock.dma.target import DmaTarget, MappingPolicy
 from ramblock.errors import BusyError, ConversionError, PoisonedError, UsageError
 from ramblock.events import Observer
 from ramblock.guest.block import RamBlock
-from ramblock.guest.conversion import ConversionResult, convert_pieces, plan_pieces
+from ramblock.guest.conversion import ConversionResult, convert_pieces
 from ramblock.guest.devices import Attachment
 from ramblock.guest.freeing import free_each
 from ramblock.guest.places import Place, PlaceMap
@@ -28,7 +28,7 @@ from ramblock.hostmem.backing import PrivateBacking
 from ramblock.interrupts import hand_over, uninterrupted
 from ramblock.logs import Sparingly
 from ramblock.process import OfOneProcess
-from ramblock.ranges import merge_adjacent
+from ramblock.ranges import Runs, merge_adjacent
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_positive, check_range
 
 __all__ = ["GuestMemory"]
@@ -115,16 +115,11 @@ class GuestMemory(OfOneProcess):
         runs = merge_adjacent(self._runs(shared=state is PageState.SHARED))
         return ((start, end - start) for start, end in runs)
 
-    def _runs(self, *, shared: bool) -> Iterator[tuple[int, int]]:
+    def _runs(self, *, shared: bool) -> Runs:
         for place in self._places:
-            section, attributes = place.section, place.block.attributes
-            if attributes is not None:
-                shift = section.gpa - section.offset
-                first, last = section.offset // PAGE_SIZE, section.end // PAGE_SIZE
-                for start, end in attributes.bits.runs(first, last, value=shared):
-                    yield start * PAGE_SIZE + shift, end * PAGE_SIZE + shift
-            elif shared:
-                yield section.gpa, section.gpa_end
+            shift = place.section.gpa - place.section.offset
+            for start, end in place.runs(shared=shared):
+                yield start + shift, end + shift
 
     def map(
         self,
@@ -421,19 +416,12 @@ class GuestMemory(OfOneProcess):
         whole = type(gpa) is int and type(size) is int
         if not whole or gpa < 0 or not 0 < size <= ADDRESS_LIMIT - gpa or (gpa | size) % PAGE_SIZE:
             check_range(gpa, size, limit=ADDRESS_LIMIT, align=PAGE_SIZE, what="conversion")
-        pieces = plan_pieces(self._places, gpa, size, to, self._vm)
-        if not pieces:
-            return ConversionResult(gpa, size, to, 0, 0, 0, 0)
         map_calls = unmap_calls = 0
         for attachment in self._attachments:
             map_calls -= attachment.mapper.map_calls
             unmap_calls -= attachment.mapper.unmap_calls
-        for piece in pieces:
-            if piece.place.block.discard_manager.registry.limited:
-                reserve([each.change.notification for each in pieces])
-                break
         try:
-            convert_pieces(self._guard, pieces, gpa, size, to)
+            pieces = convert_pieces(self._guard, self._places, self._vm, gpa, size, to)
         except PoisonedError as error:
             _log.critical("%s: %r", error, error.__cause__)
             raise

@@ -12,6 +12,8 @@ from ramblock.discard.section import RamSection
 from ramblock.dma.mapper import SectionMapper
 from ramblock.errors import UsageError, describe_range
 from ramblock.guest.block import RamBlock
+from ramblock.ranges import Runs
+from ramblock.units import PAGE_SIZE
 
 __all__ = ["Place", "PlaceMap"]
 
@@ -22,8 +24,18 @@ class Place:
 
     block: RamBlock
     section: RamSection
+    #: By the mapper's attachment.
     listeners: dict[object, SectionMapper] = field(default_factory=dict)
-    """By the mapper's attachment."""
+
+    def runs(self, *, shared: bool) -> Runs:
+        """Yield the runs of the block that appear here and are shared, or private; ascending."""
+        section, attributes = self.section, self.block.attributes
+        if attributes is not None:
+            first, last = section.offset // PAGE_SIZE, section.end // PAGE_SIZE
+            for start, end in attributes.bits.runs(first, last, value=shared):
+                yield start * PAGE_SIZE, end * PAGE_SIZE
+        elif shared:
+            yield section.offset, section.end
 
 
 _offset = attrgetter("section.offset")

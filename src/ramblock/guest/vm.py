@@ -18,7 +18,6 @@ from ramblock.discard.section import RamSection
 from ramblock.discard.undo import UndoLog
 from ramblock.guest.places import Place
 from ramblock.hostmem.in_place import set_attributes
-from ramblock.ranges import Runs, complement
 
 __all__ = ["MAKE_PRIVATE", "MAKE_SHARED", "MemorySlots", "Vm"]
 
@@ -84,15 +83,8 @@ def make_private(vm: Vm | None, place: Place) -> None:
 
 def share(vm: Vm | None, place: Place) -> None:
     """Make the pages of *place* shared whose state is shared."""
-    for start, end in _shared_runs(place):
+    for start, end in place.runs(shared=True):
         set_attribute(vm, place, start, end, private=MAKE_SHARED)
-
-
-def _shared_runs(place: Place) -> Runs:
-    section, attributes = place.section, place.block.attributes
-    assert attributes is not None  # there is private backing
-    for offset, size in attributes.ranges(section.offset, section.size):
-        yield offset, offset + size
 
 
 def establish(vm: Vm | None, place: Place) -> None:
@@ -102,8 +94,7 @@ def establish(vm: Vm | None, place: Place) -> None:
         make_private(vm, place)
     else:
         # Another section or a listener may rely on those of a memory: only what differs changes.
-        section = place.section
-        for start, end in complement(_shared_runs(place), section.offset, section.end):
+        for start, end in place.runs(shared=False):
             set_attribute(vm, place, start, end, private=MAKE_PRIVATE)
     share(vm, place)
 
