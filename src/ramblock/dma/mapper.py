@@ -95,29 +95,6 @@ class Mapper:
             self._log_nearly(message, needed, limit, self.target)
         self._warned = nearly
 
-    def check_section(self, section: RamSection, granularity: int | None) -> None:
-        """
-        Check that the target can map any granule of *section*.
-
-        :param granularity: Smallest change of it, in bytes; None: none, the block has no sources.
-        :raises UsageError: Page size above *granularity*, misaligned, or outside the target's IOVA
-            ranges.
-        """
-        unit, ranges = self.page_size, self.target.capabilities.iova_ranges
-        if granularity is not None and granularity < unit:
-            changes = f"{section!r} changes by {granularity:#x}"
-            text = f"the target maps pages of {unit:#x} bytes, {changes}"
-            raise UsageError(text, value=unit, expected=f"at most {granularity:#x}")
-        if (section.gpa | section.offset | section.size) % unit:
-            raise UsageError(f"{section!r} is not made of pages of {unit:#x} bytes", value=section)
-        if ranges is not None and not any(
-            start <= section.gpa and section.gpa_end <= end for start, end in ranges
-        ):
-            where = describe_range(section.gpa, section.size)
-            expected = ", ".join(describe_range(start, end - start) for start, end in ranges)
-            text = f"{where} is outside the target's addresses {expected}"
-            raise UsageError(text, value=section, expected=expected)
-
     def entries_for(self, size: int) -> int:
         """Tell how many entries one run of *size* bytes needs."""
         return 1 if self.policy is MappingPolicy.RUN else size // self.page_size
@@ -203,16 +180,15 @@ class SectionMapper:
         certain.restore(0, self.pages, self.mapped.save(0, self.pages))
         for start, end in uncertain:
             certain.clear(start, end)
-        for run in list(certain.runs(0, self.pages)):
+        for run in (*certain.runs(0, self.pages), *uncertain):
             for start, end in list(self._pieces(*run)):
                 _, problem = self._try_unmap(start, end)
+                if self.uncertain.get(start):
+                    continue
                 if problem is None:
                     self._erase(start, end)
                 else:
                     self._report(start, end, problem)
-        for run in uncertain:
-            for start, end in list(self._pieces(*run)):
-                self._try_unmap(start, end)
 
     def entries_to_populate(self, sections: Iterable[RamSection]) -> int:
         """How many entries *sections* need."""
@@ -236,10 +212,8 @@ class SectionMapper:
         # [start, end) is mapped, in mappings of our policy.
         step = self._step
         added = self.mapped.set(start, end)
-        if step is None:
-            entries = self.starts.set(start, start + 1)
-        elif step == 1:
-            entries = self.starts.set(start, end)
+        if step is None or step == 1:
+            entries = self.starts.set(start, end if step else start + 1)
         else:
             entries = sum(self.starts.set(page, page + 1) for page in range(start, end, step))
         self.mapper.mapped_bytes += added * PAGE_SIZE
@@ -255,10 +229,8 @@ class SectionMapper:
         self.mapper.mapped_bytes -= removed * PAGE_SIZE
 
     def _map_piece(self, page: int, pages: int) -> None:
-        section = self.section
-        block = section.block
-        start = page * PAGE_SIZE
-        offset = section.offset + start
+        section, start = self.section, page * PAGE_SIZE
+        block, offset = section.block, section.offset + start
         memory = HostRange(block.fd, offset, block.address + offset, pages * PAGE_SIZE)
         self.mapper.map_calls += 1
         self.target.map(section.gpa + start, memory, writable=not section.readonly)

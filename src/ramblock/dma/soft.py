@@ -71,11 +71,7 @@ class MappingTable:
         return len(self.mappings)
 
     def overlapping(self, start: int, end: int) -> tuple[int, int]:
-        """
-        Find the mappings that touch [start, end), as a half-open range of positions.
-
-        :return: Without any it is empty, and where one is to be inserted.
-        """
+        """Find the positions [first, last) that touch [start, end); empty where to insert one."""
         first = bisect_right(self._starts, start)
         if first:
             iova, size, _, _ = self.mappings[first - 1]

@@ -84,7 +84,7 @@ class RamBlock(OfOneProcess):
         self.private.discard(offset, size)
 
     def retire_private(self, old: PrivateBacking) -> int:
-        """Empty *old*, which a reset has replaced, close it if it is ours; return what is left."""
+        """Empty *old*, which a reset has replaced, close it if it is ours; return the rest."""
         not_freed = 0
         try:
             old.discard(0, self.size)

@@ -74,7 +74,7 @@ class ConversionPiece(NamedTuple):
             set_attribute(self.vm, self.place, start, end, private=not self.change.populate)
 
     def put_attribute_back(self) -> None:
-        """Undo :meth:`set_attribute`, however far it came: only what differed goes back."""
+        """Undo :meth:`set_attribute`, however far it came: only where it differed."""
         for start, end in self.change.changed_runs():
             set_attribute(self.vm, self.place, start, end, private=self.change.populate)
 

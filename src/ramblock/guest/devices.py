@@ -20,7 +20,7 @@ from ramblock.discard.section import RamSection
 from ramblock.discard.undo import UndoLog
 from ramblock.dma.mapper import Mapper, SectionMapper
 from ramblock.dma.target import DmaTarget
-from ramblock.errors import UsageError
+from ramblock.errors import UsageError, describe_range
 from ramblock.guest.places import Place, PlaceMap
 from ramblock.hostmem.backing import SharedBacking
 
@@ -72,9 +72,23 @@ class Attachment:
         siblings.append(self)
 
     def _check(self, place: Place) -> None:
-        manager = place.block.discard_manager
-        granularity = manager.min_granularity if manager.sources else None
-        self.mapper.check_section(place.section, granularity)
+        # Its target must be able to map any granule; a block without sources does not change.
+        section, manager = place.section, place.block.discard_manager
+        unit, ranges = self.mapper.page_size, self.mapper.target.capabilities.iova_ranges
+        granularity = manager.min_granularity
+        if manager.sources and granularity < unit:
+            changes = f"{section!r} changes by {granularity:#x}"
+            text = f"the target maps pages of {unit:#x} bytes, {changes}"
+            raise UsageError(text, value=unit, expected=f"at most {granularity:#x}")
+        if (section.gpa | section.offset | section.size) % unit:
+            raise UsageError(f"{section!r} is not made of pages of {unit:#x} bytes", value=section)
+        if ranges is not None and not any(
+            start <= section.gpa and section.gpa_end <= end for start, end in ranges
+        ):
+            where = describe_range(section.gpa, section.size)
+            expected = ", ".join(describe_range(start, end - start) for start, end in ranges)
+            text = f"{where} is outside the target's addresses {expected}"
+            raise UsageError(text, value=section, expected=expected)
 
     def admit(self, place: Place) -> Registration:
         """Make a listener for *place*, unless the target cannot map it; it is not registered."""
@@ -128,11 +142,10 @@ class Attachment:
         left = _BATCH
         for run in runs:
             entries = self.mapper.entries_for(run.size)
-            if entries > left:
+            if entries >= left:
                 # Only one mapping for each page can be divided; one of a run is a single entry.
-                return run.offset + left * self.mapper.page_size
-            if entries == left:
-                return run.end
+                divided = run.offset + left * self.mapper.page_size
+                return run.end if entries == left else divided
             left -= entries
         return None  # behind the last run
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Freeing the memory of a block, with an account of what could not be freed.
+Freeing the memory of a block, with an account of the rest, which could not be freed.
 
 A page of a confidential block has a shared and a private side, and each is used in one state.
 Ordinary RAM has the shared side alone. In place one memory serves both states, so that a page is
@@ -86,8 +86,7 @@ class Reclaimer:
     ) -> None:
         self._name = name
         self._page_size = page_size
-        self._discard = discard
-        self._used = used
+        self._discard, self._used = discard, used
         self._free_range = self._free if page_size == PAGE_SIZE else self._free_huge
         self._pending = SparseBitmap(size // PAGE_SIZE)
         self._queue: deque[tuple[int, int]] = deque(maxlen=_QUEUE)
@@ -144,7 +143,7 @@ class Reclaimer:
         try:
             self._discard(start, end - start)
         except BaseException as error:
-            # All of it, though nothing may have been there: nobody else knows what is on this side.
+            # All of it, though nothing may have been there: nobody else knows this side.
             self._wait(start, end)
             if not isinstance(error, Exception):
                 raise
@@ -189,7 +188,6 @@ class Sides:
 
     :param manager: Its sources say which pages are in use.
     :param attributes: The source that knows which pages are shared; None: all are.
-    :param shared: The shared backing.
     :param discard_private: Frees pages of the private backing, as (offset, size).
     """
 
@@ -223,7 +221,7 @@ class Sides:
             runs = joint_runs(runs, self._attributes)
         if side == "private":
             runs = complement(runs, start, end)
-        # Other sources are not asked: the guest may still use what they withhold from devices.
+        # Other sources are not asked: the guest may still use pages that they withhold from devices.
         sources = [each for each in self._manager.sources if getattr(each, "withholds", False)]
         return joint_runs(runs, sources)
 

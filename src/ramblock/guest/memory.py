@@ -83,7 +83,7 @@ class GuestMemory(OfOneProcess):
 
     @property
     def poisoned(self) -> bool:
-        """Whether it is no longer certain what devices can reach. Permanent."""
+        """Whether the reach of devices is no longer certain. Permanent."""
         return self._guard.poisoned
 
     def in_doubt(self) -> list[InDoubt]:
@@ -434,7 +434,7 @@ class GuestMemory(OfOneProcess):
             if self._guard.observer is not None:
                 start, length = piece.section.offset, piece.section.size
                 piece.attributes.observe(piece.change, start, length)
-        # Committed. What is freed is not put back.
+        # Committed: freeing cannot be undone, and is not.
         not_freed = pieces[0].free() if len(pieces) == 1 else free_each(p.free for p in pieces)
         for attachment in self._attachments:
             map_calls += attachment.mapper.map_calls

@@ -51,7 +51,7 @@ class PlaceMap:
 
     def __init__(self) -> None:
         self._index: tuple[list[int], list[Place]] = ([], [])
-        # By the block's id: what lies in it, ascending by offset.
+        # By the block's id: its places, ascending by offset.
         self._of_block: dict[int, list[Place]] = {}
 
     def __iter__(self) -> Iterator[Place]:

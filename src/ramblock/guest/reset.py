@@ -51,9 +51,17 @@ def reset_guest(
     Reset, but for freeing; the caller holds the lock. Raises as ``GuestMemory.reset``.
 
     :param vm: The new VM; None: it stays.
-    :return: Functions that free the memory of the old guest, and return what is not freed.
+    :return: Functions that free the memory of the old guest, and return the bytes that are not.
     """
-    _check_new_parts(places, vm, private)
+    if vm is not None and not hasattr(vm, "set_memory_attributes"):
+        raise UsageError(f"{vm!r} is not a VM", value=vm, expected="a Vm, or None")
+    for block, backing in private.items():
+        # Not the block's own word for it: it may be placed in another memory.
+        if not places.of_block(block) or block.private is None or block.in_place is not None:
+            expected = "a block of this memory with a private side of its own"
+            text = f"{block!r} takes no new private side"
+            raise UsageError(text, value=block, expected=expected)
+        check_private(backing, block.size, block.name)
     renewed, new_vm = vm is not None, old_vm if vm is None else vm
     old_sides = [(block, block.private) for block in private]
     blocks = {id(place.block): place.block for place in places}.values()
@@ -101,20 +109,6 @@ def reset_guest(
         if side is not None and side is not block.private:
             frees.append(partial(block.retire_private, side))
     return frees
-
-
-def _check_new_parts(
-    places: PlaceMap, vm: Vm | None, private: Mapping[RamBlock, PrivateBacking]
-) -> None:
-    if vm is not None and not hasattr(vm, "set_memory_attributes"):
-        raise UsageError(f"{vm!r} is not a VM", value=vm, expected="a Vm, or None")
-    for block, backing in private.items():
-        # Not the block's own word for it: it may be placed in another memory.
-        if not places.of_block(block) or block.private is None or block.in_place is not None:
-            expected = "a block of this memory with a private side of its own"
-            text = f"{block!r} takes no new private side"
-            raise UsageError(text, value=block, expected=expected)
-        check_private(backing, block.size, block.name)
 
 
 def _resettable(block: RamBlock) -> list[RamBlockAttributes | VirtioMem]:

@@ -2,7 +2,7 @@
 """
 The plug point for a virtual machine, and who holds the attribute of a page, private or shared.
 
-A VM's attributes (KVM_SET_MEMORY_ATTRIBUTES) belong to guest addresses and outlive what is there.
+A VM's attributes (KVM_SET_MEMORY_ATTRIBUTES) belong to guest addresses and outlive the memory there.
 Those of a memory that is converted in place are its own, by offset, and go with it wherever it
 appears. Without a VM only the page states track them.
 """
@@ -34,7 +34,7 @@ class Vm(Protocol):
         """
         Make ``[gpa, gpa + size)`` private or shared for the guest; no change where it is already.
 
-        :raises OSError: Refused; whoever asked puts back what was, since it cannot know.
+        :raises OSError: Refused; whoever asked puts all of it back, since it cannot know.
         """
 
 
@@ -93,7 +93,7 @@ def establish(vm: Vm | None, place: Place) -> None:
         # The VM's may be anything before, and nobody sees them yet.
         make_private(vm, place)
     else:
-        # Another section or a listener may rely on those of a memory: only what differs changes.
+        # Another section or a listener may rely on those of a memory: only the differences change.
         for start, end in place.runs(shared=False):
             set_attribute(vm, place, start, end, private=MAKE_PRIVATE)
     share(vm, place)
