@@ -159,7 +159,7 @@ class SoftIommu(OfOneProcess):
             with ``exact``, it is not one whole mapping. ENOSPC: no entry is left for the part
             behind the cut. Nothing has changed.
         """
-        end, limit = iova + size, self.capabilities.max_mappings
+        end = iova + size
         if size <= 0 or iova < 0 or end > ADDRESS_LIMIT or (iova | size) & self._in_page:
             raise self._refusal("unmap", iova, size)
         with self._lock:
@@ -180,7 +180,8 @@ class SoftIommu(OfOneProcess):
                 cut = first if first.iova < iova else last
                 text = f"it would cut {describe_range(cut.iova, cut.size)}"
                 raise self._refusal("unmap", iova, size, errno.EINVAL, text)
-            if len(rest) > len(hit) and limit is not None and len(self._table.mappings) >= limit:
+            limit = self.capabilities.max_mappings if len(rest) > len(hit) else None
+            if limit is not None and len(self._table.mappings) >= limit:
                 raise self._refusal("unmap", iova, size, errno.ENOSPC)
             self._table.replace(position, behind, rest)
         removed = min(last_end, end) - max(first.iova, iova)

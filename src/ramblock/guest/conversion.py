@@ -146,7 +146,8 @@ def convert_pieces(
         change = attributes.plan(section.offset, section.size, populate=to is PageState.SHARED)
         if change is not None:
             pieces.append(ConversionPiece(place, section, attributes, change, vm))
-            limited = limited or place.block.discard_manager.registry.limited > 0
+            if place.block.discard_manager.registry.limited:
+                limited = True
     if limited:
         reserve([piece.change.notification for piece in pieces])
     begun: list[Entry] = []  # as an UndoLog keeps, without a call for each step

@@ -10,7 +10,7 @@ section as is mapped, hears of every change there, and of none behind.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from itertools import islice
 
 from ramblock.discard.guard import Guard
@@ -103,7 +103,7 @@ class Attachment:
         listener = place.listeners.get(self)
         return None if listener is None else place.block.discard_manager.find(listener)
 
-    def _map_all(self, places: list[Place]) -> Iterator[None]:
+    def _map_all(self, places: list[Place]) -> Generator[None]:
         if self.mapper.limit is not None:
             # For all of it, before anything is mapped.
             needed = 0
@@ -167,6 +167,8 @@ class Attachment:
 
     def give_up(self) -> None:
         """Unmap a mapper that is attached in part, whatever its target says."""
+        # Here, where interrupts wait: one that came while Python throws a generator away is lost.
+        self.batches.close()
         self._siblings.remove(self)
         for place in self._places:
             registration = self.registration(place)

@@ -221,7 +221,7 @@ class Sides:
             runs = joint_runs(runs, self._attributes)
         if side == "private":
             runs = complement(runs, start, end)
-        # Other sources are not asked: the guest may still use pages that they withhold from devices.
+        # Other sources are not asked: the guest may use pages that they withhold from devices.
         sources = [each for each in self._manager.sources if getattr(each, "withholds", False)]
         return joint_runs(runs, sources)
 

@@ -2,7 +2,7 @@
 """
 The plug point for a virtual machine, and who holds the attribute of a page, private or shared.
 
-A VM's attributes (KVM_SET_MEMORY_ATTRIBUTES) belong to guest addresses and outlive the memory there.
+A VM's attributes (KVM_SET_MEMORY_ATTRIBUTES) belong to guest addresses and outlive the memory.
 Those of a memory that is converted in place are its own, by offset, and go with it wherever it
 appears. Without a VM only the page states track them.
 """
