@@ -372,7 +372,7 @@ def _quiet() -> Iterator[None]:
 @pytest.fixture
 def storm(monkeypatch: pytest.MonkeyPatch) -> Storm:
     storm = Storm()
-    # An interrupt in a finalizer, between operations, has nowhere else to go. No function in Python:
+    # An interrupt in a finalizer, between operations, has nowhere else to go. No Python function:
     # that would be interrupted as well, and what is raised in the hook is gone.
     monkeypatch.setattr(sys, "unraisablehook", storm.unraisable.append)
     return storm
