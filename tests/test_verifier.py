@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from itertools import pairwise
 
@@ -410,3 +412,11 @@ def test_where_memory_is_mapped_is_what_a_dictionary_would_hold(
         for page in range(low, high, PAGE)
     }
     assert found == {page for page, leads in naive.items() if address <= leads < address + count}
+
+
+def test_only_what_draws_examples_needs_hypothesis() -> None:
+    code = (
+        "import sys; import ramblock.testing; assert 'hypothesis' not in sys.modules; "
+        "import ramblock.testing.conformance; assert 'hypothesis' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-I", "-c", code], check=True)
