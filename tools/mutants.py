@@ -31,7 +31,6 @@ from tools.mutation import (
     is_imported_from,
     mutate,
     narrow,
-    negate,
     prepend,
     replace,
     run_all,
@@ -1427,7 +1426,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _passes_unchanged(mutants: Sequence[Mutant], seconds: float) -> bool:
-    """Whether all the tests pass against a copy of the code as it is: else killing means nothing."""
+    """Whether all the tests pass against the code as it is: else killing means nothing."""
     tests = sorted({test for mutant in mutants for test in mutant.tests})
     with tempfile.TemporaryDirectory(prefix="unchanged-") as folder:
         source = copy_source(ROOT, Path(folder))

@@ -2,16 +2,16 @@
 """
 Mutants: changes of a function or table that its tests must notice.
 
-A change names its place by qualified name and works on the syntax tree, so that line breaks, comments
-and what stands around it do not matter. Patterns are source text. In a pattern ``...`` stands for any
-expression, for the rest of a call's arguments, and as a body for any statements::
+A change names its place by qualified name and works on the syntax tree, so that line breaks,
+comments and what stands around it do not matter. Patterns are source text. In a pattern ``...``
+stands for any expression, for the rest of a call's arguments, and as a body for any statements::
 
     drop("undo.do('attribute', ...)")
     drop("if guard.poisoned: ...")
     replace("low < high", "low <= high")
 
-A pattern has to be found exactly once. If it is not, the code has moved and the mutant has to follow:
-:class:`MovedError` says which.
+A pattern has to be found exactly once. If it is not, the code has moved and the mutant has to
+follow: :class:`MovedError` says which.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from typing import NamedTuple, TypeAlias
 
 __all__ = [
     "Change",
-    "Mutant",
     "MovedError",
+    "Mutant",
     "Outcome",
     "drop",
     "drop_keyword",
@@ -181,11 +181,8 @@ def _slots(tree: ast.AST) -> Iterator[_Slot]:
 
 
 def _find(tree: ast.AST, source: str) -> _Slot:
-    pattern = _parse(source)
-    if isinstance(pattern, list):
-        if len(pattern) != 1:
-            raise MovedError(f"{source!r} is not one statement")
-        (pattern,) = pattern
+    parsed = _parse(source)
+    pattern: ast.AST = parsed if isinstance(parsed, ast.AST) else parsed[0]
     found = [slot for slot in _slots(tree) if same(pattern, slot.get())]
     if len(found) != 1:
         raise MovedError(f"{source!r} is there {len(found)} times")
@@ -392,6 +389,8 @@ class Outcome(NamedTuple):
 
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 _TESTS_FAILED = 1
+#: Seconds after which one test hangs; none that passes takes a tenth of that.
+_HANGS_AFTER = 60
 
 _running: set[int] = set()
 
@@ -399,11 +398,13 @@ _running: set[int] = set()
 def run_tests(root: Path, source: Path, tests: Sequence[str], seconds: float) -> Outcome:
     """Run *tests* of *root* against the package in *source*."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
-    command += ["-o", "addopts=--import-mode=importlib --strict-markers", *tests]
+    command += ["-o", "addopts=--import-mode=importlib", "-p", "pytest_timeout"]
+    command += ["-o", f"timeout={_HANGS_AFTER}", *tests]
     environment = {
         **os.environ,
         "PYTHONPATH": str(source),
         "CI": "1",  # the same examples each time
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # half of the time that it takes to start
         "COLUMNS": "200",
         "RAMBLOCK_STRESS_SECONDS": "4",
         "RAMBLOCK_INTERRUPT_SECONDS": "1",
@@ -436,7 +437,8 @@ def run_tests(root: Path, source: Path, tests: Sequence[str], seconds: float) ->
         number = signal.Signals(-process.returncode)
         return Outcome("killed", spent, f"the tests' process ended with {number.name}")
     if process.returncode == _TESTS_FAILED and failed and "ERROR collecting" not in output:
-        return Outcome("killed", spent, failed[1].rpartition("/")[2])
+        hangs = f"Timeout (>{_HANGS_AFTER}" in output
+        return Outcome("hang" if hangs else "killed", spent, failed[1].rpartition("/")[2])
     last = output.strip().splitlines()[-3:]
     return Outcome("BROKEN", spent, f"pytest ended with {process.returncode}: {' / '.join(last)}")
 
