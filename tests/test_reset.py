@@ -288,6 +288,35 @@ def test_a_new_vm_that_cannot_be_put_back_does_no_harm(guest: Guest, number: int
         check_reset(guest, guest.vm)
 
 
+@pytest.mark.parametrize("verb", ["add", "remove"])
+def test_a_slot_that_was_refused_is_not_put_back(guest: Guest, verb: str) -> None:
+    """Nothing was done, and a VM may refuse to undo that."""
+    before = guest.picture()
+    refused: list[str] = []
+
+    def refuse(call: tuple[str, int, int]) -> bool:
+        if call[0] == verb and not refused:
+            refused.append(verb)
+            return True
+        there = any(part.gpa == call[1] * PAGE for part in guest.vm.slots)
+        return (call[0] == "add" and there) or (call[0] == "remove" and not there)
+
+    def remove(part: RamSection) -> None:
+        guest.vm._hear("remove", part.gpa, part.size)
+        guest.vm.slots.remove(part)
+
+    guest.vm.refuse = refuse
+    guest.vm.remove_memory_slot = remove  # type: ignore[method-assign]
+    with StandInLike(SIZE) as new:
+        with pytest.raises(OSError, match="the VM refuses"):
+            guest.memory.reset(private={guest.ram: new.backing})
+        assert refused
+        assert not guest.memory.poisoned
+        assert guest.picture() == before
+        guest.memory.reset()
+    check_reset(guest, guest.vm)
+
+
 def wrong(guest: Guest) -> list[set[int]]:
     """Per IOMMU: guest pages that are mapped and not populated, or populated and not mapped."""
     populated = {

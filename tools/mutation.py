@@ -35,11 +35,12 @@ __all__ = [
     "MovedError",
     "Mutant",
     "Outcome",
+    "changed_tree",
+    "copy_source",
     "drop",
     "drop_keyword",
     "insert",
     "is_imported_from",
-    "mutate",
     "narrow",
     "negate",
     "prepend",
@@ -345,11 +346,11 @@ def _place(tree: ast.AST, names: Iterable[str]) -> ast.AST:
     return tree
 
 
-def mutate(mutant: Mutant, package: Path) -> tuple[Path, str]:
+def changed_tree(mutant: Mutant, package: Path) -> tuple[Path, ast.Module]:
     """
-    Change a source below *package*; nothing is written.
+    Change the tree of a source below *package*; nothing is written.
 
-    :return: The file, and its new text.
+    :return: The file, and its tree.
     :raises MovedError: The place or a pattern is not there exactly once.
     """
     module, _, names = mutant.where.partition(":")
@@ -358,15 +359,14 @@ def mutate(mutant: Mutant, package: Path) -> tuple[Path, str]:
         if not file.is_file():
             raise MovedError("there is no such module")
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        before = ast.unparse(tree)
-        mutant.change(_place(tree, names.split(".")))
-        after = ast.unparse(ast.fix_missing_locations(tree))
-        if after == before:
+        place = _place(tree, names.split("."))
+        before = ast.dump(place)
+        mutant.change(place)
+        if ast.dump(place) == before:
             raise MovedError("the change changes nothing")
-        compile(after, str(file), "exec")
     except MovedError as error:
         raise MovedError(f"{mutant.name}: {mutant.where}: {error}") from None
-    return file, after
+    return file, ast.fix_missing_locations(tree)
 
 
 # -- running ---------------------------------------------------------------------------------------
@@ -454,8 +454,8 @@ def run_one(root: Path, package: str, mutant: Mutant, seconds: float) -> Outcome
     """Run the tests of *mutant* against a copy that has it."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         source = copy_source(root, Path(folder))
-        file, text = mutate(mutant, source / package)
-        file.write_text(text, encoding="utf-8")
+        file, tree = changed_tree(mutant, source / package)
+        file.write_text(ast.unparse(tree), encoding="utf-8")
         return run_tests(root, source, mutant.tests, seconds)
 
 
