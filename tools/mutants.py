@@ -60,6 +60,7 @@ RESET = "tests/test_reset.py"
 RUNS = "tests/test_runs.py"
 SECTION = "tests/test_section.py"
 SOFT = "tests/test_soft_iommu.py"
+UNDO = "tests/test_undo.py"
 VIRTIO_MEM = "tests/test_virtio_mem.py"
 
 # Parts of the failure injection, which is minutes long as a whole.
@@ -203,44 +204,48 @@ _in(
     (
         "undo log: the intent is noted after the step",
         swap("self._entries.append(...)", "do(*arguments)"),
-        (RESET, MAP, INJECTED_RESET),
+        UNDO,
     ),
+    (
+        "map: the intent is noted after the step",
+        swap("self._entries.append(...)", "do(*arguments)"),
+        MAP,
+    ),
+)
+_in(
+    "discard.undo:UndoLog.drop_last",
+    ("undo log: a refused step is put back", drop("self._entries.pop()"), UNDO),
 )
 _in(
     "discard.undo:UndoLog.__exit__",
-    ("undo log: nothing is put back", drop("self.put_back()"), (RESET, MAP)),
-    (
-        "undo log: a failed undo is not said",
-        drop("if self._guard.poisoned: ..."),
-        (RESET, DETACH, MAP),
-    ),
+    ("undo log: nothing is put back", drop("self.put_back()"), UNDO),
+    ("undo log: a failed undo is not said", drop("if self._guard.poisoned: ..."), UNDO),
 )
+_STUCK_PIECE = "piece is other and step != name"
 _in(
     "discard.undo:put_back",
-    ("undo log: earliest first", replace("reversed(entries)", "entries"), (ONE_FAILURE, MAP)),
+    ("undo log: earliest first", replace("reversed(entries)", "entries"), UNDO),
+    ("conversion: put back from the front", replace("reversed(entries)", "entries"), ONE_FAILURE),
+    ("undo log: the piece goes on after a stuck step", drop("if any(...): ..."), UNDO),
     (
-        "undo log: the piece goes on after a stuck step",
+        "in place: pages are mapped whose attribute is stuck",
         drop("if any(...): ..."),
-        (IN_PLACE, TWO_FAILURES),
+        f"{IN_PLACE}::test_if_it_cannot_be_put_back_the_memory_is_poisoned_and_nothing_is_mapped",
     ),
     (
         "undo log: siblings of a stuck step are left alone",
-        replace("piece is other and step != name", "piece is other"),
-        (DETACH, MAP, UNMAP),
+        replace(_STUCK_PIECE, "piece is other"),
+        UNDO,
     ),
-    (
-        "undo log: other pieces are left alone",
-        replace("piece is other and step != name", "step != name"),
-        TWO_FAILURES,
-    ),
-    ("undo log: stuck is not called", replace("stuck is None", "True"), (IN_PLACE, TWO_FAILURES)),
+    ("undo log: other pieces are left alone", replace(_STUCK_PIECE, "step != name"), UNDO),
+    ("undo log: stuck is not called", replace("stuck is None", "True"), UNDO),
     (
         "undo log: a failed undo does not poison",
         drop("guard.poison(f'step {step!r} could not be put back: {error!r}')"),
-        (IN_PLACE, TWO_FAILURES),
+        UNDO,
     ),
-    ("undo log: only Exception stops an undo", narrow("undo(*arguments)"), (TWO_FAILURES, MAP)),
-    ("undo log: stuck may raise", narrow("stuck(*arguments)"), (TWO_FAILURES, IN_PLACE_TWO)),
+    ("undo log: only Exception stops an undo", narrow("undo(*arguments)"), UNDO),
+    ("undo log: what stuck raises leaves the rest", narrow("stuck(*arguments)"), UNDO),
     # Not here: the poison of a stuck function that fails. The undo before it has poisoned already,
     # and the first reason is the one that is kept.
 )
