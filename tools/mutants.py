@@ -31,6 +31,7 @@ from tools.mutation import (
     insert,
     is_imported_from,
     narrow,
+    negate,
     prepend,
     replace,
     run_all,
@@ -267,6 +268,10 @@ _in(
         drop("begun.append(...)"),
         f"{INJECTION}::test_plug",
     ),
+)
+_in(
+    "discard.bitmap_source:BitmapChange.flip",
+    ("bits change the other way", negate("self.populate"), ATTRIBUTES),
 )
 _in(
     "discard.bitmap_source:BitmapChange.flip_back",
