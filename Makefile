@@ -51,6 +51,18 @@ test: $(VENV)/.test ## Run the tests on the source tree; WHEEL=1: on a wheel bui
 	@$(BIN)/pytest $(ARGS)
 endif
 
+# The core, scenarios and what is drawn: whatever a dependency does for us.
+LOWEST_TESTS = tests/test_bitmap.py tests/test_attributes.py tests/test_guest_memory.py tests/test_differential.py \
+	tests/test_stateful.py tests/test_run.py tests/check/test_command.py tests/plan/test_command.py
+
+.PHONY: test-lowest
+test-lowest: $(VENV)/.made ## Run the core's tests with the lowest version of each runtime dependency
+	@away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; \
+	$(BIN)/python tools/lowest.py >"$$away/constraints.txt"; cat "$$away/constraints.txt"; \
+	$(BIN)/python -m venv "$$away/venv"; \
+	"$$away/venv/bin/python" $(PIP) --constraint "$$away/constraints.txt" --editable '.[test]'; \
+	"$$away/venv/bin/pytest" -p no:cacheprovider $(LOWEST_TESTS) $(ARGS)
+
 .PHONY: lab
 lab: $(VENV)/.made ## Build the lab: a kernel and a QEMU, in the user's cache (once: a quarter of an hour)
 	@$(BIN)/python -m lab build $(ARGS)

@@ -359,6 +359,12 @@ class FaultyVm:
         )
 
 
+def block_of(section: RamSection) -> RamBlock:
+    """A section knows its block as whoever maps it does; here it is one of ours."""
+    assert isinstance(section.block, RamBlock)
+    return section.block
+
+
 class SlotVm:
     """A VM with memory slots, which notices a guest that could run with the wrong attributes."""
 
@@ -370,7 +376,8 @@ class SlotVm:
         pass
 
     def add_memory_slot(self, section: RamSection) -> None:
-        attributes = section.block.attributes
+        block = block_of(section)
+        attributes = block.attributes
         for page in range(0, section.size, PAGE) if attributes is not None else ():
             assert attributes is not None
             if attributes.is_shared(section.offset + page, PAGE):
@@ -378,7 +385,7 @@ class SlotVm:
             host_page = section.block.address + section.offset + page
             if (
                 host_page not in self.checker.private_memory
-                if section.block.in_place is not None
+                if block.in_place is not None
                 else section.gpa + page not in self.checker.private_pages
             ):
                 self.checker.complain(f"slot of {section!r}: page {page:#x} is not private yet")
@@ -545,7 +552,7 @@ class FaultyListener:
     def _complain(self, text: str) -> None:
         # After an interrupt, and on a poisoned block, nobody knows exactly what it holds.
         interrupted = any(_is_interrupt(error) for error in self.injector.raised)
-        if not interrupted and not self.section.block.guard.poisoned:
+        if not interrupted and not block_of(self.section).guard.poisoned:
             self.checker.complain(f"listener: {text}")
 
     def notify_populate(self, section: RamSection) -> None:
@@ -1230,7 +1237,7 @@ def assert_doubts_cover(guest: Guest) -> list[object]:
     populated = {
         page
         for section in memory.sections
-        for part in section.block.discard_manager.populated(section)
+        for part in block_of(section).discard_manager.populated(section)
         for page in range(part.gpa, part.gpa_end, PAGE)
     }
     attached = [mapper.target for mapper in memory.mappers]
@@ -1240,7 +1247,7 @@ def assert_doubts_cover(guest: Guest) -> list[object]:
         wrong = pages_of(iommu.mappings()) ^ ought
         assert wrong <= in_doubt, f"not in doubt: {sorted(map(hex, wrong - in_doubt))} of {target}"
     listener = guest.listener
-    manager = listener.section.block.discard_manager
+    manager = block_of(listener.section).discard_manager
     shift = listener.section.gpa - listener.section.offset
     ought = set()
     if any(entry.listener is listener for entry in manager.registrations):

@@ -17,8 +17,8 @@ from ramblock import (
 )
 from ramblock.dma import SoftIommu
 from ramblock.errors import DmaError, IommuFault, PoisonedError, UsageError
-from ramblock.hostmem import StandInPrivate
 from ramblock.guest import block as module
+from ramblock.hostmem import StandInPrivate
 from ramblock.testing import FaultyTarget
 from ramblock.units import MIB, TIB
 

@@ -4,9 +4,9 @@ import pytest
 
 from doubles import PAGE, RecordingListener, RefusalError, section
 from ramblock import GuestMemory, RamBlock, VirtioMem
+from ramblock.discard import DiscardCoordinator, HoldKind
 from ramblock.dma import HostRange, SoftIommu
 from ramblock.errors import BusyError
-from ramblock.discard import DiscardCoordinator, HoldKind
 
 COORDINATED = HoldKind.REQUIRE_COORDINATED
 UNCOORDINATED = HoldKind.REQUIRE_UNCOORDINATED

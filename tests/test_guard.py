@@ -490,7 +490,8 @@ def test_doubts_are_joined_by_target() -> None:
         ]
         assert guard.poisoned
         assert set(map(id, guard.doubts_of(block))) == {id(one), id(two)}
-        assert guard.doubts_of(object()) == []
+        with RamBlock.create("other", PAGE) as other:
+            assert guard.doubts_of(other) == []
 
 
 def test_an_observer_that_fails_changes_nothing(

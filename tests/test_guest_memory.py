@@ -917,3 +917,21 @@ def test_a_private_page_is_out_of_reach(guest: Guest) -> None:
             iommu.read(LOW, 1)
     guest.memory.convert(LOW, PAGE, SHARED)
     assert guest.iommus[0].read(LOW, 1) == b"\0"  # what was freed comes back as zeros
+
+
+def test_a_conversion_over_two_sections_of_one_block() -> None:
+    """Its pieces change the same page states, one after the other."""
+    memory = GuestMemory()
+    with RamBlock.create("ram", 8 * PAGE, private="stand-in") as block:
+        attributes = attributes_of(block)
+        memory.map(block, 0, size=4 * PAGE)
+        memory.map(block, 4 * PAGE, offset=4 * PAGE)
+        iommu = SoftIommu()
+        memory.attach(iommu)
+        assert memory.convert(2 * PAGE, 4 * PAGE, SHARED).changed_bytes == 4 * PAGE
+        assert attributes.shared_bytes == 4 * PAGE
+        memory.convert(3 * PAGE, PAGE, PRIVATE)
+        assert memory.convert(0, 8 * PAGE, SHARED).changed_bytes == 5 * PAGE
+        assert attributes.shared_bytes == 8 * PAGE
+        memory.convert(0, 8 * PAGE, PRIVATE)
+        assert (attributes.shared_bytes, iommu.mappings()) == (0, [])

@@ -23,9 +23,9 @@ from ramblock import (
 )
 from ramblock.dma import SoftIommu
 from ramblock.errors import ConversionError, DmaError, PoisonedError, UsageError
+from ramblock.guest import block as block_module
 from ramblock.hostmem import InPlaceBacking
 from ramblock.hostmem import backing as backing_module
-from ramblock.guest import block as block_module
 from ramblock.hostmem.backing import punch_hole
 from ramblock.hostmem.in_place import TRIES
 from ramblock.testing import FaultyTarget, RecordingTarget, SimulatedInPlace, pages_of

@@ -140,9 +140,11 @@ def upward_imports(modules: list[Module]) -> Iterator[str]:
 
 def circles(modules: list[Module]) -> list[list[str]]:
     """
-    List the groups of modules that import each other, around any corner; imports for types count too.
+    List the groups of modules that import each other, around any corner; imports for types count
+    too.
 
-    A package's `__init__` only re-exports, so importing a name from it is an import of the module that has the name.
+    A package's `__init__` only re-exports, so importing a name from it is an import of the module
+    that has the name.
     """
     by_name = {module.name: module for module in modules if module.path.name != "__init__.py"}
     exported = {

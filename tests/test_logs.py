@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -59,3 +61,25 @@ def test_poison_is_critical_and_said_once(caplog: pytest.LogCaptureFixture) -> N
             memory.convert(0, 4 * PAGE_SIZE, PageState.PRIVATE)
         critical = [record for record in caplog.records if record.levelno == logging.CRITICAL]
         assert sum(record.message.startswith("poisoned:") for record in critical) == 1
+
+
+QUIET = """
+from ramblock import GuestMemory, PageState, RamBlock
+from ramblock.dma import SoftIommu
+from ramblock.errors import MappingLimitError
+memory = GuestMemory()
+block = RamBlock.create("ram", 16 * 4096, private="stand-in")
+memory.map(block, 0)
+memory.attach(SoftIommu(), max_mappings=1)
+memory.convert(0, 4096, PageState.SHARED)
+try:
+    memory.convert(8192, 4096, PageState.SHARED)
+except MappingLimitError:
+    print("handled")
+"""
+
+
+def test_a_refusal_that_the_caller_handles_is_not_printed() -> None:
+    command = [sys.executable, "-c", QUIET]
+    child = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (child.stdout, child.stderr) == ("handled\n", "")

@@ -16,8 +16,8 @@ from ramblock import (
     VirtioMem,
 )
 from ramblock.dma import SoftIommu
-from ramblock.hostmem import MemfdBacking, StandInPrivate
 from ramblock.guest.freeing import Reclaimer
+from ramblock.hostmem import MemfdBacking, StandInPrivate
 from ramblock.units import MIB
 from require import require_hugetlb
 

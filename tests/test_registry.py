@@ -64,7 +64,7 @@ def test_finding_does_not_look_at_every_section() -> None:
 
         class Counting(RamSection):
             @property
-            def size(self) -> int:  # type: ignore[override]
+            def size(self) -> int:
                 nonlocal looked
                 looked += 1
                 return PAGE

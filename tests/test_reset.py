@@ -24,7 +24,9 @@ ROM = 4 * SIZE
 
 @dataclass
 class Guest:
-    """Two confidential blocks, one with virtio-mem; ordinary RAM; a device behind each of two IOMMUs."""
+    """
+    Two confidential blocks, one with virtio-mem; ordinary RAM; a device behind each of two IOMMUs.
+    """
 
     memory: GuestMemory
     vm: RecordingVm

@@ -419,7 +419,8 @@ def test_any_sequence_against_two_sets(sequence: list[tuple[str, int, int]]) -> 
             assert (listener.held, listener.wrong) == (plugged & shared, [])
 
 
-# -- where a section cuts a block of the device ------------------------------------------------------
+# -- where a section cuts a block of the device
+# ------------------------------------------------------
 
 
 @pytest.mark.parametrize("first", range(9))

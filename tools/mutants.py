@@ -43,6 +43,7 @@ from tools.mutation import (
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "ramblock"
 
+ATTACHMENT = "tests/test_attachment.py"
 ATTRIBUTES = "tests/test_attributes.py"
 BATCHES = "tests/test_attach_in_batches.py"
 BLOCK = "tests/test_block.py"
@@ -275,11 +276,6 @@ _in(
 )
 _in(
     "discard.bitmap_source:BitmapChange.flip_back",
-    (
-        "the account of a source is not put back",
-        drop("self.source.populated_bytes = self._populated_before"),
-        (ONE_FAILURE, INJECTED_RESET),
-    ),
     (
         "a mixture is put back as if it were uniform",
         replace("self._saved is not None", "False"),
@@ -680,7 +676,7 @@ _in(
     (
         "a doubt does not poison",
         drop("self.poison(...)"),
-        ("tests/test_attachment.py", MAPPER, BLOCK),
+        (ATTACHMENT, MAPPER, BLOCK),
     ),
     ("a doubt is not counted", drop("self.doubt_count += 1"), TWO_FAILURES),
 )
@@ -724,6 +720,14 @@ _in(
     (
         "the exception of an earlier handler is lost",
         drop("raised.__context__ = error or raised.__context__"),
+        INTERRUPTS,
+    ),
+)
+_in(
+    "interrupts:_Hold.hand_over",
+    (
+        "the error of the work takes the place of earlier signals",
+        drop("error.__context__ = context"),
         INTERRUPTS,
     ),
 )
@@ -935,12 +939,12 @@ _in(
     ),
     (
         "attach: the next batch begins a page too late",
-        replace("registration.section.end", "registration.section.end + 4096"),
+        replace("before.section.end", "before.section.end + 4096"),
         BATCHES,
     ),
     (
         "attach: the next batch begins in front of the border",
-        replace("registration.section.end", "registration.section.end - 4096"),
+        replace("before.section.end", "before.section.end - 4096"),
         BATCHES,
     ),
     (
@@ -957,7 +961,7 @@ _in(
 )
 _in(
     "guest.devices:_end_of_batch",
-    ("attach: all in one batch", replace("entries >= left", "False"), BATCHES),
+    ("attach: all in one batch", prepend("return None"), BATCHES),
 )
 _in(
     "guest.devices:count_some",
@@ -984,7 +988,14 @@ _in(
         drop("if mapper.limit is not None: ..."),
         BATCHES,
     ),
-    ("attach: cannot be left between batches", drop("hand_over()"), (BATCHES, INTERRUPTS)),
+    (
+        "attach: cannot be left between batches",
+        replace(
+            "while run(...): ...",
+            "while run('attach', map_some, attachment, self._places, place, self._guard): pass",
+        ),
+        BATCHES,
+    ),
 )
 _in(
     "guest.memory:GuestMemory._give_up_attach",
@@ -993,30 +1004,34 @@ _in(
         drop("give_up(attachment, self._places)"),
         BATCHES,
     ),
+)
+_in(
+    "guest.devices:Attachment.close",
+    ("attach: a claim stays", drop("self._hold.release()"), (COORDINATION, GUEST)),
     (
-        "attach: a claim stays",
-        drop("attachment.hold.release()"),
-        (BATCHES, COORDINATION, INTERRUPTS),
+        "a target in doubt does not keep the memory alive",
+        replace("self._anchor is not None and not keeps_blocks", "self._anchor is not None"),
+        ATTACHMENT,
     ),
 )
 _in(
-    "guest.memory:GuestMemory._map_some",
+    "guest.devices:map_some",
     (
         "attach: a section that went meanwhile is mapped",
-        drop("if self._places.look_up(place.section) is not place: ..."),
+        drop("if places.look_up(section) is not place: ..."),
         BATCHES,
     ),
 )
 _in(
-    "guest.memory:GuestMemory._detach",
+    "guest.devices:leave_all",
     (
         "detach: by force also where nothing is poisoned",
-        replace("self._guard.poisoned", "True"),
+        replace("guard.poisoned", "True"),
         (GUEST, DETACH),
     ),
     (
         "detach: all or nothing also where it is poisoned",
-        replace("self._guard.poisoned", "False"),
+        replace("guard.poisoned", "False"),
         (GUARD, MAPPER, TWO_FAILURES),
     ),
 )
@@ -1280,7 +1295,7 @@ _in(
     (
         "pages in doubt are like any others",
         drop("self.uncertain.set(start, end)"),
-        ("tests/test_attachment.py", TWO_FAILURES),
+        (ATTACHMENT, TWO_FAILURES),
     ),
 )
 _in(

@@ -84,8 +84,16 @@ class _Hold:
             except BaseException as raised:
                 raised.__context__ = error or raised.__context__
                 error = raised
-        if error is not None:
+        if error is None:
+            return
+        context = error.__context__
+        try:
             raise error
+        except BaseException:
+            # To raise is to make the error of the work the context, and the signals before this one
+            # would be lost. (contextlib.ExitStack does the same.)
+            error.__context__ = context
+            raise
 
 
 _hold: _Hold | None = None

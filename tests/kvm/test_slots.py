@@ -86,7 +86,7 @@ def block() -> Iterator[RamBlock]:
 class FakeGuestMemfd(GuestMemfd):
     def __init__(self) -> None:
         descriptor = Descriptor(os.memfd_create("private"), "guest_memfd")
-        super().__init__(descriptor, PAGES * PAGE, GuestMemfdFlags(0), None)  # type: ignore[arg-type]
+        super().__init__(descriptor, PAGES * PAGE, GuestMemfdFlags(0), None)
 
 
 @pytest.fixture(params=["ordinary", "confidential"])

@@ -203,7 +203,7 @@ def test_the_same_is_put_back_when_mappings_are_named_one_by_one(
         memory.convert(BASE, 4 * PAGE_SIZE, SHARED)
         rig.target.unmap(at(3), PAGE_SIZE)
         rig.target.map(at(3), HostRange(None, 0, foreign.address, 2 * PAGE_SIZE))
-        with pytest.raises(ConversionError) as caught:
+        with pytest.raises(ConversionError):
             memory.convert(BASE, 4 * PAGE_SIZE, PRIVATE)
         assert not memory.poisoned
         assert check_nothing_is_stale(rig, memory, foreign=frozenset({3, 4})) == {0, 1, 2, 3, 4}

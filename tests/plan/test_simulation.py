@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ramblock.discard.attributes import PageState
 from ramblock.dma.target import HostRange
 from ramblock.errors import DmaError, UsageError
-from ramblock.discard.attributes import PageState
 from ramblock.plan import TARGETS, End, Guest, Profile, Technology, simulate
 from ramblock.plan.formula import need
 from ramblock.plan.shares import boot_shares, buffer_room

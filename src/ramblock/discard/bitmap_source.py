@@ -31,7 +31,11 @@ class BitmapSource(OfOneProcess):
         self.granularity = granularity
         self.shift = granularity.bit_length() - 1
         self.bits = SparseBitmap(block.size >> self.shift)
-        self.populated_bytes = 0
+
+    @property
+    def populated_bytes(self) -> int:
+        """How much is populated, in bytes: counted, since several changes can be under way at once."""
+        return self.bits.count(0, self.bits.length) << self.shift
 
     def is_populated(self, offset: int, size: int) -> bool:
         """Whether all of ``[offset, offset + size)`` is populated; any alignment."""
@@ -89,7 +93,6 @@ class BitmapChange:
     """
 
     __slots__ = (
-        "_populated_before",
         "_saved",
         "_span",
         "changed_bytes",
@@ -106,7 +109,6 @@ class BitmapChange:
         self.populate = populate
         #: How many bytes really change.
         self.changed_bytes = changed << shift
-        self._populated_before = source.populated_bytes
         self._saved: SavedBits | None = None
         whole = changed == end - start
         if not whole:
@@ -147,10 +149,8 @@ class BitmapChange:
         start, end = self._span
         if self.populate:
             self.source.bits.set(start, end)
-            self.source.populated_bytes = self._populated_before + self.changed_bytes
         else:
             self.source.bits.clear(start, end)
-            self.source.populated_bytes = self._populated_before - self.changed_bytes
 
     def flip_back(self) -> None:
         """Undo :meth:`flip`, whether it happened, half happened or did not."""
@@ -162,7 +162,6 @@ class BitmapChange:
             bits.clear(start, end)
         else:
             bits.set(start, end)
-        self.source.populated_bytes = self._populated_before
 
     def __repr__(self) -> str:
         start, end = (bit << self.source.shift for bit in self._span)

@@ -42,26 +42,20 @@ Doubt = Callable[[RamSection, object, str], None]
 _NEARLY_USED_UP = 0.9
 
 
-def effective_policy(target: DmaTarget, policy: MappingPolicy) -> MappingPolicy:
-    """
-    Tell what *policy* means for *target*: PAGE or RUN.
-
-    :raises UsageError: RUN, and the target cannot cut.
-    """
+def _effective_policy(target: DmaTarget, policy: MappingPolicy) -> MappingPolicy:
     if not isinstance(policy, MappingPolicy):
         raise UsageError(
             f"{policy!r} is not a mapping policy", value=policy, expected="PAGE, RUN or AUTO"
         )
-    capabilities = target.capabilities
-    cuts = capabilities.cut and not capabilities.exact
-    if policy is MappingPolicy.AUTO:
-        return MappingPolicy.RUN if cuts else MappingPolicy.PAGE
+    cuts = target.capabilities.cut and not target.capabilities.exact
     if policy is MappingPolicy.RUN and not cuts:
         raise UsageError(
             f"policy RUN needs a target that cuts, {target!r} cannot",
             value=policy,
             expected="PAGE or AUTO",
         )
+    if policy is MappingPolicy.AUTO:
+        return MappingPolicy.RUN if cuts else MappingPolicy.PAGE
     return policy
 
 
@@ -69,16 +63,16 @@ class Mapper:
     """
     One target's mappings. Made by ``GuestMemory.attach``.
 
-    :param target: What maps.
-    :param policy: PAGE or RUN.
+    :param policy: PAGE, RUN or AUTO.
     :param max_mappings: The operator's budget; the smaller of it and the target's counts.
+    :raises UsageError: RUN, and the target cannot cut.
     """
 
     def __init__(self, target: DmaTarget, policy: MappingPolicy, max_mappings: int | None) -> None:
         capabilities = target.capabilities
         limits = [limit for limit in (max_mappings, capabilities.max_mappings) if limit is not None]
         self.target = target
-        self.policy = effective_policy(target, policy)
+        self.policy = _effective_policy(target, policy)
         #: How many mappings may exist at once; None: any number.
         self.limit = min(limits, default=None)
         #: Smallest piece that one mapping covers, in bytes.
@@ -197,8 +191,6 @@ class SectionMapper:
         """Whether the target may still reach pages that it was told to let go of."""
         return self.uncertain.span(0, self.pages, value=True) is not None
 
-    # -- what the discard manager calls ---------------------------------------------------------------------------
-
     def notify_populate(self, section: RamSection) -> None:
         """
         Map *section*: one mapping, or one per page.
@@ -281,8 +273,6 @@ class SectionMapper:
     def _iova(self, page: int) -> int:
         return self.section.gpa + page * PAGE_SIZE
 
-    # -- the books ------------------------------------------------------------------------------------------------
-
     def _record(self, start: int, end: int) -> None:
         """Note that [start, end) is mapped, in mappings of our policy."""
         step = self._step
@@ -304,8 +294,6 @@ class SectionMapper:
         removed = self.mapped.clear(start, end)
         self.mapper.entries += new_start - self.starts.clear(start, end)
         self.mapper.mapped_bytes -= removed * PAGE_SIZE
-
-    # -- mapping --------------------------------------------------------------------------------------------------
 
     def _map_piece(self, page: int, pages: int) -> None:
         section = self.section
@@ -380,8 +368,6 @@ class SectionMapper:
             if getattr(error, "errno", None) == errno.ENOENT:
                 return None, None
             return None, f"unmap failed: {error!r}"
-
-    # -- unmapping --------------------------------------------------------------------------------
 
     def _pieces(self, start: int, end: int) -> Iterable[tuple[int, int]]:
         """Give what one unmap call each names: everything, or the mappings one by one."""

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
 
 from ramblock.discard.attributes import PageState, check_state
 from ramblock.discard.coordination import DiscardCoordinator, DiscardHold
@@ -20,10 +19,10 @@ from ramblock.guest.block import RamBlock
 from ramblock.guest.conversion import ConversionResult, convert_pieces, plan_pieces
 from ramblock.guest.devices import (
     Attachment,
+    check_place,
     count_some,
     give_up,
     leave_all,
-    leave_all_regardless,
     map_some,
 )
 from ramblock.guest.freeing import free_each
@@ -42,27 +41,24 @@ __all__ = ["GuestMemory"]
 
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 def _check_unplaced(block: RamBlock) -> None:
     if block.placement is not None:
         raise UsageError(f"block {block.name!r} is in another guest memory already", value=block)
-    if block.closed:
-        raise UsageError(f"block {block.name!r} is closed", value=block)
+    block.discard_manager.check_open()
 
 
 class GuestMemory(OfOneProcess):
     """
     The memory of one guest.
 
-    :param vm: What sets page attributes (and, where it has them, memory slots); None: they are only
-        tracked.
-
     Every changing call takes the one lock of this memory. It raises
     :class:`~ramblock.errors.BusyError` when a listener, target or VM calls back in, and
     :class:`~ramblock.errors.UsageError` in a fork of the process that made the memory. Ctrl-C waits
     until it has ended (:mod:`ramblock.interrupts`).
+
+    :param vm: Sets page attributes (and memory slots, where it has them); None: they are only
+        tracked.
     """
 
     def __init__(self, vm: Vm | None = None) -> None:
@@ -71,10 +67,8 @@ class GuestMemory(OfOneProcess):
         self._attachments: list[Attachment] = []
         self._placer = Placer(self._guard, vm, self._places, self._attachments)
         self._log_failure = Sparingly(_log)
-        # What each block's own guard held when it came here, by the block's id.
+        # The claims that each block's own guard held when it came here, by the block's id.
         self._adopted: dict[int, list[DiscardHold]] = {}
-
-    # -- asking ---------------------------------------------------------------------------------------------------
 
     @property
     def sections(self) -> tuple[RamSection, ...]:
@@ -118,35 +112,32 @@ class GuestMemory(OfOneProcess):
         check_range(gpa, 1, limit=ADDRESS_LIMIT, align=1, what="guest address")
         ((place, section),) = self._places.pieces(gpa, 1)
         attributes = place.block.attributes
-        if attributes is None or attributes.is_populated(section.offset, 1):
-            return PageState.SHARED
-        return PageState.PRIVATE
+        shared = attributes is None or attributes.is_populated(section.offset, 1)
+        return PageState.SHARED if shared else PageState.PRIVATE
 
     def ranges(self, state: PageState) -> Iterator[tuple[int, int]]:
         """
-        Yield the maximal runs of pages in *state* as (gpa, size), ascending, across blocks. Holes are in neither state.
+        Yield the maximal runs of pages in *state* as (gpa, size), ascending, across blocks.
 
-        Lazy: a conversion on another thread is seen page by page, before or after.
+        Holes are in neither state. Lazy: a conversion on another thread is seen page by page, before
+        or after.
 
         :raises UsageError: Not a page state.
         """
         check_state(state)
-        return ((start, end - start) for start, end in merge_adjacent(self._runs(state)))
+        runs = merge_adjacent(self._runs(shared=state is PageState.SHARED))
+        return ((start, end - start) for start, end in runs)
 
-    def _runs(self, state: PageState) -> Iterator[tuple[int, int]]:
-        shared = state is PageState.SHARED
+    def _runs(self, *, shared: bool) -> Iterator[tuple[int, int]]:
         for place in self._places:
             section, attributes = place.section, place.block.attributes
-            if attributes is None:
-                if shared:
-                    yield section.gpa, section.gpa_end
-                continue
-            shift = section.gpa - section.offset
-            first, last = section.offset // PAGE_SIZE, section.end // PAGE_SIZE
-            for start, end in attributes.bits.runs(first, last, value=shared):
-                yield start * PAGE_SIZE + shift, end * PAGE_SIZE + shift
-
-    # -- placing blocks ---------------------------------------------------------------------------------------------
+            if attributes is not None:
+                shift = section.gpa - section.offset
+                first, last = section.offset // PAGE_SIZE, section.end // PAGE_SIZE
+                for start, end in attributes.bits.runs(first, last, value=shared):
+                    yield start * PAGE_SIZE + shift, end * PAGE_SIZE + shift
+            elif shared:
+                yield section.gpa, section.gpa_end
 
     def map(
         self,
@@ -160,18 +151,19 @@ class GuestMemory(OfOneProcess):
         """
         Let *block*, or ``[offset, offset + size)`` of it, appear at *gpa*. All or nothing.
 
-        The attributes of a block with private backing are set before the guest can see it (its memory slot), so there
-        is no instant at which the guest could run with pages shared that are tracked as private. Then each attached
-        target maps what is populated.
+        The attributes of a block with private backing are set before the guest can see it (its memory
+        slot), so that the guest at no instant could run with pages shared that are tracked as
+        private. Then each attached target maps the populated pages.
 
         :param gpa: In bytes, a multiple of the page size.
         :param offset: In the block, in bytes, a multiple of the page size.
         :param size: In bytes; None: to the end of the block.
         :param readonly: Devices may not write to it.
-        :raises UsageError: Unaligned, outside the block or the address space, overlapping another section in guest
-            addresses or (with private backing) in the block, or the block is closed or in another memory; nothing has
-            changed.
-        :raises BusyError: The block's users and this memory's contradict each other about discards; nothing has changed.
+        :raises UsageError: Unaligned, outside the block or the address space, overlapping another
+            section in guest addresses or (with private backing) in the block, or the block is closed
+            or in another memory; nothing has changed.
+        :raises BusyError: The block's users and this memory's contradict each other about discards;
+            nothing has changed.
         :raises MappingLimitError: A mapper has no room for it; nothing has changed.
         :raises OSError: The VM or a target refused; everything is as before.
         :raises PoisonedError: This memory or the block is poisoned, or this call poisoned it.
@@ -179,14 +171,13 @@ class GuestMemory(OfOneProcess):
         if not isinstance(block, RamBlock):
             raise UsageError(f"{block!r} is not a RAM block", value=block, expected="a RamBlock")
         what = f"block {block.name!r}"
-        length = size
-        if length is None:
+        if size is None:
             check_range(offset, 1, limit=block.size, align=1, what=what)
-            length = block.size - offset
-        check_range(offset, length, limit=block.size, align=PAGE_SIZE, what=what)
-        check_range(gpa, length, limit=ADDRESS_LIMIT, align=PAGE_SIZE, what="guest addresses")
-        section = RamSection(block, offset, length, gpa, readonly)
-        self._run("map", self._map, block, section)
+            size = block.size - offset
+        check_range(offset, size, limit=block.size, align=PAGE_SIZE, what=what)
+        check_range(gpa, size, limit=ADDRESS_LIMIT, align=PAGE_SIZE, what="guest addresses")
+        section = RamSection(block, offset, size, gpa, readonly)
+        self._guard.run("map", self._map, block, section)
         return section
 
     def _map(self, block: RamBlock, section: RamSection) -> None:
@@ -200,8 +191,7 @@ class GuestMemory(OfOneProcess):
 
     def unmap(self, section: RamSection) -> None:
         """
-        Take *section* out of the guest: unmapped in every target, then the slot, then the attributes.
-        All or nothing.
+        Take *section* out: from every target, then its slot, then its attributes. All or nothing.
 
         On a poisoned memory it does as much as can be done and keeps the doubts.
 
@@ -209,7 +199,7 @@ class GuestMemory(OfOneProcess):
         :raises OSError: The VM or a target refused; everything is as before.
         :raises PoisonedError: This call poisoned the memory.
         """
-        self._run("unmap", self._unmap, section, even_poisoned=True)
+        self._guard.run("unmap", self._unmap, section, even_poisoned=True)
 
     def _unmap(self, section: RamSection) -> None:
         place = self._places.look_up(section)
@@ -221,15 +211,8 @@ class GuestMemory(OfOneProcess):
             self._placer.remove(place)
         self._release_unplaced(place.block)
 
-    def _release_unplaced(self, block: RamBlock) -> None:
-        if block.placement is self and not self._places.of_block(block):
-            self._release(block)
-
     def forget(self, block: RamBlock) -> None:
-        """
-        Take out every section of *block*, whatever listeners say. For ``RamBlock.close``, which holds
-        the lock.
-        """
+        """Take out every section of *block*, for its ``close``, which holds the lock."""
         for place in self._places.of_block(block):
             if not self._guard.poisoned:
                 try:
@@ -244,13 +227,12 @@ class GuestMemory(OfOneProcess):
 
     def _adopt(self, block: RamBlock) -> None:
         """Bring *block* under this memory's lock, if it is not there."""
-        if block.placement is self:
-            return
-        _check_unplaced(block)
-        # Its own guard is taken inside ours. Nobody takes them the other way round: a block's own
-        # guard knows no memory.
-        own = block.guard
-        own.run("map", self._adopt_under, block, own)
+        if block.placement is not self:
+            _check_unplaced(block)
+            # Its own guard is taken inside ours. Nobody takes them the other way round: a block's
+            # own guard knows no memory.
+            own = block.guard
+            own.run("map", self._adopt_under, block, own)
 
     def _adopt_under(self, block: RamBlock, own: Guard) -> None:
         _check_unplaced(block)
@@ -260,13 +242,14 @@ class GuestMemory(OfOneProcess):
         block.placement = self
         block.discard_manager.guard = self._guard
 
-    def _release(self, block: RamBlock) -> None:
-        """Give *block* a guard of its own again."""
-        guard, manager = Guard(), block.discard_manager
-        holds = [*self._adopted.pop(id(block), ()), *manager.holds]
-        self._guard.leave_with(guard, block, holds)
-        block.placement = None
-        manager.guard = guard
+    def _release_unplaced(self, block: RamBlock) -> None:
+        """Give *block* a guard of its own again, if it has no section here."""
+        if block.placement is self and not self._places.of_block(block):
+            guard, manager = Guard(), block.discard_manager
+            holds = [*self._adopted.pop(id(block), ()), *manager.holds]
+            self._guard.leave_with(guard, block, holds)
+            block.placement = None
+            manager.guard = guard
 
     def reset(
         self, vm: Vm | None = None, private: Mapping[RamBlock, PrivateBacking] | None = None
@@ -275,8 +258,7 @@ class GuestMemory(OfOneProcess):
         Reset the guest: all confidential pages private, virtio-mem unplugged, neither mapped by any
         device, and all that memory freed on both sides. All or nothing until it is committed.
 
-        :param vm: The VM that takes the place of the one until now, which must not run any more;
-            None: it stays.
+        :param vm: Takes the place of the VM until now, which must not run any more; None: it stays.
         :param private: New private backings by block, where they are recreated.
         :return: Bytes of the old guest that could not be freed. Unless it is 0 the new guest must not
             run: call it again.
@@ -285,7 +267,7 @@ class GuestMemory(OfOneProcess):
         :raises BaseException: What a target or VM raised; everything is as before.
         :raises PoisonedError: This memory is poisoned, or this call poisoned it.
         """
-        return self._run("reset", self._reset, vm, {} if private is None else dict(private))
+        return self._guard.run("reset", self._reset, vm, dict(private or {}))
 
     def _reset(self, vm: Vm | None, private: Mapping[RamBlock, PrivateBacking]) -> int:
         check_new_parts(self._places, vm, private)
@@ -293,8 +275,6 @@ class GuestMemory(OfOneProcess):
         if vm is not None:
             self._placer.vm = vm
         return not_freed
-
-    # -- devices ----------------------------------------------------------------------------------------------------
 
     def attach(
         self,
@@ -304,87 +284,68 @@ class GuestMemory(OfOneProcess):
         max_mappings: int | None = None,
     ) -> Mapper:
         """
-        Keep *target* in step from now on: it maps what is populated. All or nothing.
+        Keep *target* in step from now on: it maps the populated pages. All or nothing.
+
+        It maps in batches; conversions get between them, and so does Ctrl-C, which undoes it.
 
         :param max_mappings: The operator's budget; the smaller of it and the target's counts.
-        :return: What watches over it; hand it to :meth:`detach`.
-        :raises UsageError: RUN on a target that cannot cut, page size above a block's granularity, a section outside its
-            IOVA ranges, or attached here already; nothing has changed.
+        :return: The mapper that watches over it; hand it to :meth:`detach`.
+        :raises UsageError: RUN on a target that cannot cut, page size above a block's granularity, a
+            section outside its IOVA ranges, or attached here already; nothing has changed.
         :raises BusyError: Somebody needs uncoordinated discards; nothing has changed.
-        :raises MappingLimitError: No room for what is populated; nothing has changed.
-        :raises DmaError: The target refused; what it had mapped is unmapped again.
+        :raises MappingLimitError: No room for the populated pages; nothing has changed.
+        :raises DmaError: The target refused; its mappings are unmapped again.
         :raises PoisonedError: This memory is poisoned, or this call poisoned it.
         """
         if max_mappings is not None:
             check_positive(max_mappings, "max_mappings")
         if not hasattr(target, "capabilities"):
-            raise UsageError(
-                f"{target!r} is not a DMA target", value=target, expected="a DmaTarget"
-            )
+            text = f"{target!r} is not a DMA target"
+            raise UsageError(text, value=target, expected="a DmaTarget")
         return uninterrupted(self._attach, target, policy, max_mappings)
 
     def _attach(self, target: DmaTarget, policy: MappingPolicy, max_mappings: int | None) -> Mapper:
-        """Attach in batches, between which others get the lock and interrupts are handed over."""
-        mapper = Mapper(target, policy, max_mappings)
-        places: list[Place] = []
-        attachment = self._run("attach", self._begin_attach, mapper, places)
+        run, mapper = self._guard.run, Mapper(target, policy, max_mappings)
+        attachment, places = run("attach", self._begin_attach, mapper)
         try:
             if mapper.limit is not None:
-                self._check_room(attachment, places)
+                # For all of it, before anything is mapped.
+                needed = 0
+                for place in places:
+                    position = place.section.offset
+                    while position < place.section.end:
+                        entries, position = run("attach", count_some, mapper, place, position)
+                        needed += entries
+                        hand_over()
+                mapper.require(needed)
             for place in places:
-                while self._run("attach", self._map_some, attachment, place):
+                while run("attach", map_some, attachment, self._places, place, self._guard):
                     hand_over()
-            self._run("attach", self._end_attach, attachment)
+            run("attach", attachment.finish)
         except BaseException as error:
-            self._run("attach", self._give_up_attach, attachment, even_poisoned=True)
+            run("attach", self._give_up_attach, attachment, even_poisoned=True)
             if self._guard.poisoned and not isinstance(error, PoisonedError):
                 raise self._guard.poisoned_error("attach") from error
             raise
         return mapper
 
-    def _begin_attach(self, mapper: Mapper, places: list[Place]) -> Attachment:
+    def _begin_attach(self, mapper: Mapper) -> tuple[Attachment, list[Place]]:
         target = mapper.target
         if any(attachment.mapper.target is target for attachment in self._attachments):
             raise UsageError(f"{target!r} is attached already", value=target)
+        places = list(self._places)
+        for place in places:
+            check_place(mapper, place)
         hold = self._guard.discards.forbid_uncoordinated(f"DMA mapper of {target!r}")
         attachment = Attachment(mapper, hold)
-        try:
-            for place in self._places:
-                attachment.check(place)
-        except BaseException:
-            hold.release()
-            raise
-        attachment.hold_blocks()
         # From here on, a section that is placed meanwhile is mapped with the others.
         self._attachments.append(attachment)
-        places.extend(self._places)
-        return attachment
-
-    def _check_room(self, attachment: Attachment, places: list[Place]) -> None:
-        """Check the budget for all of it, before anything is mapped."""
-        total = 0
-        for place in places:
-            position = place.section.offset
-            while position < place.section.end:
-                entries, position = self._run("attach", count_some, attachment, place, position)
-                total += entries
-                hand_over()
-        attachment.mapper.require(total)
-
-    def _map_some(self, attachment: Attachment, place: Place) -> bool:
-        if self._places.look_up(place.section) is not place:
-            return False  # it was unmapped meanwhile
-        return map_some(attachment, place, self._guard)
-
-    def _end_attach(self, attachment: Attachment) -> None:
-        attachment.complete = True
+        return attachment, places
 
     def _give_up_attach(self, attachment: Attachment) -> None:
         self._attachments.remove(attachment)
         give_up(attachment, self._places)
-        attachment.hold.release()
-        if not self._guard.poisoned:
-            attachment.let_blocks_go()
+        attachment.close(keeps_blocks=self._guard.poisoned)
 
     def detach(self, mapper: Mapper) -> None:
         """
@@ -397,34 +358,16 @@ class GuestMemory(OfOneProcess):
             attached.
         :raises PoisonedError: This call poisoned the memory.
         """
-        self._run("detach", self._detach, mapper, even_poisoned=True)
+        self._guard.run("detach", self._detach, mapper, even_poisoned=True)
 
     def _detach(self, mapper: Mapper) -> None:
         found = (entry for entry in self._attachments if entry.mapper is mapper and entry.complete)
         attachment = next(found, None)
         if attachment is None:
             raise UsageError(f"{mapper!r} is not attached here", value=mapper)
-        if self._guard.poisoned:
-            leave_all_regardless(attachment, self._places)
-        else:
-            leave_all(attachment, self._places, self._guard)
-            attachment.let_blocks_go()
+        leave_all(attachment, self._places, self._guard)
         self._attachments.remove(attachment)
-        attachment.hold.release()
-        for place in self._places:
-            place.listeners.pop(attachment, None)
-
-    def _run(
-        self,
-        operation: str,
-        work: Callable[..., T],
-        *arguments: object,
-        even_poisoned: bool = False,
-    ) -> T:
-        """Call ``work(*arguments)`` with the lock held."""
-        return self._guard.run(operation, work, *arguments, even_poisoned=even_poisoned)
-
-    # -- conversion -------------------------------------------------------------------------------------------------
+        attachment.close(keeps_blocks=self._guard.poisoned)
 
     def convert(self, gpa: int, size: int, to: PageState) -> ConversionResult:
         """

@@ -4,19 +4,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from time import perf_counter_ns
 
 from ramblock.discard.attributes import PageState
 from ramblock.errors import (
     ConversionError,
+    DmaError,
     MappingLimitError,
     PoisonedError,
     RamblockError,
     UsageError,
 )
+from ramblock.guest.block import RamBlock
 from ramblock.guest.conversion import ConversionResult
 from ramblock.guest.memory import GuestMemory
 from ramblock.guest.vm import Vm
+from ramblock.hostmem.backing import PrivateBacking
 from ramblock.run.guest_script import Action, Request
 from ramblock.run.tally import Outcome, Tally
 from ramblock.run.verifier import Verifier
@@ -55,8 +59,11 @@ class CountedMemory(GuestMemory):
         """Make a request as the script, without a guest; raises nothing but an interrupt."""
         self.action = request.action
         try:
-            self.convert(request.gpa, request.size, request.to)
-        except (UsageError, MappingLimitError, ConversionError) as error:
+            if request.action is Action.REBOOT:
+                self.reset()
+            else:
+                self.convert(request.gpa, request.size, request.to)
+        except (UsageError, MappingLimitError, ConversionError, DmaError) as error:
             _log.debug("request refused: %s", error)  # it is counted
         return self.outcome
 
@@ -75,6 +82,28 @@ class CountedMemory(GuestMemory):
         self._count(result)
         self._note(gpa, size, to, "", clock)
         return result
+
+    def reset(
+        self, vm: Vm | None = None, private: Mapping[RamBlock, PrivateBacking] | None = None
+    ) -> int:
+        """Reset, and count; raises what it always raises."""
+        clock = _Clock(self._verifier)
+        self._verifier.resetting = True
+        self.outcome = Outcome.ROLLED_BACK
+        try:
+            not_freed = super().reset(vm, private)
+            self.outcome = Outcome.DONE
+        except PoisonedError:
+            self.outcome = Outcome.POISONED
+            raise
+        finally:
+            self._verifier.resetting = False
+            clock.stop()
+            self.tally.note(self.action.value, 0, self.outcome, clock.own_ns)
+            self._trace.emit("reset", result=self.outcome, took=clock.took_ns)
+        # All that was shared is private.
+        self.tally.pages_to_private = self.tally.pages_to_shared
+        return not_freed
 
     def _note(self, gpa: int, size: int, to: PageState, reason: str, clock: _Clock) -> None:
         self.tally.note(self.action.value, max(size, 0), self.outcome, clock.own_ns)

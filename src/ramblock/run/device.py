@@ -103,6 +103,14 @@ class Device(threading.Thread):
             self.given_back.append((buffer.gpa, buffer.size))
             del self.given_back[:-64]
 
+    def take_all(self) -> list[Buffer]:
+        """Take every buffer back, as for a reboot."""
+        with self._lists:
+            buffers = list(self._buffers)
+        for buffer in buffers:
+            self.take(buffer)
+        return buffers
+
     def taken_away(self, buffer: Buffer) -> None:
         """*buffer* has become private; nobody converts anything while this runs."""
 

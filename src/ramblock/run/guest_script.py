@@ -37,6 +37,8 @@ class Action(Enum):
     FREE = "free"
     ACCEPT = "accept"
     HOSTILE = "hostile"
+    REBOOT = "reboot"
+    """Not a conversion: the guest is reset, and boots again."""
 
 
 class Request(NamedTuple):
@@ -88,9 +90,16 @@ class GuestScript:
         self._live_bytes = 0
         self._free_slots = self._plan_slots()
         self._accepted = 0
+        self._rebooted = False
         steady = workload.steady
-        self._actions = (Action.ALLOC, Action.FREE, Action.ACCEPT, Action.HOSTILE)
-        self._weights = (steady.alloc, steady.free, steady.accept, steady.hostile)
+        self._actions = (
+            Action.ALLOC,
+            Action.FREE,
+            Action.ACCEPT,
+            Action.HOSTILE,
+            Action.REBOOT,
+        )
+        self._weights = (steady.alloc, steady.free, steady.accept, steady.hostile, steady.reboot)
 
     @property
     def forbidden(self) -> tuple[int, int]:
@@ -167,10 +176,15 @@ class GuestScript:
                 request = self._free() or self._alloc()
             elif action is Action.ACCEPT:
                 request = self._accept()
+            elif action is Action.REBOOT:
+                request = Request(0, 0, _PRIVATE, Action.REBOOT)
             else:
                 request = self._hostile()
             if request is not None:
                 yield request
+            if self._rebooted:
+                self._rebooted = False
+                yield from self.boot()
 
     def _alloc(self) -> Request | None:
         sizes = [size for size, slots in self._free_slots.items() if slots]
@@ -193,6 +207,12 @@ class GuestScript:
     def done(self, request: Request, *, converted: bool) -> None:
         """Tell the script how a request ended, so that it knows which buffers it has."""
         buffer = request.buffer
+        if request.action is Action.REBOOT and converted:
+            self._live.clear()
+            self._live_bytes = 0
+            self._free_slots = self._plan_slots()
+            self._accepted = 0
+            self._rebooted = True
         if buffer is None or request.action is Action.RING:
             return
         if request.action is Action.ALLOC:

@@ -36,7 +36,7 @@ from ramblock.run.counted import CountedMemory
 from ramblock.run.device import Buffer, Device
 from ramblock.run.guest_script import Action, Request
 from ramblock.run.ram import GuestRam
-from ramblock.run.scripted import check_device_data, is_converted
+from ramblock.run.scripted import check_device_data, is_converted, reboot
 from ramblock.run.tally import Outcome
 from ramblock.run.verifier import Verifier, ViolationKind
 from ramblock.uapi.kvm_para import MapGpaRangeBits
@@ -133,6 +133,8 @@ class ProgrammedGuest:
         :raises GuestProgramError: The guest cannot go on.
         :raises StuckGuestError: It faults for ever.
         """
+        if request.action is Action.REBOOT:
+            return self._reboot(request)
         if not _can_be_said(request):
             return self._memory.ask(request)
         self._prepare(request)
@@ -148,6 +150,21 @@ class ProgrammedGuest:
             self._use(request)
         elif request.action is Action.FREE and request.buffer is not None:
             self._devices[request.buffer.device].give(request.buffer)
+        return outcome
+
+    def _reboot(self, request: Request) -> Outcome:
+        """Reset the guest; the new one finds nothing where the old one wrote."""
+        self._drain()
+        outcome = reboot(request, self._memory, self._ram, self._devices, self._verifier)
+        if is_converted(outcome):
+            for gpa, size in [*self._private_words, *self._shared_words] if self._enforced else ():
+                for span in _spans(gpa, size):
+                    command = Command(Operation.CHECK, span.start, span.size, 0, span.stride, 0)
+                    self._put(command, _Expected(ViolationKind.SURVIVED))
+            self._private_words.clear()
+            self._shared_words.clear()
+            self._not_given = None
+            self._drain()
         return outcome
 
     def finish(self) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from ramblock.guest.block import RamBlock
@@ -17,6 +17,9 @@ class UsablePrivate(Protocol):
 
     def use(self, offset: int) -> None:
         """Use the page at *offset*, so that there is something to free."""
+
+    def allocated_bytes(self) -> int | None:
+        """Bytes of memory in use; None where the kernel does not tell."""
 
     def close(self) -> None:
         """Give it back."""
@@ -37,6 +40,13 @@ class GuestRam:
         """Read the shared side, inside one block, as the host does: in any state of the pages."""
         place = self._place(gpa)
         return self.blocks[place.name].read(gpa - place.gpa, size)
+
+    def not_empty(self) -> Iterator[tuple[str, int]]:
+        """Yield the confidential blocks that hold memory on either side, as (name, bytes)."""
+        for name, private in self.private.items():
+            size = (private.allocated_bytes() or 0) + (self.blocks[name].allocated_bytes() or 0)
+            if size:
+                yield name, size
 
     def use_privately(self, gpa: int) -> None:
         """Use a private page in the guest's name."""

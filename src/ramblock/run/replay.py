@@ -96,6 +96,9 @@ class RecordedGuest:
         """
         with self._path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if self._decode(line, number, _Event).event == "conversion":
+                event = self._decode(line, number, _Event).event
+                if event == "reset":
+                    yield Request(0, 0, PageState.PRIVATE, Action.REBOOT)
+                elif event == "conversion":
                     entry = self._decode(line, number, _Conversion)
                     yield Request(_number(entry.gpa), _number(entry.size), entry.to, entry.action)

@@ -131,6 +131,7 @@ class SteadyPhase(_Strict, frozen=True):
     free: Weight
     accept: Weight
     hostile: Weight
+    reboot: Weight = 0
 
 
 class Buffers(_Strict, frozen=True):

@@ -14,7 +14,7 @@ from ramblock.run.ram import GuestRam
 from ramblock.run.tally import Outcome
 from ramblock.run.verifier import Verifier, ViolationKind
 
-__all__ = ["Guest", "ScriptedGuest", "check_device_data", "is_converted"]
+__all__ = ["Guest", "ScriptedGuest", "check_device_data", "is_converted", "reboot"]
 
 
 class Guest(Protocol):
@@ -41,6 +41,29 @@ def check_device_data(buffer: Buffer, ram: GuestRam, device: Device, verifier: V
             )
 
 
+def reboot(
+    request: Request,
+    memory: CountedMemory,
+    ram: GuestRam,
+    devices: Sequence[Device],
+    verifier: Verifier,
+) -> Outcome:
+    """Take all buffers from the devices, reset the guest, and look for anything of the old one."""
+    taken = [(device, device.take_all()) for device in devices]
+    outcome = memory.ask(request)
+    for device, buffers in taken:
+        for buffer in buffers:
+            if is_converted(outcome):
+                device.taken_away(buffer)
+            else:
+                device.give(buffer)
+    if is_converted(outcome):
+        for name, size in ram.not_empty():
+            place = next(place for place in ram.places if place.name == name)
+            verifier.violation(ViolationKind.SURVIVED, "", place.gpa, size)
+    return outcome
+
+
 class ScriptedGuest:
     """
     The script alone.
@@ -64,6 +87,8 @@ class ScriptedGuest:
 
     def serve(self, request: Request) -> Outcome:
         """Make one request, with a driver's work around it."""
+        if request.action is Action.REBOOT:
+            return reboot(request, self._memory, self._ram, self._devices, self._verifier)
         buffer = request.buffer
         if request.action is Action.FREE and buffer is not None:
             device = self._devices[buffer.device]

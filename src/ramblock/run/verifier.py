@@ -43,6 +43,7 @@ class ViolationKind(Enum):
     LOST_FREE = "a page in use was freed"
     DOUBLE = "a page is mapped twice"
     UNMAP_COUNT = "an unmap told a wrong number of bytes"
+    SURVIVED = "memory of the old guest is there after a reset"
     STATE = "page states and attributes differ"
 
 
@@ -99,6 +100,8 @@ class Verifier:
         #: How often each kind happened.
         self.counts: Counter[ViolationKind] = Counter()
         self.checks = 0
+        #: The guest is being reset: private memory that it used is freed.
+        self.resetting = False
         self._spent: Counter[int] = Counter()
         self._flagged: dict[tuple[ViolationKind, str], list[bytearray]] = {}
         self._lock = Lock()
@@ -182,7 +185,9 @@ class Verifier:
         with self._lock, self._timed():
             for region, start, end in self._spans(gpa, size):
                 here = self.regions[region]
-                self._flag(ViolationKind.LOST_FREE, "", region, _where(here.shared, 0, start, end))
+                if not self.resetting:
+                    lost = _where(here.shared, 0, start, end)
+                    self._flag(ViolationKind.LOST_FREE, "", region, lost)
 
     def before_access(self) -> int:
         """Take a time stamp before a device's access, for :meth:`device_reached`."""

@@ -36,6 +36,7 @@ from ramblock.trace.own_events import (
     OwnFault,
     OwnFree,
     OwnMap,
+    OwnReset,
     OwnStale,
     OwnStateChange,
     OwnUnmap,
@@ -79,6 +80,7 @@ class OwnReader:
             OwnFree: self._free,
             OwnStateChange: self._state_change,
             OwnConversion: self._conversion,
+            OwnReset: self._reset,
             OwnConnect: self._connect,
             OwnDetach: self._detach,
             OwnDisconnect: self._detach,
@@ -288,6 +290,12 @@ class OwnReader:
             line.to == "private",
             line.t - line.took,
             line.result,
+        )
+
+    def _reset(self, line: OwnReset, number: int) -> Event:
+        # Whatever it unmapped and made private is over with it, as with a conversion of no range.
+        return ConversionEnd(
+            line.t, self.source, number, 0, 0, True, line.t - line.took, line.result
         )
 
     def _connect(self, line: OwnConnect, number: int) -> Event:

@@ -89,6 +89,11 @@ class OwnConversion(OwnLine, tag="conversion"):
     took: _Number = 0
 
 
+class OwnReset(OwnLine, tag="reset"):
+    result: str = "done"
+    took: _Number = 0
+
+
 class OwnConnect(OwnLine, tag="connect"):
     target: str
 
@@ -135,6 +140,7 @@ AnyLine = (
     | OwnFree
     | OwnStateChange
     | OwnConversion
+    | OwnReset
     | OwnConnect
     | OwnDisconnect
     | OwnDetach
