@@ -386,6 +386,34 @@ def test_whoever_waits_follows_a_block_to_its_new_lock(monkeypatch: pytest.Monke
         assert before.run("something", lambda: "is free") == "is free"
 
 
+def test_nothing_is_done_under_a_lock_that_the_block_has_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = GuestMemory()
+    with RamBlock.create("ram", 2 * PAGE, private="stand-in") as block:
+        attributes_of(block).state_change(0, PAGE, SHARED)
+        run = block.guard.run
+
+        def placed_meanwhile(*args: Any, **kwargs: Any) -> object:
+            monkeypatch.undo()
+            memory.map(block, 0)
+            return run(*args, **kwargs)
+
+        refused: list[BusyError] = []
+
+        def look(_: object) -> None:
+            with pytest.raises(BusyError) as caught:
+                memory.convert(PAGE, PAGE, SHARED)
+            refused.append(caught.value)
+
+        monkeypatch.setattr(block.guard, "run", placed_meanwhile)
+        listener = RecordingListener()
+        listener.then = look
+        block.discard_manager.register_listener(listener, section(block))
+        assert len(refused) == 1
+        listener.then = _nothing
+
+
 # -- poison ----------------------------------------------------------------------------------------
 
 

@@ -625,7 +625,11 @@ _in(
     "discard.guard:Guard._run_locked",
     ("the lock: removed", prepend("return work(*arguments)"), GUARD),
     ("the lock: the owner stays noted", drop("self._owner = None"), GUARD),
-    ("the lock: a waiter is not let in", drop("self._gates.popleft().release()"), GUARD),
+    (
+        "the lock: a waiter is not let in",
+        drop("self._gates.popleft().release()"),
+        f"{GUARD}::test_whoever_waits_has_the_lock_in_turn_and_before_whoever_comes_later",
+    ),
     (
         "the lock: the last one in is the first",
         replace("self._gates.popleft()", "self._gates.pop()"),
@@ -1436,13 +1440,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     if not _passes_unchanged(mutants, chosen.timeout):
         return 1
-    living = killed = 0
+    living = killed = hangs = 0
     for mutant, outcome in run_all(ROOT, PACKAGE, mutants, chosen.jobs, chosen.timeout):
         killed += outcome.dead
         living += not outcome.dead
+        hangs += outcome.verdict == "hang"
         _print_line(outcome.verdict, f"{outcome.seconds:.1f} s", mutant.name, outcome.by)
     minutes = (time.monotonic() - began) / 60
-    print(f"{len(mutants)} mutants, {killed} killed, {living} survive ({minutes:.1f} min)")
+    hang = f" ({hangs} hang)" if hangs else ""
+    print(f"{len(mutants)} mutants, {killed} killed{hang}, {living} survive; {minutes:.1f} min")
     return int(living > 0)
 
 
