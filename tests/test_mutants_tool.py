@@ -290,7 +290,7 @@ def test_the_verdicts(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in told[:-1]] == ["killed", "SURVIVED", "hang"]
     assert told[0].endswith("test_thing.py::test_fits")
     assert "no end in 4 s" in told[2]
-    assert told[-1].startswith("3 mutants, 2 killed, 1 survive")
+    assert told[-1].startswith("3 mutants, 2 killed (1 hang), 1 survive")
     assert mutants.main(["everything"]) == 0
     # Nothing was changed in place.
     assert (mutants.ROOT / "src/thing/code.py").read_text() == CODE
