@@ -128,8 +128,12 @@ def test_signals_are_handled_in_the_order_in_which_they_came() -> None:
     def handle(number: int, _: FrameType | None) -> None:
         handled.append(number)
 
+    def work() -> None:
+        for number in came:
+            strike(number)
+
     with handler(signal.SIGINT, handle), handler(signal.SIGTERM, handle):
-        uninterrupted(lambda: [strike(number) for number in came])
+        uninterrupted(work)
     assert handled == came
 
 

@@ -561,7 +561,7 @@ _in(
 )
 _in(
     f"{_MANAGER}._unjoin",
-    ("a refused listener stays", drop("if before is not None: ..."), (REGISTER, BATCHES)),
+    ("a refused listener stays", drop("if before is not None: ..."), MAP),
     (
         "a batch that is undone takes the earlier ones off the list",
         replace("before is not None", "False"),
