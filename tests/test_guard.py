@@ -465,6 +465,16 @@ def test_a_block_that_leaves_a_poisoned_memory_stays_poisoned(guest: Guest) -> N
     assert guest.memory.poisoned
 
 
+def test_a_listener_leaves_a_poisoned_block_whatever_it_says(guest: Guest) -> None:
+    guest.poison()
+    guest.listener.refuse_all("discard")
+    manager = guest.block.discard_manager
+    manager.unregister_listener(guest.listener)
+    assert guest.listener not in [entry.listener for entry in manager.registrations]
+    doubted = [doubt for doubt in guest.memory.in_doubt() if doubt.target is guest.listener]
+    assert [(doubt.gpa, doubt.size) for doubt in doubted] == [(0, 2 * PAGE)]
+
+
 def test_a_transaction_under_way_is_no_poison(guest: Guest) -> None:
     seen: list[bool] = []
     guest.listener.then = lambda _: seen.append(guest.memory.poisoned)

@@ -587,12 +587,12 @@ _in(
     (
         "a listener that cannot leave is off the list",
         drop("self.registry.add(registration)"),
-        MANAGER,
+        (UNMAP, DETACH),
     ),
 )
 _in(
     f"{_MANAGER}._unregister",
-    ("a poisoned block keeps its listeners", drop("if self.guard.poisoned: ..."), (GUARD, MANAGER)),
+    ("a poisoned block keeps its listeners", drop("if self.guard.poisoned: ..."), GUARD),
 )
 _in(
     f"{_MANAGER}.run",
