@@ -440,6 +440,17 @@ def test_a_closed_poisoned_block_keeps_its_pages_as_long_as_a_target_may_reach_t
     assert is_mapped("kept-block")
 
 
+def test_a_poisoned_block_that_has_left_its_guest_keeps_its_pages_too(
+    poisoned: tuple[GuestMemory, RamBlock, SoftIommu],
+) -> None:
+    memory, block, iommu = poisoned
+    memory.unmap(memory.sections[0])
+    assert block.placement is None
+    assert block.guard.in_doubt() == memory.in_doubt() != []
+    block.close()
+    assert iommu.read(PAGE, 9) == b"reachable"
+
+
 def test_a_block_that_is_closed_in_good_order_keeps_nothing() -> None:
     memory = GuestMemory()
     block = RamBlock.create("not-kept", 4 * PAGE, private="stand-in")

@@ -802,6 +802,24 @@ def test_a_short_unmap_poisons_and_the_other_target_is_put_back(
     assert guest.memory.in_doubt()
 
 
+def test_pages_that_stay_mapped_stay_shared(guest: Guest, caplog: pytest.LogCaptureFixture) -> None:
+    """The one target cannot let go of pages that the other refuses: a device may reach them."""
+    caplog.set_level(logging.CRITICAL + 1)
+    first, second = guest.targets
+    second.fail_map = {second.map_calls + 1}
+    first.short_unmap = {first.unmap_calls + 1}
+    with pytest.raises(PoisonedError) as caught:
+        guest.memory.convert(LOW, 4 * PAGE, SHARED)
+    assert caught.value.target is second
+    assert guest.memory.state(LOW) is SHARED
+    assert LOW // PAGE not in guest.vm.private
+    assert {tuple(doubt) for doubt in guest.memory.in_doubt()} == {
+        (LOW, 4 * PAGE, first),
+        (LOW, 4 * PAGE, second),
+    }
+    assert next(iter(guest.memory.ranges(SHARED))) == (LOW, 4 * PAGE)
+
+
 # -- asking ----------------------------------------------------------------------------------------
 
 

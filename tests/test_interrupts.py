@@ -122,6 +122,22 @@ def test_no_signal_is_lost_and_none_keeps_another_from_its_handler(fails: bool) 
     assert chain == [3, 2, 1, *(["its own"] if fails else [])]
 
 
+def test_signals_are_handled_in_the_order_in_which_they_came() -> None:
+    came = [signal.SIGTERM, signal.SIGINT, signal.SIGINT]
+    handled: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        handled.append(number)
+
+    def work() -> None:
+        for number in came:
+            strike(number)
+
+    with handler(signal.SIGINT, handle), handler(signal.SIGTERM, handle):
+        uninterrupted(work)
+    assert handled == came
+
+
 def test_handlers_are_put_back() -> None:
     def mine(*_: object) -> None: ...
 

@@ -17,6 +17,7 @@ import pytest
 from doubles import PAGE, RecordingListener, section
 from ramblock import GuestMemory, PageState, RamBlock, RamSection, VirtioMem
 from ramblock.dma import HostRange, SoftIommu
+from ramblock.interrupts import uninterrupted
 
 SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -141,6 +142,20 @@ def test_a_fork_while_another_thread_converts_does_not_hang(guest: Guest) -> Non
         stop.set()
         thread.join()
     assert guest.iommu.read(0, 6) == b"parent"
+
+
+def test_a_fork_of_another_thread_has_a_main_thread_too(guest: Guest) -> None:
+    """Interrupts wait on the one thread that the fork has, whichever it was before."""
+
+    def work() -> object:
+        return uninterrupted(lambda: signal.getsignal(signal.SIGINT) is before)
+
+    before = signal.getsignal(signal.SIGINT)
+    told: list[str] = []
+    thread = threading.Thread(target=lambda: told.append(in_child(work)))
+    thread.start()
+    thread.join()
+    assert told == ["False"]
 
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
