@@ -180,6 +180,7 @@ def test_nothing_that_holds_memory_is_copied(guest: Guest, how: Callable[[object
 
 def test_targets_and_vms_outside_are_not_copied_either() -> None:
     from ramblock.dma import IommufdIoas, Type1Container, VfioUserTarget
+    from ramblock.dma.mapper import Mapper
     from ramblock.kvm import GuestMemfd, Kvm, KvmVm, Vcpu
     from ramblock.process import OfOneProcess
     from ramblock.testing import SimulatedInPlace
@@ -197,6 +198,7 @@ def test_targets_and_vms_outside_are_not_copied_either() -> None:
         OwnedDescriptor,
         VfioDevice,
         SimulatedInPlace,
+        Mapper,
     ):
         assert issubclass(kind, OfOneProcess), kind
 
