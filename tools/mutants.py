@@ -69,7 +69,6 @@ VIRTIO_MEM = "tests/test_virtio_mem.py"
 ONE_FAILURE = f"{INJECTION}::test_conversion_with_one_failure"
 TWO_FAILURES = f"{INJECTION}::test_conversion_with_two_failures"
 BY_PAGE_TWO = f"{INJECTION}::test_conversion_by_page_with_two_failures"
-IN_PLACE_TWO = f"{INJECTION}::test_conversion_in_place_with_two_failures"
 OTHER_LISTENER = f"{INJECTION}::test_conversion_with_a_listener_of_somebody_elses"
 OTHER_SOURCE = f"{INJECTION}::test_conversion_with_a_source_of_somebody_elses"
 BUDGETS = f"{INJECTION}::test_budget_of_a_conversion"
@@ -380,7 +379,7 @@ _in(
         drop("self._guard.doubt(section, ...)"),
         (MANAGER, OTHER_LISTENER),
     ),
-    ("one that fails stops the undo", narrow("notify(section)"), OTHER_LISTENER),
+    ("one that fails stops the undo", narrow("notify(section)"), MANAGER),
     (
         "a source that does not answer in an undo leaves no doubt",
         drop("self._doubt_all(...)"),
