@@ -11,6 +11,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 html_theme = "furo"
 html_title = f"{project} {release}"
 
+# The conformance kit draws examples with it; the reference needs none.
+autodoc_mock_imports = ["hypothesis"]
 # The signature already has the types; the field lists say what types cannot.
 autodoc_typehints = "signature"
 # A default is documented as written, not as the repr of its value.

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import busybox, emulator, kernel, packages, virtme
+from lab import busybox, double, emulator, kernel, packages, virtme
 from lab.cache import Cache, Entry
 from lab.shell import Shell
 
-__all__ = ["Lab", "provide"]
+__all__ = ["Lab", "provide", "provide_double"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,8 @@ class Lab:
 
     None as for the headers, which those tests need as well.
     """
+    double: Path | None
+    """The shim and the firmware of ``lab.qemu_double``; None: not built."""
     launcher: tuple[str, ...]
     """The command that boots a kernel."""
 
@@ -50,25 +54,48 @@ def provide(
     :raises LabError: It could not be built. What was done so far is kept for the next try.
     """
     needs = _Needs(own_kernel is None, own_qemu is None)
-    if dry_run:
-        _build(cache, Shell(cache.logs, dry_run=True), needs.missing(cache))
-    elif needs.missing(cache):
-        if cache.is_locked():
-            print(f"lab: somebody else is building in {cache.root}; waiting", file=sys.stderr)
-        with cache.lock() as lock:
-            # Once more: it may have been built while we waited.
-            _build(cache, Shell(cache.logs, keep_open=[lock]), needs.missing(cache))
+    _build_missing(cache, needs.missing, dry_run=dry_run)
     kernel_entry, qemu_entry = kernel.find(cache), emulator.find(cache)
-    tools_path = _path(busybox.find(cache), cache.root / "not-built")
+    double_entry = double.find(cache)
     absent = cache.root / "not-built"
+    tools_path = _path(busybox.find(cache), absent)
     kernel_path = kernel_entry.path if kernel_entry else absent
     return Lab(
         kernel=own_kernel or kernel_path / kernel.IMAGE,
         qemu=own_qemu or (qemu_entry.path if qemu_entry else absent) / emulator.PROGRAM,
         headers=None if own_kernel else kernel_path / kernel.HEADERS,
         busybox=None if own_kernel else tools_path / busybox.PROGRAM,
+        double=double_entry.path if double_entry else None,
         launcher=tuple(virtme.run_command(_path(virtme.find(cache), absent))),
     )
+
+
+def provide_double(cache: Cache, *, own_qemu: Path | None = None, dry_run: bool = False) -> None:
+    """
+    Make sure that QEMU and its double are there, without kernel and VM: a minute once.
+
+    :raises LabError: It could not be built. What was done so far is kept for the next try.
+    """
+
+    def missing(cache: Cache) -> set[str]:
+        found = {
+            "qemu": emulator.find(cache) if own_qemu is None else True,
+            "double": double.find(cache),
+        }
+        return {name for name, entry in found.items() if not entry}
+
+    _build_missing(cache, missing, dry_run=dry_run)
+
+
+def _build_missing(cache: Cache, missing: Callable[[Cache], set[str]], *, dry_run: bool) -> None:
+    if dry_run:
+        _build(cache, Shell(cache.logs, dry_run=True), missing(cache))
+    elif missing(cache):
+        if cache.is_locked():
+            print(f"lab: somebody else is building in {cache.root}; waiting", file=sys.stderr)
+        with cache.lock() as lock:
+            # Once more: it may have been built while we waited.
+            _build(cache, Shell(cache.logs, keep_open=[lock]), missing(cache))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +109,8 @@ class _Needs:
             "qemu": emulator.find(cache) if self.qemu else True,
             "busybox": busybox.find(cache) if self.kernel else True,
             "kernel": kernel.find(cache) if self.kernel else True,
+            # Where both are somebody's own, nothing of ours is built that was not asked for.
+            "double": double.find(cache) if self.kernel or self.qemu else True,
         }
         return {name for name, entry in found.items() if not entry}
 
@@ -94,6 +123,10 @@ def _build(cache: Cache, shell: Shell, missing: set[str]) -> None:
     # The quick one first: what is wrong with the machine shows early.
     if "qemu" in missing:
         emulator.build(cache, shell)
+    if "double" in missing:
+        if any(shutil.which(tool) is None for tool in double.TOOLS):
+            packages.provide(shell, double.PACKAGES)
+        double.build(cache, shell)
     if "busybox" in missing:
         busybox.build(cache, shell)
     if "kernel" in missing:

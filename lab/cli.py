@@ -8,12 +8,13 @@ import importlib.util
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab import build, busybox, emulator, kernel, suite, virtme
+from lab import build, busybox, double, emulator, kernel, suite, virtme
 from lab.build import Lab
 from lab.cache import Cache
 from lab.errors import EXIT_LAB, LabError
@@ -74,9 +75,30 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"only this one; may be given several times: {suite.HOST} (the tests that need no VM),"
         f" {', '.join(VARIANTS)}",
     )
-    for command in (building, booting, testing):
+    doubling = commands.add_parser(
+        "qemu",
+        help="run a script with QEMU's confidential guests, without confidential hardware",
+        description="Run SCRIPT, a Python program that starts guests by lab.qemu_double, with this "
+        "Python. lab/qemu_double/scripts has some; docs/qemu-without-snp.rst explains them.",
+        epilog="exit codes: that of the script, or those of the lab",
+    )
+    doubling.set_defaults(start=_qemu)
+    doubling.add_argument(
+        "--real",
+        action="store_true",
+        help="in the VM, where private memory and the IOMMU are the kernel's; "
+        "without it on this machine, with any /dev/kvm and a vfio-user device",
+    )
+    doubling.add_argument(
+        "--variant",
+        choices=VARIANTS,
+        default="amd-iommu",
+        help="the machine for --real (default: %(default)s)",
+    )
+    doubling.add_argument("words", nargs="+", metavar="SCRIPT", help="and its arguments")
+    for command in (building, booting, testing, doubling):
         command.add_argument("--dry-run", action="store_true", help="print what would be run")
-    for command in (booting, testing):
+    for command in (booting, testing, doubling):
         own = command.add_argument_group("your own")
         own.add_argument(
             "--kernel",
@@ -194,6 +216,31 @@ def _test(arguments: argparse.Namespace) -> int:
     return suite.exit_code(outcomes)
 
 
+def _qemu(arguments: argparse.Namespace) -> int:
+    if not importlib.util.find_spec("ramblock"):
+        raise LabError(f"{sys.executable} has no ramblock; run: make .venv/.test")
+    script = Path(arguments.words[0]).absolute()
+    if not script.is_file():
+        raise LabError(f"no such script: {arguments.words[0]}")
+    # It is started by its path, so this repository is not on its path by itself.
+    command = ["env", f"PYTHONPATH={suite.REPOSITORY}", sys.executable, str(script)]
+    command += arguments.words[1:]
+    if arguments.real:
+        arguments.words = command
+        return _boot(arguments)
+    if arguments.kernel is not None:
+        raise LabError("--kernel is for --real: without it no kernel is booted")
+    cache = Cache()
+    build.provide_double(cache, own_qemu=arguments.qemu, dry_run=arguments.dry_run)
+    if arguments.dry_run:
+        print(shlex.join(command))
+        return 0
+    environment = dict(os.environ)
+    if arguments.qemu is not None:
+        environment[double.QEMU_VARIABLE] = str(arguments.qemu)
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
 def _list(arguments: argparse.Namespace) -> int:
     for variant in VARIANTS.values():
         print(f"{variant.name:<12} {variant.about}")
@@ -231,6 +278,7 @@ FINDERS = {
     "kernel": kernel.find,
     "qemu": emulator.find,
     "busybox": busybox.find,
+    "double": double.find,
     "virtme": virtme.find,
 }
 
@@ -245,6 +293,7 @@ def _machine(lab: Lab, variant: str) -> Machine:
     return Machine(
         kernel=lab.kernel,
         qemu=lab.qemu,
+        double=lab.double,
         launcher=lab.launcher,
         variant=VARIANTS[variant],
         logs=Cache().logs,

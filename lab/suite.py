@@ -20,6 +20,7 @@ from pathlib import Path
 
 from lab import guest, junit
 from lab.build import Lab
+from lab.double import DOUBLE_VARIABLE
 from lab.errors import EXIT_LAB, LostVmError
 from lab.junit import Counts
 from lab.progress import clock
@@ -28,6 +29,7 @@ from lab.vm import Machine, Work
 
 __all__ = [
     "HOST",
+    "REPOSITORY",
     "Outcome",
     "Part",
     "environment",
@@ -44,7 +46,8 @@ __all__ = [
 HOST = "host"
 """The name, among those of variants, of the tests on this machine."""
 
-_REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parent.parent
+"""Where the lab, the tests and the package are."""
 _TESTS = "tests/lab"
 _HOST_TESTS = "tests/lab/host"
 # Of pytest's options those that choose tests.
@@ -107,7 +110,7 @@ def _divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     paths, options = [], []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         path = (
-            os.path.relpath(argument, _REPOSITORY)
+            os.path.relpath(argument, REPOSITORY)
             if Path(argument).is_absolute()
             else os.path.normpath(argument)
         )
@@ -121,6 +124,8 @@ def _divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def run_host(lab: Lab, part: Part) -> Outcome:
     """Run the tests that need the lab's kernel or QEMU but not the VM."""
     environment = dict(os.environ)
+    if lab.double is not None:
+        environment[DOUBLE_VARIABLE] = str(lab.double)
     if lab.headers is not None:
         environment |= {
             "RAMBLOCK_LAB_HEADERS": str(lab.headers),
@@ -132,7 +137,7 @@ def run_host(lab: Lab, part: Part) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [*host_command(part), f"--junit-xml={report}"]
-        status = subprocess.run(command, cwd=_REPOSITORY, env=environment, check=False).returncode
+        status = subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode
         return _outcome(part, status, junit.read(report))
 
 
@@ -176,7 +181,7 @@ def work_for(part: Part, timeout: float) -> Work:
     return Work(
         command=shlex.join(command),
         name="test",
-        directory=_REPOSITORY,
+        directory=REPOSITORY,
         places=places(),
         environment=environment() | _recording() | {"RAMBLOCK_REQUIRE": "lab,kvm,root"},
         timeout=timeout,
@@ -198,7 +203,7 @@ def places() -> list[Path]:
     """Return the folders that the guest must see: repository, our Python and its environment."""
     return list(
         dict.fromkeys(
-            (_REPOSITORY.resolve(), Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve())
+            (REPOSITORY.resolve(), Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve())
         )
     )
 

@@ -25,6 +25,7 @@ from typing import IO
 
 from lab import guest
 from lab.console import KernelWatch, Lines
+from lab.double import DOUBLE_VARIABLE, QEMU_VARIABLE
 from lab.errors import LostVmError
 from lab.shell import end_group
 from lab.variants import Variant
@@ -92,6 +93,8 @@ class Machine:
     """The command that boots a kernel; ``virtme.run_command`` gives it."""
     variant: Variant
     logs: Path
+    double: Path | None = None
+    """The QEMU double, for programs in the VM that start confidential guests by *qemu*."""
 
     def command(self, exchange: Path) -> list[str]:
         """Return the command that boots the VM with *exchange* as the folder shared with it."""
@@ -109,16 +112,20 @@ class Machine:
 
     def script(self, work: Work) -> str:
         """Return what the VM runs for *work*."""
+        environment = {
+            "RAMBLOCK_LAB": "1",
+            "RAMBLOCK_LAB_VARIANT": self.variant.name,
+            "RAMBLOCK_LAB_IOMMU": self.variant.iommu,
+        }
+        places = list(work.places)
+        if self.double is not None:
+            environment |= {QEMU_VARIABLE: str(self.qemu), DOUBLE_VARIABLE: str(self.double)}
+            places += [self.qemu.parent, self.double]
         return guest.script(
             work.command,
             directory=work.directory,
-            places=work.places,
-            environment={
-                "RAMBLOCK_LAB": "1",
-                "RAMBLOCK_LAB_VARIANT": self.variant.name,
-                "RAMBLOCK_LAB_IOMMU": self.variant.iommu,
-                **work.environment,
-            },
+            places=places,
+            environment={**environment, **work.environment},
         )
 
     def run(

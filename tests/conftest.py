@@ -39,6 +39,7 @@ _IMPLIED_MARK = {
     "kvm": "kernel",
     "lab": "lab",
     "lab_host": "lab",
+    "qemu": "lab",
     "root": "kernel",
 }
 

@@ -4,8 +4,10 @@ Long random runs of the core against a model of pages, written from QEMU's rules
 The rules (QEMU 11.1: system/ram-block-attributes.c, system/ram-discard-manager.c,
 hw/virtio/virtio-mem.c, hw/vfio/listener.c): a page of a confidential block starts private; private
 is discarded, shared is populated; a page is populated where every source of its block says so;
-virtio-mem says so of plugged device blocks; a listener holds the populated pages of its section, and
-of no other; a VFIO device maps at the guest address the populated pages of each section, one mapping
+virtio-mem says so of plugged device blocks; a listener holds the populated pages of its section,
+and
+of no other; a VFIO device maps at the guest address the populated pages of each section, one
+mapping
 for each page. Where QEMU is known to be wrong (a range over two regions, a map that fails, a reset)
 the model says what is right: all or nothing, and nothing of the old guest.
 

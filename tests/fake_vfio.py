@@ -98,6 +98,11 @@ class FakeKernel:
                 number = getattr(v, name, None) or getattr(i, name)
                 self._handlers[number] = getattr(self, name)
 
+    def reaches(self, ioas: int, iova: int) -> bool:
+        """Whether a device behind an IOAS, or a container (0), can write there."""
+        areas = self.areas.get(ioas, Areas()).by_iova
+        return any(at <= iova < at + size and writable for at, (size, _, writable) in areas.items())
+
     def call(self, fd: int, request: int, argument: Any = 0) -> int:
         os.fstat(fd)  # EBADF
         handler = self._handlers[request]
@@ -257,7 +262,12 @@ class FakeKernel:
         self._compat = argument.ioas_id
 
     def IOMMU_IOAS_IOVA_RANGES(self, fd: int, argument: i.IoasIovaRanges) -> None:
-        ranges = [(0, _MSI[0] - 1), (_MSI[1], _IOVA_END - 1)] * 20
+        ranges = [(0, _MSI[0] - 1), (_MSI[1], _IOVA_END - 1)]
+        # Enough for a second call; nothing of ours goes there.
+        ranges += [
+            (_IOVA_END + gap, _IOVA_END + gap + PAGE - 1)
+            for gap in range(PAGE, 77 * PAGE, 2 * PAGE)
+        ]
         room, argument.num_iovas = argument.num_iovas, len(ranges)
         argument.out_iova_alignment = self.iova_alignment
         found = (i.IovaRange * room).from_address(argument.allowed_iovas)

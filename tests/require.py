@@ -23,6 +23,8 @@ from collections.abc import Callable
 
 import pytest
 
+from lab.double import missing as missing_double
+
 __all__ = [
     "PROBES",
     "missing",
@@ -30,6 +32,7 @@ __all__ = [
     "require_hugetlb",
     "require_kvm",
     "require_lab",
+    "require_qemu",
     "require_root",
     "required_names",
 ]
@@ -38,6 +41,7 @@ require_browser = pytest.mark.require("browser")
 require_hugetlb = pytest.mark.require("hugetlb")
 require_kvm = pytest.mark.require("kvm")
 require_lab = pytest.mark.require("lab")
+require_qemu = pytest.mark.require("qemu")
 require_root = pytest.mark.require("root")
 
 # include/uapi/linux/kvm.h: _IO(KVMIO, 0x00) and the only version there has been since Linux 2.6.22
@@ -107,6 +111,11 @@ def _probe_lab_host() -> str | None:
     return "where the lab's kernel and QEMU are is not known; run: make lab-test"
 
 
+def _probe_qemu() -> str | None:
+    # The double of the lab; it needs a KVM, whichever.
+    return missing("kvm") or missing_double()
+
+
 def _probe_root() -> str | None:
     return None if os.geteuid() == 0 else "not root; run the tests as root"
 
@@ -118,6 +127,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "kvm": _probe_kvm,
     "lab": _probe_lab,
     "lab_host": _probe_lab_host,
+    "qemu": _probe_qemu,
     "root": _probe_root,
 }
 

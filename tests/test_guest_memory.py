@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from doubles import (
     PAGE,
     PageSource,
+    PageSourceWithRanges,
     RecordingListener,
     RecordingVm,
     RefusalError,
@@ -38,7 +39,7 @@ from ramblock.errors import (
 )
 from ramblock.guest import MemorySlots, Vm
 from ramblock.hostmem import StandInPrivate
-from ramblock.testing import FaultyTarget, RecordingTarget
+from ramblock.testing import FaultyTarget, RecordingTarget, pages_of
 from ramblock.units import GIB, TIB
 
 SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE
@@ -966,3 +967,28 @@ def test_a_conversion_over_two_sections_of_one_block() -> None:
         assert attributes.shared_bytes == 8 * PAGE
         memory.convert(0, 8 * PAGE, PRIVATE)
         assert (attributes.shared_bytes, iommu.mappings()) == (0, [])
+
+
+@pytest.mark.parametrize("has_ranges", [False, True])
+@pytest.mark.parametrize("first", ["the source", "the guest"])
+def test_a_source_that_tells_late_leaves_nothing_stale(has_ranges: bool, first: str) -> None:
+    """It has changed, and a conversion comes before its notify_discard."""
+    memory = GuestMemory()
+    with RamBlock.create("ram", 4 * PAGE, private="stand-in") as block:
+        memory.map(block, 0)
+        source = (PageSourceWithRanges if has_ranges else PageSource)(range(4))
+        block.discard_manager.add_source(source)
+        iommus = [SoftIommu(), SoftIommu(exact=True)]
+        for iommu in iommus:
+            memory.attach(iommu)
+        memory.convert(0, 4 * PAGE, SHARED)
+        source.populated -= {1, 2}
+        if first == "the guest":
+            memory.convert(PAGE, PAGE, PRIVATE)
+            assert all(PAGE not in pages_of(iommu.mappings()) for iommu in iommus)
+        block.discard_manager.notify_discard(source, PAGE, 2 * PAGE)
+        memory.convert(PAGE, PAGE, PRIVATE)
+        assert all(pages_of(iommu.mappings()) == {0, 3 * PAGE} for iommu in iommus)
+        memory.convert(PAGE, PAGE, SHARED)
+        assert all(pages_of(iommu.mappings()) == {0, 3 * PAGE} for iommu in iommus)
+        assert not memory.poisoned

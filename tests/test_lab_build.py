@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lab import build, busybox, emulator, kernel, packages, virtme
+from lab import build, busybox, double, emulator, kernel, packages, virtme
 from lab.archive import mirror_from
 from lab.cache import Cache
 from lab.errors import CommandError, KernelOptionsError, LabError, MissingPackagesError
@@ -78,6 +78,7 @@ def cache(tmp_path: Path) -> Cache:
 def _build_all(cache: Cache, shell: Shell) -> None:
     virtme.build(cache, shell)
     emulator.build(cache, shell)
+    double.build(cache, shell)
     busybox.build(cache, shell)
     kernel.build(cache, shell, cache.root)
 
@@ -86,6 +87,7 @@ def _whole(cache: Cache) -> list[str]:
     finders = {
         "virtme": virtme.find,
         "qemu": emulator.find,
+        "double": double.find,
         "busybox": busybox.find,
         "kernel": kernel.find,
     }
@@ -96,7 +98,7 @@ def test_build_ends_with_all_parts(cache: Cache) -> None:
     _build_all(cache, ScriptedShell(cache))
 
     entry = kernel.find(cache)
-    assert _whole(cache) == ["virtme", "qemu", "busybox", "kernel"]
+    assert _whole(cache) == ["virtme", "qemu", "double", "busybox", "kernel"]
     assert entry is not None
     assert entry.inputs["version"] == _VERSION
     assert (entry.path / kernel.IMAGE).exists()
@@ -106,7 +108,7 @@ def test_build_ends_with_all_parts(cache: Cache) -> None:
 def test_build_interrupted_at_any_step_leaves_nothing_that_looks_whole(cache: Cache) -> None:
     complete = ScriptedShell(cache)
     _build_all(complete_cache := Cache(cache.root / "complete"), complete)
-    assert len(_whole(complete_cache)) == 4
+    assert len(_whole(complete_cache)) == 5
 
     for stop in range(len(complete.steps)):
         cut = Cache(cache.root / str(stop))
@@ -119,12 +121,14 @@ def test_build_interrupted_at_any_step_leaves_nothing_that_looks_whole(cache: Ca
             expected.append("virtme")
         if stop > complete.steps.index("QEMU starts"):
             expected.append("qemu")
+        if stop > complete.steps.index("firmware of the QEMU double by objcopy"):
+            expected.append("double")
         if stop > complete.steps.index("busybox starts"):
             expected.append("busybox")
         assert _whole(cut) == expected, step
 
         _build_all(cut, ScriptedShell(cut))
-        assert _whole(cut) == ["virtme", "qemu", "busybox", "kernel"], step
+        assert _whole(cut) == ["virtme", "qemu", "double", "busybox", "kernel"], step
 
 
 def test_interrupted_build_goes_on_with_what_is_there(cache: Cache) -> None:
@@ -225,6 +229,8 @@ def test_dry_run_prints_the_commands_and_touches_nothing(
         "install --yes --no-install-recommends bc",
         "qemu-system-x86",
         "busybox-static",
+        "double/shim.so",
+        "double/firmware.bin",
     ):
         assert part in printed
     for part in ("linux-source-7", "tinyconfig", "bzImage", "headers_install"):
@@ -240,7 +246,7 @@ def test_own_kernel_and_qemu_need_no_build_of_ours(
     lab = build.provide(cache, own_kernel=tmp_path / "k", own_qemu=tmp_path / "q")
 
     assert (lab.kernel, lab.qemu) == (tmp_path / "k", tmp_path / "q")
-    assert (lab.headers, lab.busybox) == (None, None)
+    assert (lab.headers, lab.busybox, lab.double) == (None, None, None)
     assert capsys.readouterr().err == ""
 
 

@@ -173,7 +173,14 @@ def test_guest_gets_what_this_python_needs() -> None:
 
 @pytest.fixture
 def no_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    lab = Lab(kernel=Path("/k"), qemu=Path("/q"), headers=None, busybox=None, launcher=("virtme",))
+    lab = Lab(
+        kernel=Path("/k"),
+        qemu=Path("/q"),
+        headers=None,
+        busybox=None,
+        double=Path("/d"),
+        launcher=("virtme",),
+    )
     monkeypatch.setattr("lab.build.provide", lambda *_, **__: lab)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 

@@ -24,7 +24,7 @@ from ramblock.run.layout import BlockPlace
 from ramblock.run.programmed import ProgrammedGuest
 from ramblock.run.ram import GuestRam
 from ramblock.run.tally import Outcome
-from ramblock.run.verifier import Region, Verifier, ViolationKind
+from ramblock.testing import Region, Verifier, ViolationKind
 from ramblock.trace.writer import TraceWriter
 from ramblock.units import MIB, PAGE_SIZE
 

@@ -72,10 +72,10 @@ def test_finding_does_not_look_at_every_section() -> None:
         for page in range(4096):
             registry.add(registry.make(RecordingListener(), RamSection(block, page * PAGE, PAGE)))
         for shelf in registry._shelves.values():
-            for index, entry in enumerate(shelf.registrations):
+            for index, entry in enumerate(shelf[1]):
                 part = object.__new__(Counting)
                 for name in ("block", "offset", "gpa", "readonly"):
                     object.__setattr__(part, name, getattr(entry.section, name))
-                shelf.registrations[index] = entry._replace(section=part)
+                shelf[1][index] = entry._replace(section=part)
         assert len(registry.overlapping(100 * PAGE, 102 * PAGE)) == 2
         assert looked <= 8

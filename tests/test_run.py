@@ -19,7 +19,7 @@ from ramblock.run.guest_script import Action, GuestScript, Request, swiotlb_size
 from ramblock.run.layout import plan_layout
 from ramblock.run.scenario import Devices, Guest, Job, Size
 from ramblock.run.tally import Tally
-from ramblock.run.verifier import Region, Verifier, ViolationKind
+from ramblock.testing import ViolationKind
 from ramblock.units import GIB, MIB, PAGE_SIZE
 
 _EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -256,72 +256,6 @@ def test_the_script_is_hostile_in_every_way() -> None:
     assert any(request.gpa + request.size > 1 << 64 for request in hostile)
     assert any(request.gpa < border < request.gpa + request.size for request in hostile)
     assert any(request.gpa < 512 * MIB < request.gpa + request.size for request in hostile)
-
-
-# -- the verifier: what it must catch -------------------------------------------------------------
-
-
-def _verifier() -> Verifier:
-    return Verifier([Region(0, 16 * PAGE_SIZE, confidential=True)], ["one", "two"])
-
-
-def test_the_verifier_catches_a_map_of_a_private_page() -> None:
-    verifier = _verifier()
-    verifier.about_to_map("one", 0, PAGE_SIZE)
-    assert verifier.counts == {ViolationKind.STALE: 1}
-
-
-def test_the_verifier_catches_an_attribute_that_changes_under_a_mapping() -> None:
-    verifier = _verifier()
-    verifier.about_to_set_attribute(0, 4 * PAGE_SIZE, private=False)
-    verifier.about_to_map("two", 0, 4 * PAGE_SIZE)
-    verifier.has_mapped("two", 0, 4 * PAGE_SIZE)
-    assert verifier.clean
-    verifier.about_to_set_attribute(PAGE_SIZE, PAGE_SIZE, private=True)
-    (violation,) = verifier.violations()
-    assert violation == (ViolationKind.STALE, "two", PAGE_SIZE, PAGE_SIZE)
-
-
-def test_the_verifier_catches_a_free_under_a_mapping_and_of_a_page_in_use() -> None:
-    verifier = _verifier()
-    verifier.about_to_set_attribute(0, PAGE_SIZE, private=False)
-    verifier.has_mapped("one", 0, PAGE_SIZE)
-    verifier.about_to_free_shared(0, PAGE_SIZE)
-    assert verifier.counts == {ViolationKind.FREED: 1, ViolationKind.LOST_FREE: 1}
-
-
-def test_the_verifier_catches_a_double_map_and_a_wrong_count() -> None:
-    verifier = _verifier()
-    verifier.about_to_set_attribute(0, 2 * PAGE_SIZE, private=False)
-    verifier.has_mapped("one", 0, PAGE_SIZE)
-    verifier.about_to_map("one", 0, 2 * PAGE_SIZE)
-    assert verifier.counts == {ViolationKind.DOUBLE: 1}
-    verifier.has_unmapped("one", 0, 2 * PAGE_SIZE, 2 * PAGE_SIZE)
-    assert verifier.counts[ViolationKind.UNMAP_COUNT] == 1
-
-
-def test_the_verifier_catches_a_device_in_private_memory_but_not_one_that_was_just_in_time() -> (
-    None
-):
-    verifier = _verifier()
-    verifier.about_to_set_attribute(0, PAGE_SIZE, private=False)
-    since = verifier.before_access()
-    verifier.about_to_set_attribute(0, PAGE_SIZE, private=True)
-    verifier.device_reached("one", 0, 64, since)
-    assert verifier.clean, "the access began while the page was shared"
-    verifier.device_reached("one", 0, 64, verifier.before_access())
-    assert verifier.counts == {ViolationKind.DEVICE_REACHED_PRIVATE: 1}
-
-
-def test_the_verifier_catches_a_missing_mapping_at_the_end() -> None:
-    verifier = _verifier()
-    verifier.about_to_set_attribute(0, 4 * PAGE_SIZE, private=False)
-    verifier.has_mapped("one", 0, 2 * PAGE_SIZE)
-    verifier.has_mapped("two", 0, 4 * PAGE_SIZE)
-    tables = {"one": [(0, 2 * PAGE_SIZE)], "two": [(0, 4 * PAGE_SIZE)]}
-    verifier.compare([(0, 4 * PAGE_SIZE)], tables, attached=True)
-    (violation,) = verifier.violations()
-    assert violation == (ViolationKind.MISSING, "one", 2 * PAGE_SIZE, 2 * PAGE_SIZE)
 
 
 # -- the command ----------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from ramblock.run.device import ACCESS_BYTES, Buffer
 from ramblock.run.faults import FaultPlan
 from ramblock.run.hardware import HardwareDevice
 from ramblock.run.preflight import choose_devices, refuse_unless_ready
-from ramblock.run.verifier import Region, Verifier, ViolationKind
 from ramblock.run.watched import FreeAccount, Watch, WatchedTarget
+from ramblock.testing import Region, Verifier, ViolationKind
 from ramblock.trace.writer import TraceWriter
 from ramblock.units import MIB, PAGE_SIZE
 from ramblock.vfio import PciAddress
@@ -211,7 +211,7 @@ class Rig:
         watch = Watch(self.verifier, TraceWriter(None), FaultPlan(), FreeAccount())
         self.iommu = SoftIommu()
         self.target = WatchedTarget("iommu0", self.iommu, watch)
-        self.verifier.about_to_set_attribute(*SHARED, private=False)
+        self.verifier.has_made_shared(*SHARED)
         self.target.map(0, HostRange(block.fd, 0, block.address, MIB))
         self.block = block
         self.engine = Engine(self.iommu)

@@ -22,7 +22,7 @@ from ramblock.run.machine import enforces_attributes, open_kvm
 from ramblock.run.programmed import ProgrammedGuest
 from ramblock.run.scenario import Devices, Guest, Job, Size
 from ramblock.run.tally import Outcome, Tally
-from ramblock.run.verifier import ViolationKind
+from ramblock.testing import ViolationKind
 from ramblock.units import MIB
 from require import require_kvm
 

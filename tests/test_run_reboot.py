@@ -11,8 +11,8 @@ from ramblock import GuestMemory
 from ramblock.check import CheckOptions, check_file
 from ramblock.run import Run, RunReport, Scenario
 from ramblock.run.scenario import Devices, Guest, Job, Size
-from ramblock.run.verifier import ViolationKind
 from ramblock.run.tally import Outcome, Tally
+from ramblock.testing import ViolationKind
 from ramblock.units import MIB
 
 
@@ -77,7 +77,7 @@ def test_a_reset_that_frees_and_leaves_mappings_is_noticed(
         for section in memory.sections:
             attributes = section.block.attributes  # type: ignore[attr-defined]
             if attributes is not None:
-                memory._placer.vm.set_memory_attributes(section.gpa, section.size, True)  # type: ignore[union-attr]  # noqa: FBT003
+                memory._vm.set_memory_attributes(section.gpa, section.size, True)  # type: ignore[union-attr]
         return 0
 
     monkeypatch.setattr(GuestMemory, "reset", reset)

@@ -492,7 +492,7 @@ def test_one_that_comes_back_accounts_for_what_is_not_freed(
     device.plug(0, UNIT)
     ordinary.discard_manager.remove_source(device)
     ordinary.write(0, b"x" * ordinary.size)
-    reclaimer = ordinary.sides.both
+    reclaimer = ordinary.sides.shared
     with monkeypatch.context() as patch:
 
         def refuse(offset: int, size: int) -> None:

@@ -93,10 +93,14 @@ def _own(block: int) -> bytes:
     lines = []
     for time, gpa, private in _conversions(block):
         place = f'"size":{_SIZE}'
-        attributes = f'{{"t":{time},"event":"attributes","gpa":{gpa},{place},"private":{"true" if private else "false"}}}\n'
+        attributes = (
+            f'{{"t":{time},"event":"attributes","gpa":{gpa},{place}'
+            f',"private":{"true" if private else "false"}}}\n'
+        )
         if private:
             lines += [
-                f'{{"t":{time},"event":"unmap","target":"iommu{n}","iova":{gpa},{place},"unmapped":{_SIZE}}}\n'
+                f'{{"t":{time},"event":"unmap","target":"iommu{n}","iova":{gpa},{place}'
+                f',"unmapped":{_SIZE}}}\n'
                 for n in (0, 1)
             ]
             lines.append(attributes)
@@ -104,12 +108,14 @@ def _own(block: int) -> bytes:
         else:
             lines.append(attributes)
             lines += [
-                f'{{"t":{time},"event":"map","target":"iommu{n}","iova":{gpa},{place},"writable":true}}\n'
+                f'{{"t":{time},"event":"map","target":"iommu{n}","iova":{gpa},{place}'
+                ',"writable":true}\n'
                 for n in (0, 1)
             ]
         to = "private" if private else "shared"
         lines.append(
-            f'{{"t":{time + 9000},"event":"conversion","gpa":{gpa},{place},"to":"{to}","result":"done","took":9000}}\n'
+            f'{{"t":{time + 9000},"event":"conversion","gpa":{gpa},{place},"to":"{to}"'
+            ',"result":"done","took":9000}\n'
         )
     return "".join(lines).encode()
 
@@ -123,7 +129,8 @@ def _qemu(block: int) -> bytes:
         what = (
             f"unmap_dma  iommufd=9 ioas=2 iova={gpa:#x} size={_SIZE:#x} (0)"
             if private
-            else f"map_dma  iommufd=9 ioas=2 iova={gpa:#x} size={_SIZE:#x} addr={gpa + (1 << 46):#x} readonly=0 (0)"
+            else f"map_dma  iommufd=9 ioas=2 iova={gpa:#x} size={_SIZE:#x}"
+            f" addr={gpa + (1 << 46):#x} readonly=0 (0)"
         )
         lines.append(f"{stamp}iommufd_backend_{what}\n")
     return "".join(lines).encode()
@@ -159,7 +166,8 @@ def _name(number: int, name: bytes) -> bytes:
 def _ftrace(block: int) -> bytes:
     lines = []
     for time, gpa, private in _conversions(block):
-        head = f"     CPU 0/KVM-62      (     60) [001] ..... {time // _SECOND}.{time % _SECOND // 1000:06}: "
+        stamp = f"{time // _SECOND}.{time % _SECOND // 1000:06}"
+        head = f"     CPU 0/KVM-62      (     60) [001] ..... {stamp}: "
         end = gpa + _SIZE
         bits = 8 if private else 0
         lines.append(
@@ -181,14 +189,16 @@ def _ftrace(block: int) -> bytes:
 
 def _bpftrace(block: int) -> bytes:
     lines = [
-        f"ramblock-vfio {'unmap' if private else 'map'} {time} 60 62 {gpa:#x} {_SIZE:#x} {_SIZE:#x} 0 qemu\n"
+        f"ramblock-vfio {'unmap' if private else 'map'} {time} 60 62"
+        f" {gpa:#x} {_SIZE:#x} {_SIZE:#x} 0 qemu\n"
         for time, gpa, private in _conversions(block)
     ]
     return "".join(lines).encode()
 
 
 _HEADS = {
-    "ramblock": b'{"t":0,"event":"start","version":1,"blocks":[{"name":"ram","gpa":0,"size":1073741824,"confidential":true}],'
+    "ramblock": b'{"t":0,"event":"start","version":1,'
+    b'"blocks":[{"name":"ram","gpa":0,"size":1073741824,"confidential":true}],'
     b'"targets":{"iommu0":"","iommu1":""}}\n',
     "QEMU, binary": struct.pack("<QQQ", (1 << 64) - 1, 0xF2B177CB0AA429B4, 4)
     + _name(0, b"kvm_convert_memory")

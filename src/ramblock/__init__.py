@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The memory of confidential VMs: page states, their conversion, and DMA mappings that stay exactly in step.
+The memory of confidential VMs: page states, their conversion, and DMA mappings exactly in step.
 
 Start with :class:`RamBlock` and :class:`GuestMemory`; targets are in :mod:`ramblock.dma`, errors in
 :mod:`ramblock.errors`, help for testing a VMM in :mod:`ramblock.testing`.
@@ -29,73 +29,27 @@ if TYPE_CHECKING:
     from ramblock.hostmem.numa import NumaBinding, NumaPolicy
 
 __all__ = [
-    "BackendKind",
-    "Block",
-    "ConversionResult",
-    "DmaTarget",
-    "GuestMemory",
-    "HostMemoryBackend",
-    "InPlaceBacking",
-    "Listener",
-    "Mapper",
-    "MappingPolicy",
-    "MemorySlots",
-    "NumaBinding",
-    "NumaPolicy",
-    "PageState",
-    "PrivateBacking",
-    "RamBlock",
-    "RamBlockAttributes",
-    "RamDiscardManager",
-    "RamSection",
-    "SharedBacking",
-    "Source",
-    "VirtioMem",
-    "Vm",
-]
+    "BackendKind", "Block", "ConversionResult", "DmaTarget", "GuestMemory", "HostMemoryBackend",
+    "InPlaceBacking", "Listener", "Mapper", "MappingPolicy", "MemorySlots", "NumaBinding",
+    "NumaPolicy", "PageState", "PrivateBacking", "RamBlock", "RamBlockAttributes",
+    "RamDiscardManager", "RamSection", "SharedBacking", "Source", "VirtioMem", "Vm",
+]  # fmt: skip
 
 # A refusal that the caller handles is no news: without a handler of the application's, Python
 # would print it (logging.lastResort).
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-# Where each name lives. They are imported when they are first asked for (PEP 562): half of the time that
-# `ramblock --help` takes would otherwise go into parts that it does not need.
-_HOMES = {
-    "BackendKind": "hostmem.backend",
-    "Block": "discard.section",
-    "ConversionResult": "guest.conversion",
-    "DmaTarget": "dma.target",
-    "GuestMemory": "guest.memory",
-    "HostMemoryBackend": "hostmem.backend",
-    "InPlaceBacking": "hostmem.in_place",
-    "Listener": "discard.listeners",
-    "Mapper": "dma.mapper",
-    "MappingPolicy": "dma.target",
-    "MemorySlots": "guest.vm",
-    "NumaBinding": "hostmem.numa",
-    "NumaPolicy": "hostmem.numa",
-    "PageState": "discard.attributes",
-    "PrivateBacking": "hostmem.backing",
-    "RamBlock": "guest.block",
-    "RamBlockAttributes": "discard.attributes",
-    "RamDiscardManager": "discard.manager",
-    "RamSection": "discard.section",
-    "SharedBacking": "hostmem.backing",
-    "Source": "discard.sources",
-    "VirtioMem": "discard.virtio_mem",
-    "Vm": "guest.vm",
-}
-
 if not TYPE_CHECKING:  # a checker would believe that every name exists
 
     def __getattr__(name):
-        """Import the name that is asked for."""
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-        globals()[name] = value
-        return value
+        # A part is imported when it is first asked for (PEP 562), the lowest first: half of the
+        # time that `ramblock --help` takes would otherwise go into parts that it does not need.
+        for part in ("hostmem", "discard", "dma", "guest") if name in __all__ else ():
+            value = getattr(import_module(f"{__name__}.{part}"), name, None)
+            if value is not None:
+                globals()[name] = value
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__():
-        """List the names, imported or not."""
-        return sorted({*globals(), *_HOMES})
+        return sorted({*globals(), *__all__})

@@ -5,5 +5,4 @@ import sys
 
 from ramblock.cli import main
 
-if __name__ == "__main__":
-    sys.exit(main())
+sys.exit(main())

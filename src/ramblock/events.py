@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What the core says it did, as values; whoever wants a trace sets an observer.
-
-An observer is called under the memory's lock, after the fact; it must not call back in. What it raises is logged and
-dropped: watching never changes an outcome.
-"""
+"""The deeds of the core, as values; whoever wants a trace sets an observer."""
 
 from __future__ import annotations
 
@@ -19,19 +14,17 @@ class StateChanged:
     """
     A range of a block went from one page state to another, and its listeners followed.
 
-    QEMU's ``ram_block_attributes_state_change`` (system/trace-events) has the same fields, but is emitted at entry, so
-    also for calls that fail; this one is not.
+    QEMU's ``ram_block_attributes_state_change`` (system/trace-events) has the same fields, but is
+    emitted at entry, so also for calls that fail; this one is not.
     """
 
     block: str
-    offset: int
-    """Inside the block, in bytes; not a guest address."""
-    size: int
-    """In bytes."""
-    before: str
-    """``"shared"``, ``"private"`` or ``"mixture"``."""
-    after: str
-    """``"shared"`` or ``"private"``."""
+    offset: int  #: Inside the block, in bytes; not a guest address.
+    size: int  #: In bytes.
+    before: str  #: ``"shared"``, ``"private"`` or ``"mixture"``.
+    after: str  #: ``"shared"`` or ``"private"``.
 
 
+#: Called under the memory's lock, after the fact; must not call back in. Its exceptions are logged
+#: and dropped: to watch never changes an outcome.
 Observer = Callable[[StateChanged], None]

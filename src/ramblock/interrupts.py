@@ -2,17 +2,11 @@
 """
 Interrupts wait: nothing of ours is left half-way by Ctrl-C.
 
-CPython runs a signal's handler on the main thread, between any two bytecodes, and what the handler
-raises comes out there. No undo can be written against that, so an operation holds back the handlers
-of SIGINT and SIGTERM and hands over what came when it has ended, done or put back. (trio protects its
-own code likewise, and says in trio/_core/_ki.py why arbitrary bytecodes are the wrong place.)
-
-Nothing is lost: a handler is called once for each time that Python would have called it, in order.
-If several raise, the last exception leaves, with the ones before it as its context.
-
-An operation that never ends (a target that hangs) can still be killed: when a signal has waited for
-:data:`PATIENCE_SECONDS`, the next one ends the process as the kernel does by default. SIGQUIT (Ctrl-\\)
-and SIGKILL are not held back at all.
+CPython runs a signal's handler on the main thread, between any two bytecodes, and an exception of
+the handler comes out there. No undo can be written against that (trio/_core/_ki.py says why), so an
+operation holds back the handlers of SIGINT and SIGTERM and hands over at its end, done or put back.
+Each is called as often as Python would have called it, in order. If several raise, the last
+exception leaves, with the ones before it as its context.
 """
 
 from __future__ import annotations
@@ -30,11 +24,11 @@ __all__ = ["PATIENCE_SECONDS", "hand_over", "uninterrupted"]
 
 T = TypeVar("T")
 
-#: How long a signal waits before another one may end the process. Longer than any operation that
-#: works takes on one piece of memory; short enough for somebody at a terminal.
+#: When a signal has waited for so long, the next one ends the process as the kernel does by
+#: default: an operation may never end (a target that hangs). Longer than any operation that works
+#: takes on one piece of memory, short enough for a terminal. SIGQUIT and SIGKILL never wait.
 PATIENCE_SECONDS: Final = 10.0
 
-# A handler that is no Python function (the kernel's default, or "ignore") raises nothing.
 _HELD_BACK = (_signal.SIGINT, _signal.SIGTERM)
 
 _main = main_thread().ident
@@ -49,9 +43,8 @@ os.register_at_fork(after_in_child=_find_main_thread)
 
 
 class _Hold:
-    """Stands in for the handlers while one operation runs."""
-
-    # Defaults of the class: it is made for each operation, and nearly always nothing comes.
+    # Stands in for the handlers while one operation runs. Defaults of the class: it is made for
+    # each operation, and nearly always no signal comes.
     handlers: dict[int, Callable[..., Any]]
     outer: _Hold | None = None
     since = 0.0
@@ -59,9 +52,8 @@ class _Hold:
     over = False
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Be the handler: let it wait."""
         if self.over:
-            # Whoever put the handlers back was struck in between, and left this one.
+            # A signal struck while the handlers were put back, and left this one in place.
             _signal.signal(number, self.handlers[number])
             self.handlers[number](number, frame)
             return
@@ -75,7 +67,7 @@ class _Hold:
         self.waiting.append((number, frame))
 
     def hand_over(self) -> None:
-        """Call the handlers of all that waits. They still cannot strike in between."""
+        # Signals that come meanwhile wait too, and get their turn here.
         error: BaseException | None = None
         while self.waiting:
             number, frame = self.waiting.pop(0)
@@ -101,12 +93,12 @@ _hold: _Hold | None = None
 
 def uninterrupted(work: Callable[..., T], *arguments: object) -> T:
     """
-    Call ``work(*arguments)``; signals that come meanwhile are handled when it has returned or raised.
+    Call ``work(*arguments)``; signals meanwhile are handled when it has returned or raised.
 
     Off the main thread there is nothing to hold back.
 
-    :raises BaseException: Also what a handler raises, behind the work: then its result is lost to the
-        caller, and an exception of its own is the context.
+    :raises BaseException: Also from a handler, behind the work: then the caller does not get the
+        work's result, and an exception of the work is the context.
     """
     if get_ident() != _main:
         return work(*arguments)
@@ -116,7 +108,7 @@ def uninterrupted(work: Callable[..., T], *arguments: object) -> T:
     try:
         for number in _HELD_BACK:
             handler = _signal.getsignal(number)
-            if callable(handler):
+            if callable(handler):  # else the kernel's default, or "ignore": raises nothing
                 handlers[number] = handler
                 _signal.signal(number, hold.note)
         hold.outer = _hold
@@ -127,8 +119,8 @@ def uninterrupted(work: Callable[..., T], *arguments: object) -> T:
             while hold.waiting:
                 hold.hand_over()
         finally:
-            # CPython looks for signals behind calls and at jumps back: there is neither between the
-            # last look at what waits and this line, so none is noted behind it and forgotten.
+            # CPython looks for signals behind calls and at jumps back. There is neither between the
+            # last look at `waiting` and this line, so none is noted behind it and forgotten.
             hold.over = True
             if _hold is hold:
                 _hold = hold.outer
@@ -137,10 +129,6 @@ def uninterrupted(work: Callable[..., T], *arguments: object) -> T:
 
 
 def hand_over() -> None:
-    """
-    Handle what waits now, in the middle of an operation that can be left here.
-
-    :raises BaseException: What a handler raises.
-    """
+    """Handle the waiting signals in an operation that can be left here; a handler may raise."""
     if _hold is not None and get_ident() == _main and _hold.waiting:
         _hold.hand_over()

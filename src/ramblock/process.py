@@ -8,10 +8,9 @@ from typing import NoReturn
 
 from ramblock.errors import UsageError
 
-__all__ = ["OfOneProcess", "current", "is_forked", "refuse_fork"]
+__all__ = ["OfOneProcess", "current", "refuse_fork"]
 
-#: Grows in each fork. A plain number, since it is compared in every operation: getpid(2) would
-#: cost a system call there.
+#: Grows in each fork. A number, since every operation compares it: getpid(2) is a system call.
 current = 0
 
 
@@ -24,24 +23,16 @@ os.register_at_fork(after_in_child=_note_fork)
 
 
 class OfOneProcess:
-    """
-    Holds descriptors, mappings or locks that a copy would share, and close or free twice.
+    """Holds something that a copy would share, and close or free twice: TypeError for a copy."""
 
-    ``copy.copy``, ``copy.deepcopy`` and ``pickle`` raise :class:`TypeError`; all three ask here.
-    """
-
+    # copy.copy, copy.deepcopy and pickle ask here.
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(f"{self!r} holds memory or a device of this process: it cannot be copied")
 
 
-def is_forked(process: int) -> bool:
-    """Whether :data:`current` was *process* in an ancestor of this process, not here."""
-    return process != current
-
-
 def refuse_fork(operation: str) -> NoReturn:
-    """Raise the error of an *operation* on what belongs to an ancestor of this process."""
-    # Not even the lock may be tried: the thread that held it while it forked is not in this process.
+    """Raise :class:`UsageError`: the memory of the *operation* belongs to an ancestor process."""
+    # Not even the lock may be tried: the thread that held it at the fork is not in this process.
     raise UsageError(
         f"{operation}: this memory belongs to the process that forked this one; a conversion here"
         " would free its pages under its devices",

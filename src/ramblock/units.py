@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Sizes, alignment and the check of ranges.
-
-Everything is in bytes and half-open unless a name says ``pages``. Addresses are plain ``int``: Python has no wrap-around,
-so a range past 2**64 is seen here, once, and not in every caller.
-"""
+"""Sizes, alignment, ranges: in bytes and half-open, unless a name says ``pages``."""
 
 from __future__ import annotations
 
@@ -14,43 +9,27 @@ from mmap import PAGESIZE
 from ramblock.errors import UsageError, describe_range
 
 __all__ = [
-    "ADDRESS_LIMIT",
-    "GIB",
-    "KIB",
-    "MIB",
-    "PAGE_SIZE",
-    "TIB",
-    "check_granularity",
-    "check_positive",
-    "check_range",
-    "format_size",
-    "parse_size",
-]
+    "ADDRESS_LIMIT", "GIB", "KIB", "MIB", "PAGE_SIZE", "TIB", "check_granularity",
+    "check_positive", "check_range", "format_size", "parse_size",
+]  # fmt: skip
 
-#: The host's page size in bytes: the granularity of page states (QEMU: qemu_real_host_page_size()).
+#: The host's page, in bytes: the granularity of states (QEMU: qemu_real_host_page_size()).
 PAGE_SIZE = PAGESIZE
-
-#: First address that does not exist: guest physical and I/O virtual addresses have 64 bits.
+#: First address that does not exist: guest physical and I/O virtual addresses have 64 bits. An int
+#: does not wrap around, so check_range() sees a range past it.
 ADDRESS_LIMIT = 1 << 64
-
-KIB = 1 << 10
-MIB = 1 << 20
-GIB = 1 << 30
-TIB = 1 << 40
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 
 def check_range(start: int, size: int, *, limit: int, align: int, what: str) -> None:
     """
-    Check that ``[start, start + size)`` is a non-empty, aligned range below *limit*.
+    Check that ``[start, start + size)``, in bytes, is not empty, aligned and below *limit*.
 
-    :param start: First byte.
-    :param size: In bytes.
-    :param limit: First byte that is outside.
     :param align: Both ends must be multiples of it; 1 for any.
     :param what: Names the range in the message, for instance ``"block 'ram'"``.
-    :raises UsageError: With the range in hex and what was expected.
+    :raises UsageError: With the range in hex, the expected one and the reason.
     """
-    # In one look what nearly every range is; the message is for the others.
+    # Nearly every range passes in this one look (a conversion checks several); the rest is words.
     if (
         type(start) is int
         and type(size) is int
@@ -60,86 +39,66 @@ def check_range(start: int, size: int, *, limit: int, align: int, what: str) -> 
     ):
         return
     if not _is_int(start) or not _is_int(size):
-        raise UsageError(
-            f"{what}: start {start!r} and size {size!r} must be whole numbers of bytes",
-            value=(start, size),
-            expected="int",
-            reason="type",
-        )
-    if start < 0 or size <= 0:
-        raise UsageError(
-            f"{what}: start {start:#x} must not be negative and size {size:#x} must be positive",
-            value=(start, size),
-            expected="a non-empty range",
-            reason="empty",
-        )
-    if start + size > limit:
-        raise UsageError(
-            f"{what}: {describe_range(start, size)} does not lie in [0x0, {limit:#x})",
-            value=(start, size),
-            expected=f"inside [0x0, {limit:#x})",
-            reason="limit",
-        )
-    if (start | size) & (align - 1):
-        raise UsageError(
-            f"{what}: {describe_range(start, size)} is not aligned to {align:#x} bytes",
-            value=(start, size),
-            expected=f"multiples of {align:#x}",
-            reason="alignment",
-        )
+        reason, expected = "type", "int"
+        wrong = f"start {start!r} and size {size!r} must be whole numbers of bytes"
+    elif start < 0 or size <= 0:
+        reason, expected = "empty", "a non-empty range"
+        wrong = f"start {start:#x} must not be negative and size {size:#x} must be positive"
+    elif start + size > limit:
+        reason, expected = "limit", f"inside [0x0, {limit:#x})"
+        wrong = f"{describe_range(start, size)} does not lie in [0x0, {limit:#x})"
+    elif (start | size) & (align - 1):
+        reason, expected = "alignment", f"multiples of {align:#x}"
+        wrong = f"{describe_range(start, size)} is not aligned to {align:#x} bytes"
+    else:
+        return  # a subclass of int, such as an enum's member
+    raise UsageError(f"{what}: {wrong}", value=(start, size), expected=expected, reason=reason)
 
 
 def _is_int(value: object) -> bool:
     # True is an int too, and as an address or a size it is a mistake.
-    return type(value) is int or (isinstance(value, int) and not isinstance(value, bool))
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_granularity(granularity: int, what: str) -> None:
-    """Raise :class:`UsageError` unless *granularity* is a power of two of at least one byte."""
+    """Raise :class:`UsageError` unless *granularity* is a power of two, in bytes."""
     if not _is_int(granularity) or granularity <= 0 or granularity & (granularity - 1):
-        raise UsageError(
-            f"{what}: granularity {granularity!r} is not a power of two",
-            value=granularity,
-            expected="a power of two, in bytes",
-        )
+        text = f"{what}: granularity {granularity!r} is not a power of two"
+        raise UsageError(text, value=granularity, expected="a power of two, in bytes")
 
 
 def check_positive(number: int, what: str) -> None:
     """Raise :class:`UsageError` unless *number* is a whole number of at least one."""
     if not _is_int(number) or number <= 0:
-        raise UsageError(
-            f"{what} {number!r} is not a positive number", value=number, expected="at least 1"
-        )
+        text = f"{what} {number!r} is not a positive number"
+        raise UsageError(text, value=number, expected="at least 1")
+
+
+# Largest first: a size is written in the first unit that it reaches.
+_UNITS = {"TiB": TIB, "GiB": GIB, "MiB": MIB, "KiB": KIB}
 
 
 def format_size(size: int) -> str:
     """Write a size for people, exact where a unit divides it: ``4 KiB``, ``1.5 GiB``, ``12 B``."""
-    for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+    for name, unit in _UNITS.items():
         if size >= unit:
             return f"{size // unit} {name}" if size % unit == 0 else f"{size / unit:.1f} {name}"
     return f"{size} B"
 
 
-# A B behind a hexadecimal number is one of its digits.
+# A B behind a hexadecimal number is one of its digits. At most 40 digits: int() of a long string is
+# quadratic (CVE-2020-10735).
 _SIZE = re.compile(
     r"(0x[0-9a-f]{1,40}|[0-9]{1,40})\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE | re.ASCII
 )
-_SUFFIXES = {None: 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
 
 
 def parse_size(text: str) -> int:
-    """
-    Read a size such as ``4096``, ``64K``, ``2MiB``, ``4G`` or ``0x1000`` (powers of two, as in QEMU).
-
-    :raises UsageError: It is none.
-    """
+    """Read a size as QEMU does: ``4096``, ``64K``, ``2MiB``, ``4G``, ``0x1000``; or UsageError."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise UsageError(
-            f"{text!r} is not a size",
-            value=text,
-            expected="a number of bytes, or one with K, M, G or T",
-        )
+        expected = "a number of bytes, or one with K, M, G or T"
+        raise UsageError(f"{text!r} is not a size", value=text, expected=expected)
     number, suffix = match.groups()
-    base = 16 if number[:2] in ("0x", "0X") else 10
-    return int(number, base) * _SUFFIXES[suffix and suffix.upper()]
+    factor = _UNITS[f"{suffix.upper()}iB"] if suffix else 1
+    return int(number, 16 if number[:2] in ("0x", "0X") else 10) * factor

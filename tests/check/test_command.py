@@ -130,12 +130,12 @@ def test_layout_places_what_the_trace_does_not(
     """QEMU's state changes are relative to a block: where it lies is told by the option."""
     path = tmp_path / "qemu.txt"
     path.write_text(
-        "1@1.000000:ram_block_attributes_state_change offset 0x1000 size 0x1000 from 'private' to"
-        " 'shared'\n"
+        "1@1.000000:ram_block_attributes_state_change offset 0x1000 size 0x1000 from 'discarded' to"
+        " 'populated'\n"
         "1@1.000001:iommufd_backend_map_dma  iommufd=1 ioas=2 iova=0x80001000 size=0x1000"
         " addr=0x1000 readonly=0 (0)\n"
-        "1@2.000000:ram_block_attributes_state_change offset 0x1000 size 0x1000 from 'shared' to"
-        " 'private'\n"
+        "1@2.000000:ram_block_attributes_state_change offset 0x1000 size 0x1000 from 'populated' to"
+        " 'discarded'\n"
         "1@3.000000:iommufd_backend_unmap_dma  iommufd=1 ioas=2 iova=0x80001000 size=0x1000 (0)\n"
     )
     code, out, _ = _run(capsys, str(path))

@@ -8,21 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 
 from lab_devices import BASE, Rig, Way, entry_limit, host_range, open_rig
 from ramblock import BackendKind, HostMemoryBackend, RamBlock
 from ramblock.dma import HostRange, IommufdIoas, IommufdMode, Type1Container
 from ramblock.dma.kernel_errors import KernelRefusal
 from ramblock.errors import DmaError
+from ramblock.testing.conformance import check_target
 from ramblock.units import MIB, PAGE_SIZE
-from target_model import PAGES, Cutting, Step, TargetModel, play, steps
-
-CUTTING = {
-    Way.TYPE1: Cutting.WHOLE_MAPPINGS,
-    Way.NATIVE: Cutting.ONE_MAPPING,
-    Way.CUTTING: Cutting.ANYTHING,
-}
 
 every_way = pytest.mark.parametrize("rig", list(Way), ids=lambda way: way.value, indirect=True)
 only_type1 = pytest.mark.parametrize("rig", [Way.TYPE1], ids=lambda way: way.value, indirect=True)
@@ -69,11 +62,12 @@ def test_what_it_says_it_can(rig: Rig, lab_iommu: str) -> None:
 
 
 @every_way
-@settings(max_examples=15, suppress_health_check=list(HealthCheck))
-@given(todo=steps())
-def test_against_a_naive_model(rig: Rig, block: RamBlock, todo: list[Step]) -> None:
-    play(rig.target, TargetModel(CUTTING[rig.way]), block, todo, BASE, rig.reaches)
-    assert rig.reached(PAGES) == set()
+def test_it_is_a_target_like_any_other(rig: Rig) -> None:
+    # The container has the device, and there is only the one.
+    check_target(
+        lambda: rig.target, reaches=lambda _, iova: rig.reaches(iova), reuse=True, examples=6
+    )
+    assert rig.reached(16) == set()
 
 
 @every_way

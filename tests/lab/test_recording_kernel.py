@@ -12,52 +12,18 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from ftrace_recording import recorded
 from ramblock.check import CheckOptions, check_file, check_merged
 from ramblock.cli import main
 from ramblock.trace.findings import FindingKind
 from ramblock.trace.result import AuditResult
 
-_TRACEFS = Path("/sys/kernel/tracing")
-_EVENTS = (
-    "iommu/map",
-    "iommu/unmap",
-    "iommu/attach_device_to_domain",
-    "iommu/io_page_fault",
-    "kvm/kvm_vm_set_mem_attributes",
-    "kvm/kvm_hypercall",
-    "kvm/kvm_entry",
-)
-_BUFFER_KIB = 65_536
 _SIZES = ("--memory", "64M", "--conversions", "60")
-
-
-@contextmanager
-def _recorded(path: Path) -> Iterator[None]:
-    """Record what `ramblock check --how ftrace` says, in a buffer of its own; write it as text."""
-    folder = _TRACEFS / "instances" / "ramblock-record"
-    folder.mkdir()
-    try:
-        (folder / "options" / "record-tgid").write_text("1")
-        (folder / "trace_clock").write_text("mono")
-        (folder / "buffer_size_kb").write_text(str(_BUFFER_KIB))
-        for event in _EVENTS:
-            (folder / "events" / event / "enable").write_text("1")
-        try:
-            yield
-        finally:
-            (folder / "tracing_on").write_text("0")
-        for stats in folder.glob("per_cpu/cpu*/stats"):
-            assert "overrun: 0\n" in stats.read_text(), stats.read_text()
-        with (folder / "trace").open("rb") as source, path.open("wb") as target:
-            shutil.copyfileobj(source, target)
-    finally:
-        folder.rmdir()
 
 
 def _keep(path: Path, name: str) -> None:
@@ -69,7 +35,7 @@ def _keep(path: Path, name: str) -> None:
 def _run(folder: Path, name: str, *options: str) -> tuple[int, Path, Path]:
     """Run; return the exit code, the run's own trace, and the kernel's."""
     own, kernel = folder / f"run-{name}.jsonl", folder / f"ftrace-{name}.txt"
-    with _recorded(kernel):
+    with recorded(kernel):
         code = main(["run", "--guest", "kvm", *_SIZES, "-q", "--trace", str(own), *options])
     _keep(own, own.name)
     _keep(kernel, kernel.name)

@@ -156,10 +156,10 @@ def test_vdpa_has_8_mib(kata: GuestPlan) -> None:
 
 
 def test_qemus_own_check() -> None:
-    """The kata case: limit 65,535, 32,764 slots; one section below 4 GiB and one above."""
+    """The kata case: limit 65,535, 32,764 slots; sections below and above 4 GiB, the firmware's."""
     check = check_as_qemu(_KATA, 65_535, 32_764)
-    assert (check.granules, check.listeners) == (4_194_304, 2)
-    assert check.needed == 4_194_304 + 32_764 - 2
+    assert (check.granules, check.listeners) == (4_194_304 + 1_024, 3)
+    assert check.needed == 4_194_304 + 1_024 + 32_764 - 3
     assert not check.passes
     # The number of Intel's cover letter is that of the pages; the slots come on top of it.
     assert not check_as_qemu(_KATA, 4_194_304, 32_764).passes
@@ -175,13 +175,25 @@ def test_qemu_checks_type1_and_vfio_user_and_no_other(kata: GuestPlan) -> None:
 def test_qemu_counts_each_node_and_what_can_be_plugged() -> None:
     guest = Guest(memory=16 * GIB, numa_nodes=4, virtio_mem=Pluggable(8 * GIB))
     check = check_as_qemu(guest, 65_535, 32_764)
-    assert check.listeners == 1 + 4 + 1
-    assert check.granules == pages(24 * GIB)
+    assert check.listeners == 1 + 4 + 1 + 1
+    assert check.granules == pages(24 * GIB) + 1_024
+
+
+def test_qemu_counts_nodes_below_4_gib_too() -> None:
+    assert Guest(memory=2 * GIB, numa_nodes=2).sections() == [GIB, GIB]
+    assert Guest(memory=16 * GIB, numa_nodes=4).sections() == [
+        2 * GIB,
+        2 * GIB,
+        4 * GIB,
+        4 * GIB,
+        4 * GIB,
+    ]
+    assert Guest(memory=16 * GIB, numa_nodes=8).sections() == [2 * GIB] * 8
 
 
 def test_qemu_places_what_fits_below_4_gib_there() -> None:
-    assert check_as_qemu(Guest(memory=2560 * MIB), 1, 1).listeners == 1
-    assert check_as_qemu(Guest(memory=2816 * MIB), 1, 1).listeners == 2
+    assert Guest(memory=2560 * MIB).sections() == [2560 * MIB]
+    assert Guest(memory=2816 * MIB).sections() == [2 * GIB, 768 * MIB]
 
 
 def test_qemu_adds_up_in_32_bits() -> None:

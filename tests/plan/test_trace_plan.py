@@ -223,14 +223,14 @@ def test_a_recording_that_begins_in_the_middle(tmp_path: Path) -> None:
     path = _qemu(
         tmp_path,
         "kvm_convert_memory start 0x2000000 size 0x200000 private_to_shared",
-        "ram_block_attributes_state_change offset 0x2000000 size 0x200000 from 'private' to"
-        " 'shared'",
+        "ram_block_attributes_state_change offset 0x2000000 size 0x200000 from 'discarded' to"
+        " 'populated'",
         "kvm_convert_memory start 0x2200000 size 0x200000 private_to_shared",
-        "ram_block_attributes_state_change offset 0x2200000 size 0x200000 from 'private' to"
-        " 'shared'",
+        "ram_block_attributes_state_change offset 0x2200000 size 0x200000 from 'discarded' to"
+        " 'populated'",
         "kvm_convert_memory start 0x2000000 size 0x200000 shared_to_private",
-        "ram_block_attributes_state_change offset 0x2000000 size 0x200000 from 'shared' to"
-        " 'private'",
+        "ram_block_attributes_state_change offset 0x2000000 size 0x200000 from 'populated' to"
+        " 'discarded'",
     )
     plan = plan_trace(path, Limits())
     assert plan.simulated.conversions == 3

@@ -2,6 +2,7 @@
 
 import pytest
 
+from ramblock.errors import TraceError
 from ramblock.trace.events import Source
 from ramblock.trace.qemu import QemuReader
 from trace_samples import Shown, as_shown, read
@@ -31,7 +32,10 @@ _LINES: list[tuple[str, list[Shown]]] = [
         [("Conversion", 0, 0x1000, False, None), ("Attributes", 0, 0x1000, False, None)],
     ),
     (
-        "ram_block_attributes_state_change offset 0x1000 size 0x3000 from 'shared' to 'private'",
+        (
+            "ram_block_attributes_state_change offset 0x1000 size 0x3000"
+            " from 'populated' to 'discarded'"
+        ),
         [("StateChange", None, 0x1000, 0x4000, True)],
     ),
     (
@@ -207,3 +211,52 @@ def test_other_lines_are_counted() -> None:
 def test_a_date_that_is_none() -> None:
     shown = _shown("2026-99-99T03:08:23.000001Z iommufd_backend_alloc_ioas  iommufd=1 ioas=2\n")
     assert shown[0][0] == "Attach"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "private"),
+    [
+        ("discarded", "populated", False),
+        ("populated", "discarded", True),
+        ("mixture", "populated", False),
+        ("mixture", "discarded", True),
+        ("populated", "populated", False),
+        ("discarded", "discarded", True),
+    ],
+)
+def test_words_of_a_state_change(before: str, after: str, *, private: bool) -> None:
+    (shown,) = _shown(_state_change(before, after))
+    assert shown[3:] == (None, 0x1000, 0x2000, private)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "word"),
+    [
+        ("shared", "discarded", "shared"),
+        ("populated", "private", "private"),
+        ("populated", "mixture", "mixture"),
+        ("", "populated", ""),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", ""], ids=["whole line", "last line"])
+def test_unknown_word_of_a_state_change_is_an_error_that_names_the_line(
+    before: str, after: str, word: str, end: str
+) -> None:
+    good = _state_change("discarded", "populated")
+    bad = _state_change(before, after).rstrip("\n") + end
+    reader = QemuReader(Source("the.log", "qemu"))
+    events = reader.feed((good + "SeaBIOS\n" + bad + (good if end else "")).encode())
+
+    assert len(events) == 1  # what came before stays valid, and what comes after is not read
+    with pytest.raises(TraceError, match=rf"^the\.log:3: .*unknown state '{word}'") as caught:
+        reader.finish()
+    assert (caught.value.path, caught.value.line) == ("the.log", 3)
+    with pytest.raises(TraceError):
+        reader.feed(b"")
+
+
+def _state_change(before: str, after: str) -> str:
+    return (
+        "ram_block_attributes_state_change offset 0x1000 size 0x1000 "
+        f"from '{before}' to '{after}'\n"
+    )

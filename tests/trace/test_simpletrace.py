@@ -59,9 +59,20 @@ def test_a_slot_without_guest_memfd() -> None:
 
 def test_strings() -> None:
     name = mapping(1, "ram_block_attributes_state_change")
-    record = event(1, 5, 0x1000, 0x1000, b"shared", b"private")
+    record = event(1, 5, 0x1000, 0x1000, b"populated", b"discarded")
     (shown,) = as_shown(read(_reader(), HEADER + name + record))
     assert shown[3:] == (None, 0x1000, 0x2000, True)
+
+
+def test_an_unknown_word_ends_the_reading() -> None:
+    reader = _reader()
+    name = mapping(1, "ram_block_attributes_state_change")
+    good = event(1, 5, 0x1000, 0x1000, b"mixture", b"populated")
+    bad = event(1, 5, 0x1000, 0x1000, b"populated", b"private")
+    assert len(reader.feed(HEADER + name + good + bad + good)) == 1
+    with pytest.raises(TraceError, match=r"unknown state 'private'") as caught:
+        reader.finish()
+    assert caught.value.line == 2
 
 
 def test_events_that_were_dropped() -> None:

@@ -3,17 +3,17 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 
 from descriptors import open_descriptors
 from fake_vfio import FakeKernel
 from ramblock import GuestMemory, MappingPolicy, PageState, RamBlock
 from ramblock.dma import DmaCapabilities, HostRange, IommufdIoas, IommufdMode
 from ramblock.errors import ConversionError, DmaError, PoisonedError
+from ramblock.testing.conformance import check_target
 from ramblock.uapi import ioctl
-from target_model import PAGES, Cutting, Step, TargetModel, play, steps
 
 PAGE = 4096
+PAGES = 16
 DEV = "/dev/null"
 
 
@@ -186,25 +186,12 @@ def test_bad_addresses_do_not_get_to_the_kernel(
 
 
 @pytest.mark.parametrize("cuts", [False, True])
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(todo=steps())
-def test_against_a_naive_model(
-    kernel: FakeKernel, block: RamBlock, cuts: bool, todo: list[Step]
-) -> None:
-    target = IommufdIoas(cutting=cuts, path=DEV)
-    areas = mapped(kernel, target)
-    play(
-        target,
-        TargetModel(Cutting.ANYTHING if cuts else Cutting.ONE_MAPPING),
-        block,
-        todo,
-        1 << 32,
-        lambda iova: any(
-            at <= iova < at + size and writable for at, (size, _, writable) in areas.items()
-        ),
+def test_it_is_a_target_like_any_other(kernel: FakeKernel, cuts: bool) -> None:
+    check_target(
+        lambda: IommufdIoas(cutting=cuts, path=DEV),
+        reaches=lambda target, iova: kernel.reaches(target.ioas_id, iova),
     )
-    assert areas == {}
-    target.close()
+    assert all(areas.by_iova == {} for areas in kernel.areas.values())
 
 
 # -- what is left of an unmap that failed ----------------------------------------------------------

@@ -3,17 +3,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 
 from descriptors import open_descriptors
 from fake_vfio import FakeKernel
 from ramblock import GuestMemory, MappingPolicy, PageState, RamBlock
 from ramblock.dma import HostRange, Type1Container, VfioGroup
 from ramblock.errors import DmaError, MappingLimitError, UsageError
+from ramblock.testing.conformance import check_target
 from ramblock.uapi import ioctl
-from target_model import PAGES, Cutting, Step, TargetModel, play, steps
 
 PAGE = 4096
+PAGES = 16
 
 
 @pytest.fixture
@@ -92,21 +92,14 @@ def test_a_conversion_beyond_the_limit_never_gets_to_the_kernel(
         assert kernel.calls == []
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps())
-def test_against_a_naive_model(
-    kernel: FakeKernel, dev: Path, block: RamBlock, todo: list[Step]
-) -> None:
-    target = with_group(dev)
-    areas = kernel.areas[0].by_iova
-    play(
-        target, TargetModel(Cutting.WHOLE_MAPPINGS), block, todo, 1 << 32,
-        lambda iova: any(
-            at <= iova < at + size and writable for at, (size, _, writable) in areas.items()
-        ),
-    )  # fmt: skip
-    assert areas == {}
-    target.close()
+def test_it_is_a_target_like_any_other(kernel: FakeKernel, dev: Path) -> None:
+    check_target(lambda: with_group(dev), reaches=lambda _, iova: kernel.reaches(0, iova))
+    assert kernel.areas[0].by_iova == {}
+
+
+def test_its_limit_is_that_of_the_kernel(kernel: FakeKernel, dev: Path) -> None:
+    kernel.limit = 5
+    check_target(lambda: with_group(dev), reaches=lambda _, iova: kernel.reaches(0, iova))
 
 
 def test_a_refused_map_says_what_helps(kernel: FakeKernel, dev: Path, block: RamBlock) -> None:

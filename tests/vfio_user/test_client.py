@@ -16,7 +16,6 @@ from pathlib import Path
 from time import monotonic, sleep
 
 import pytest
-from hypothesis import given, settings
 
 from descriptors import open_descriptors
 from ramblock import GuestMemory, PageState, RamBlock
@@ -54,9 +53,9 @@ from ramblock.errors import (
 )
 from ramblock.hostmem import BackendKind, HostMemoryBackend
 from ramblock.hostmem.host_calls import address_of
+from ramblock.testing.conformance import check_target
 from ramblock.units import MIB, PAGE_SIZE
 from require import require_hugetlb
-from target_model import PAGES, Cutting, Step, TargetModel, play, steps
 from vfio_user_server import Hook, RemoteIommu, Server, served
 
 P = PAGE_SIZE
@@ -119,21 +118,15 @@ def again_and_again(call: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("capabilities", [Capabilities(max_msg_fds=1), NO_FDS], ids=["fd", "no fd"])
-@settings(max_examples=50)
-@given(todo=steps())
-def test_the_model_of_a_target(capabilities: Capabilities, todo: list[Step]) -> None:
-    with served(capabilities=capabilities) as iommu, RamBlock.create("ram", PAGES * P) as block:
+def test_it_is_a_target_like_any_other(capabilities: Capabilities) -> None:
+    made: list[RemoteIommu] = []
 
-        def reaches(iova: int) -> bool:
-            try:
-                iommu.write(iova, b"x")
-            except IommuFault:
-                return False
-            return True
+    def make() -> RemoteIommu:
+        made.append(RemoteIommu(capabilities=capabilities))
+        return made[-1]
 
-        play(iommu, TargetModel(Cutting.ONE_MAPPING), block, todo, BASE, reaches)
-        assert iommu.mappings() == []
-        assert iommu.target.violations == 0
+    check_target(make, device=lambda iommu: iommu, examples=50)
+    assert all(iommu.target.violations == 0 for iommu in made)
 
 
 def test_capabilities_are_the_servers() -> None:

@@ -1,22 +1,22 @@
 """The client against the server that users have: the probe, on a UNIX socket."""
 
+import errno
 import mmap
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 
 from ramblock import GuestMemory, PageState, RamBlock
 from ramblock.dma import HostRange, VfioUserTarget
-from ramblock.errors import DmaError, IommuFault, PoisonedError
+from ramblock.errors import ConversionError, DmaError, IommuFault, PoisonedError
 from ramblock.hostmem.host_calls import address_of
 from ramblock.probe.server import Probe
 from ramblock.probe.windows import UnmapRule
+from ramblock.testing.conformance import check_target
 from ramblock.units import PAGE_SIZE
 from ramblock.vfio import probe_registers as registers
-from target_model import PAGES, Cutting, Step, TargetModel, play, steps
 
 P = PAGE_SIZE
 BASE = 1 << 32
@@ -29,23 +29,15 @@ def probe(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Probe]:
     assert probe.error is None
 
 
-# Each example has a client of its own.
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(todo=steps())
-def test_the_model_of_a_target(probe: Probe, todo: list[Step]) -> None:
-    target = VfioUserTarget(probe.path)
-    with RamBlock.create("ram", PAGES * P) as block:
+def test_it_is_a_target_like_any_other(probe: Probe) -> None:
+    def reaches(target: VfioUserTarget, iova: int) -> bool:
+        try:
+            probe.read(iova, 1)
+        except IommuFault:
+            return False
+        return next(w for w in target.mappings() if w.iova <= iova < w.end).writable
 
-        def reaches(iova: int) -> bool:
-            try:
-                probe.read(iova, 1)
-            except IommuFault:
-                return False
-            return next(w for w in target.mappings() if w.iova <= iova < w.end).writable
-
-        play(target, TargetModel(Cutting.ONE_MAPPING), block, todo, BASE, reaches)
-        assert target.mappings() == []
-        target.close()
+    check_target(lambda: VfioUserTarget(probe.path), reaches=reaches, examples=40)
     assert probe.record.clean
 
 
@@ -101,3 +93,40 @@ def test_the_probe_stops(probe: Probe) -> None:
         assert isinstance(caught.value.__cause__, DmaError)
         assert caught.value.__cause__.in_doubt
     target.close()
+
+
+def test_maps_beyond_the_most_windows_are_refused_until_there_may_be_more(probe: Probe) -> None:
+    target = VfioUserTarget(probe.path)
+    with RamBlock.create("ram", 8 * P, private="stand-in") as block:
+        memory = GuestMemory()
+        memory.map(block, BASE)
+        memory.attach(target)
+        memory.convert(BASE, 2 * P, PageState.SHARED)
+        probe.max_windows = 4
+        with pytest.raises(ConversionError, match="nothing has changed") as caught:
+            memory.convert(BASE + 2 * P, 4 * P, PageState.SHARED)
+        assert isinstance(caught.value.__cause__, DmaError)
+        assert caught.value.__cause__.errno == errno.ENOSPC
+        assert [window.address for window in probe.windows] == [BASE, BASE + P]
+        probe.max_windows = None
+        memory.convert(BASE + 2 * P, 4 * P, PageState.SHARED)
+        assert len(probe.windows) == 6
+        assert probe.max_windows is None
+        for mapper in memory.mappers:
+            memory.detach(mapper)
+    target.close()
+
+
+def test_limit_holds_for_a_client_that_comes_later(tmp_path: Path) -> None:
+    with Probe(tmp_path / "limited.sock", max_windows=1) as probe:
+        target = VfioUserTarget(probe.path)
+        with RamBlock.create("ram", 2 * P) as block:
+            address = HostRange(block.fd, 0, 0, P)
+            target.map(BASE, address)
+            with pytest.raises(DmaError) as caught:
+                target.map(BASE + P, address)
+            assert caught.value.errno == errno.ENOSPC
+            target.unmap(BASE, P)
+            target.map(BASE + P, address)
+            target.unmap(BASE + P, P)
+        target.close()

@@ -89,7 +89,9 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     guest.add_argument("--memory", type=size, metavar="SIZE", help="RAM of the guest (default: 4G)")
     guest.add_argument(
-        "--workload", metavar="NAME|TRACE", help="linux (default), firmware, fragmenter, or a trace"
+        "--workload",
+        metavar="NAME|TRACE",
+        help="linux (default), firmware, fragmenter, reboot, or a trace",
     )
     guest.add_argument(
         "--conversions",

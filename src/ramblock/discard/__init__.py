@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may see the pages of a block: its sources and their states, its listeners, and telling them."""
+"""The visibility of a block's pages: their states, the sources, the listeners."""
 
 from ramblock.discard.attributes import PageState, RamBlockAttributes
 from ramblock.discard.coordination import DiscardCoordinator, DiscardHold, HoldKind
@@ -10,17 +10,6 @@ from ramblock.discard.section import Block, RamSection
 from ramblock.discard.sources import Source
 from ramblock.discard.virtio_mem import VirtioMem
 
-__all__ = [
-    "Block",
-    "DiscardCoordinator",
-    "DiscardHold",
-    "HoldKind",
-    "InDoubt",
-    "Listener",
-    "PageState",
-    "RamBlockAttributes",
-    "RamDiscardManager",
-    "RamSection",
-    "Source",
-    "VirtioMem",
-]
+__all__ = ["Block", "DiscardCoordinator", "DiscardHold", "HoldKind", "InDoubt", "Listener"]
+__all__ += ["PageState", "RamBlockAttributes", "RamDiscardManager", "RamSection", "Source"]
+__all__ += ["VirtioMem"]

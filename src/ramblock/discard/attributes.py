@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page states of a block (QEMU: RamBlockAttributes, system/ram-block-attributes.c, from 10.1)."""
+"""The page states of a block (QEMU: RamBlockAttributes, system/ram-block-attributes.c, 10.1)."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from enum import Enum
 from typing import overload
@@ -15,9 +16,11 @@ from ramblock.units import PAGE_SIZE, check_range
 
 __all__ = ["PageState", "RamBlockAttributes", "check_state"]
 
+_log = logging.getLogger(__name__)
+
 
 class PageState(Enum):
-    """What a guest page is. Everything starts private."""
+    """The state of a guest page. Everything starts private."""
 
     PRIVATE = "private"
     """Only the guest can read it. For a discard manager: discarded."""
@@ -28,16 +31,13 @@ class PageState(Enum):
 def check_state(to: object) -> None:
     """Raise :class:`UsageError` unless *to* is a :class:`PageState`."""
     if not isinstance(to, PageState):
-        raise UsageError(
-            f"{to!r} is not a page state",
-            value=to,
-            expected="PageState.PRIVATE or PageState.SHARED",
-        )
+        expected = "PageState.PRIVATE or PageState.SHARED"
+        raise UsageError(f"{to!r} is not a page state", value=to, expected=expected)
 
 
 class RamBlockAttributes(BitmapSource):
     """
-    One page state per host page of a block with a private backing; a discard source from its creation.
+    One page state per host page of a block with a private backing; a discard source.
 
     User code reads it as ``block.attributes``.
     """
@@ -50,7 +50,7 @@ class RamBlockAttributes(BitmapSource):
 
     @property
     def shared_bytes(self) -> int:
-        """How much of the block is shared, in bytes."""
+        """The size of all shared pages, in bytes."""
         return self.populated_bytes
 
     def is_shared(self, offset: int, size: int) -> bool:
@@ -59,44 +59,38 @@ class RamBlockAttributes(BitmapSource):
 
         :raises UsageError: The range is empty or leaves the block.
         """
-        what = f"block {self.block.name!r}"
-        check_range(offset, size, limit=self.block.size, align=1, what=what)
+        check_range(offset, size, limit=self.block.size, align=1, what=self.place)
         return self.is_populated(offset, size)
 
     @overload
     def ranges(self, where: PageState, /) -> Iterator[tuple[int, int]]: ...
-
     @overload
     def ranges(self, where: int, size: int, /) -> Iterator[tuple[int, int]]: ...
-
     def ranges(self, where: PageState | int, size: int = 0, /) -> Iterator[tuple[int, int]]:
         """
         Yield the maximal runs of pages as (offset, size) in bytes, ascending.
 
-        ``ranges(state)`` is the whole block by page state. ``ranges(offset, size)`` is the question of
-        a discard manager to any source: the populated, that is shared, runs inside the range.
+        ``ranges(state)`` is the whole block by page state. ``ranges(offset, size)`` is the question
+        of a discard manager to any source: the populated, that is shared, runs inside the range.
 
         :raises UsageError: Not a page state.
         """
         if isinstance(where, int):
             return super().ranges(where, size)
         check_state(where)
-        return self._state_ranges(shared=where is PageState.SHARED)
-
-    def _state_ranges(self, *, shared: bool) -> Iterator[tuple[int, int]]:
-        for start, end in self.bits.runs(0, self.bits.length, value=shared):
-            yield start << self.shift, (end - start) << self.shift
+        runs = self.bits.runs(0, self.bits.length, value=where is PageState.SHARED)
+        return ((start << self.shift, (end - start) << self.shift) for start, end in runs)
 
     def state_change(self, offset: int, size: int, to: PageState) -> None:
         """
-        Change the state of a range and tell the listeners: all or nothing. Only what differs changes.
+        Change the state of a range, where it differs, and tell the listeners: all or nothing.
 
         It knows no KVM and frees nothing. On a block that is placed in a guest,
         ``GuestMemory.convert`` is the one to call.
 
-        :param offset: In bytes, a multiple of the page size.
-        :param size: In bytes, a multiple of the page size.
-        :raises UsageError: Unaligned, empty, outside the block, or not a page state; nothing has changed.
+        :param offset: In bytes, as *size*; both multiples of the page size.
+        :raises UsageError: Unaligned, empty, outside the block, or not a page state; nothing has
+            changed.
         :raises MappingLimitError: A mapper has no room for it; nothing has changed.
         :raises PoisonedError: The block is poisoned, or this call poisoned it.
         :raises Exception: Whatever a listener raised when it refused; nothing has changed.
@@ -118,14 +112,15 @@ class RamBlockAttributes(BitmapSource):
 
     def observe(self, change: BitmapChange, offset: int, size: int) -> None:
         """Emit the event of a change that was asked for ``[offset, offset + size)`` and is done."""
-        guard = self.block.discard_manager.guard
-        if guard.observer is not None:
-            before, after = "private", "shared"
-            if not change.populate:
-                before, after = after, before
-            if change.mixture:
-                before = "mixture"
-            guard.observe(StateChanged(self.block.name, offset, size, before, after))
+        observer = self.block.discard_manager.guard.observer
+        if observer is not None:
+            before, after = ("private", "shared") if change.populate else ("shared", "private")
+            before = before if change.saved is None else "mixture"
+            event = StateChanged(self.block.name, offset, size, before, after)
+            try:
+                observer(event)
+            except Exception:  # watching never changes an outcome
+                _log.exception("the observer failed on %r", event)
 
     def __repr__(self) -> str:
         shared = f"{self.shared_bytes:#x} of {self.block.size:#x} bytes shared"

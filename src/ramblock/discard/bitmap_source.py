@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A discard source that is a bitmap, and one change of it: page attributes and virtio-mem are two."""
+"""A discard source that is a bitmap, and one change of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ramblock.bitmap import SavedBits, SparseBitmap
 from ramblock.discard.manager import ManagedBlock
@@ -17,12 +17,7 @@ __all__ = ["BitmapChange", "BitmapSource"]
 
 
 class BitmapSource(OfOneProcess):
-    """
-    One bit per granule of a block; set means populated.
-
-    :param block: The block it speaks of.
-    :param granularity: In bytes; a power of two that divides the block's size.
-    """
+    """One bit per granule of a block, a power of two of bytes; set means populated."""
 
     def __init__(self, block: ManagedBlock, granularity: int) -> None:
         self.block = block
@@ -34,7 +29,8 @@ class BitmapSource(OfOneProcess):
 
     @property
     def populated_bytes(self) -> int:
-        """How much is populated, in bytes: counted, since several changes can be under way at once."""
+        """The size of all that is populated, in bytes."""
+        # Counted each time: a conversion of two sections of the block flips two changes of it.
         return self.bits.count(0, self.bits.length) << self.shift
 
     def is_populated(self, offset: int, size: int) -> bool:
@@ -49,23 +45,17 @@ class BitmapSource(OfOneProcess):
             yield low, high - low
 
     def plan(self, offset: int, size: int, *, populate: bool) -> BitmapChange | None:
-        """Find out what would change in a range of whole granules; None: nothing."""
+        """Build the change of a range of whole granules; None: it changes nothing."""
         start, end = offset >> self.shift, (offset + size) >> self.shift
         populated = self.bits.count(start, end)
         changed = end - start - populated if populate else populated
         return BitmapChange(self, start, end, changed, populate=populate) if changed else None
 
     def change(self, operation: str, change: BitmapChange) -> None:
-        """
-        Tell the listeners, then change the bits: all or nothing.
-
-        :raises MappingLimitError: A mapper has no room for it; nothing has changed.
-        :raises Exception: Whatever a listener raised when it refused; nothing has changed.
-        """
-        manager = self.block.discard_manager
+        """Tell the listeners, then change the bits: all or nothing, whatever is raised."""
+        manager, notification = self.block.discard_manager, change.notification
         if manager.registry.limited:
-            reserve((change.notification,))
-        notification = change.notification
+            reserve((notification,))
         # As with an UndoLog, without its four calls.
         begun: list[Entry] = [("notify", None, notification.take_back, None, ())]
         try:
@@ -82,24 +72,13 @@ class BitmapSource(OfOneProcess):
 
 class BitmapChange:
     """
-    A range of a bitmap source becomes populated or discarded. Something does change.
+    A range of a bitmap source, in bits, of which *changed* become populated or discarded.
 
-    Listeners first, then the bits: the state is what it was until everybody has agreed. The
-    notification takes the source at its word meanwhile.
-
-    :param start: First bit of the range that was asked for.
-    :param end: First bit behind it.
-    :param changed: How many bits of it change.
+    Listeners first, then the bits: the state stays until everybody has agreed. The notification
+    takes the source at its word meanwhile.
     """
 
-    __slots__ = (
-        "_saved",
-        "_span",
-        "changed_bytes",
-        "notification",
-        "populate",
-        "source",
-    )
+    __slots__ = ("_span", "changed_bytes", "notification", "populate", "saved", "source")
 
     def __init__(
         self, source: BitmapSource, start: int, end: int, changed: int, *, populate: bool
@@ -107,57 +86,48 @@ class BitmapChange:
         shift = source.shift
         self.source = source
         self.populate = populate
-        #: How many bytes really change.
         self.changed_bytes = changed << shift
-        self._saved: SavedBits | None = None
-        whole = changed == end - start
-        if not whole:
+        #: The bits before, where some of the range is in the new state already; else None.
+        self.saved: SavedBits | None = None
+        runs: Callable[[int, int], Runs] | None = None
+        hollow = True
+        if changed < end - start:
             span = source.bits.span(start, end, value=not populate)
             assert span is not None  # something changes, so something has the other value
             start, end = span
-            self._saved = source.bits.save(start, end)
+            self.saved = source.bits.save(start, end)
+            runs, hollow = self._runs, not populate
         self._span = start, end
+        manager, start, end = source.block.discard_manager, start << shift, end << shift
         self.notification = Notification(
-            source.block.discard_manager,
-            start << shift,
-            end << shift,
-            populate=populate,
-            source=source,
-            runs=None if whole else self._runs,
-            hollow=whole or not populate,
+            manager, start, end, populate=populate, source=source, runs=runs, hollow=hollow
         )
 
-    @property
-    def mixture(self) -> bool:
-        """Whether some of the range that was asked for is in the new state already."""
-        return self._saved is not None
-
+    # This and the next yield whole granules, and only while the bits are as they were.
     def _runs(self, start: int, end: int) -> Runs:
-        """Yield what changes of [start, end), in whole granules; only while the bits are as they were."""
         shift = self.source.shift
         first, last = start >> shift, ((end - 1) >> shift) + 1
         for low, high in self.source.bits.runs(first, last, value=not self.populate):
             yield low << shift, high << shift
 
     def changed_runs(self) -> Runs:
-        """Yield what changes as (start, end), ascending; only while the bits are as they were."""
+        """Yield all that changes as (start, end), in bytes, ascending."""
         start, end = (bit << self.source.shift for bit in self._span)
-        return iter(((start, end),)) if self._saved is None else self._runs(start, end)
+        return iter(((start, end),)) if self.saved is None else self._runs(start, end)
 
     def flip(self) -> None:
         """Change the bits, wherever they were left."""
-        start, end = self._span
+        bits, (start, end) = self.source.bits, self._span
         if self.populate:
-            self.source.bits.set(start, end)
+            bits.set(start, end)
         else:
-            self.source.bits.clear(start, end)
+            bits.clear(start, end)
 
     def flip_back(self) -> None:
         """Undo :meth:`flip`, whether it happened, half happened or did not."""
-        start, end = self._span
-        bits = self.source.bits
-        if self._saved is not None:
-            bits.restore(start, end, self._saved)
+        bits, (start, end) = self.source.bits, self._span
+        if self.saved is not None:
+            bits.restore(start, end, self.saved)
         elif self.populate:
             bits.clear(start, end)
         else:

@@ -2,20 +2,23 @@
 """
 Who needs RAM to be discardable, and who forbids it.
 
-Two kinds of discard. *Coordinated*: the listeners are told first (page conversions, virtio-mem). *Uncoordinated*: memory
-just goes (a plain balloon). Two kinds of user stand against them. One that pins memory and hears nothing forbids both.
-One that is driven by a listener forbids only the uncoordinated kind.
+Two kinds of discard. *Coordinated*: the listeners are told first (page conversions, virtio-mem).
+*Uncoordinated*: memory just goes (a plain balloon). Two kinds of user stand against them. One that
+pins memory and hears nothing forbids both. One that a listener drives forbids the uncoordinated
+kind.
 
-This is what QEMU commit 852f0048f3 ("RAMBlock: make guest_memfd require uncoordinated discard") is about: conversions
-discarded memory that VFIO had pinned, VFIO was not told, and its mappings went stale; so that commit made the two exclude
-each other. With a discard manager the conversion becomes coordinated, and they can live together. QEMU keeps four counters
-for the whole process (system/physmem.c, ram_block_discard_disable() and its kin); here they belong to one guest memory.
+QEMU commit 852f0048f3 ("RAMBlock: make guest_memfd require uncoordinated discard") is the reason:
+conversions discarded memory that VFIO had pinned, VFIO was not told, and its mappings went stale;
+so that commit made the two exclude each other. A discard manager makes the conversion coordinated,
+and they live together. QEMU keeps four counters for the whole process (system/physmem.c,
+ram_block_discard_disable() and its kin); here they belong to one guest memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from contextlib import suppress
 from enum import Enum
-from types import TracebackType
 
 from ramblock.errors import BusyError
 
@@ -23,7 +26,7 @@ __all__ = ["DiscardCoordinator", "DiscardHold", "HoldKind"]
 
 
 class HoldKind(Enum):
-    """What a user of memory asks for."""
+    """A demand on the memory."""
 
     REQUIRE_COORDINATED = "requires coordinated discards"
     REQUIRE_UNCOORDINATED = "requires uncoordinated discards"
@@ -40,32 +43,22 @@ _CONFLICTS = {
 
 
 class DiscardHold:
-    """One user's claim; a context manager. Giving it back twice is the same as once."""
+    """One user's claim; a context manager."""
 
     def __init__(self, coordinator: DiscardCoordinator, owner: str, kind: HoldKind) -> None:
+        #: Where it is held; it moves with the block.
+        self.coordinator = coordinator
         self.owner = owner
         self.kind = kind
-        self._coordinator: DiscardCoordinator | None = coordinator
 
     def release(self) -> None:
-        """Give the claim back."""
-        if self._coordinator is not None:
-            self._coordinator.drop(self)
-            self._coordinator = None
-
-    def move(self, coordinator: DiscardCoordinator) -> None:
-        """Go over to another coordinator; the two of them keep the lists."""
-        self._coordinator = coordinator
+        """Give the claim back; twice is the same as once."""
+        self.coordinator.drop(self)
 
     def __enter__(self) -> DiscardHold:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.release()
 
     def __repr__(self) -> str:
@@ -84,7 +77,7 @@ class DiscardCoordinator:
         return tuple(self._holds)
 
     def require_coordinated(self, owner: str) -> DiscardHold:
-        """Discards will happen, and listeners are told (conversions, virtio-mem). See :meth:`hold`."""
+        """Discards will happen, and listeners are told (conversions). See :meth:`hold`."""
         return self.hold(owner, HoldKind.REQUIRE_COORDINATED)
 
     def require_uncoordinated(self, owner: str) -> DiscardHold:
@@ -103,42 +96,39 @@ class DiscardCoordinator:
         """
         Claim *kind* for *owner* until the result is released.
 
-        :raises BusyError: Somebody holds what contradicts it; both are named. Nothing is held.
+        :raises BusyError: Somebody holds a contradicting claim; both are named. Nothing is held.
         """
-        self._check(owner, kind)
         hold = DiscardHold(self, owner, kind)
+        self._check(hold)
         self._holds.append(hold)
         return hold
 
     def drop(self, hold: DiscardHold) -> None:
         """Forget *hold*; nothing happens if it is not held here."""
-        self._holds = [other for other in self._holds if other is not hold]
+        # In one step, since users release without the memory's lock.
+        with suppress(ValueError):
+            self._holds.remove(hold)
 
-    def _check(self, owner: str, kind: HoldKind) -> None:
+    def _check(self, hold: DiscardHold) -> None:
         for other in self._holds:
-            if other.kind in _CONFLICTS[kind]:
-                raise BusyError(f"{owner} {kind.value}, but {other.owner} {other.kind.value}")
+            if other.kind in _CONFLICTS[hold.kind]:
+                raise BusyError(
+                    f"{hold.owner} {hold.kind.value}, but {other.owner} {other.kind.value}"
+                )
 
-    def adopt(self, other: DiscardCoordinator) -> list[DiscardHold]:
+    def adopt(
+        self, other: DiscardCoordinator, only: Collection[DiscardHold] | None = None
+    ) -> list[DiscardHold]:
         """
-        Take over all claims of *other*, whose block is being placed here.
+        Take over the claims of *other*, all or *only* some, with the block that comes from there.
 
-        :return: What was taken over.
         :raises BusyError: One of them contradicts one of ours. Nothing has moved.
         """
-        for hold in other._holds:
-            self._check(hold.owner, hold.kind)
-        holds = list(other._holds)
-        self._transfer(other, holds)
-        return holds
-
-    def give_back(self, other: DiscardCoordinator, holds: list[DiscardHold]) -> None:
-        """Hand *holds* to *other*, whose block leaves."""
-        other._transfer(self, [hold for hold in self._holds if hold in holds])
-
-    def _transfer(self, giver: DiscardCoordinator, holds: list[DiscardHold]) -> None:
-        moving = list(holds)
+        moving = [hold for hold in other.holds if only is None or hold in only]
         for hold in moving:
-            hold.move(self)
-        self._holds = [*self._holds, *moving]
-        giver._holds = [hold for hold in giver._holds if hold not in moving]
+            self._check(hold)
+        for hold in moving:
+            other.drop(hold)
+            hold.coordinator = self
+            self._holds.append(hold)
+        return moving

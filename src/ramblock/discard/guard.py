@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What one guest memory and its blocks have in common: the lock, the poison, who needs discards.
+The lock, the poison and the claims on discards that one guest memory and its blocks have in common.
 
-A block has a guard of its own until it is placed; then it takes the memory's, so that one lock covers
-convert, state changes, plug, sources, attach and map. Targets have locks of their own, always taken
-after this one, and no target, device or socket thread ever takes this one: that is why there is no
-deadlock to think about.
+A block has a guard of its own until it is placed; then it takes the memory's, so that one lock
+covers convert, state changes, plug, sources, attach and map. There is no deadlock to think about:
+targets have locks of their own, always taken after this one, and no target, device or socket thread
+takes it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ramblock import process
 from ramblock.discard.coordination import DiscardCoordinator, DiscardHold
 from ramblock.discard.section import Block, RamSection
 from ramblock.errors import BusyError, PoisonedError, describe_range
-from ramblock.events import Observer, StateChanged
+from ramblock.events import Observer
 from ramblock.interrupts import uninterrupted
 
 __all__ = ["Guard", "Home", "InDoubt", "MovedError"]
@@ -31,12 +31,11 @@ T = TypeVar("T")
 
 
 class InDoubt(NamedTuple):
-    """A range where a target may reach what is not populated, or not reach what is."""
+    """A range of the guest where a target may reach discarded pages, or miss populated ones."""
 
     gpa: int
-    """Guest physical address, in bytes."""
+    """Guest physical address, in bytes, like the size."""
     size: int
-    """In bytes."""
     target: object
     """The DMA target; for a listener that is no mapper, the listener."""
 
@@ -46,31 +45,28 @@ class MovedError(Exception):
 
 
 class Home(Protocol):
-    """Stands for a block: it is under a guard, which can change."""
+    """Stands for a block, whose guard can change."""
 
     guard: Guard
 
 
 class Guard:
-    """The lock, the poison and the coordination of discards of one memory, or of one loose block."""
+    """The lock, the poison and the claims on discards of one memory, or of one loose block."""
 
     def __init__(self) -> None:
         self._process = process.current
         self._owner: int | None = None
         self._operation = ""
         # Whoever comes while the lock is taken waits at a gate of its own, and is let in in turn. A
-        # bare Lock goes to whichever thread runs next, which is often the one that has just given it
-        # back: of eight threads that shared a guest, one waited a second.
+        # bare Lock goes to whichever thread runs next, which is often the one that has just given
+        # it back: of eight threads that shared a guest, one waited a second.
         self._lock = Lock()
         self._gates: deque[Lock] = deque()
         self._reason: str | None = None
-        self._doubts: list[tuple[RamSection, object]] = []
-        #: How many doubts were ever noted.
-        self.doubt_count = 0
+        #: Sections that a target may still reach, each with the target; oldest first.
+        self.doubts: list[tuple[RamSection, object]] = []
         self.discards = DiscardCoordinator()
         self.observer: Observer | None = None
-
-    # -- the lock ---------------------------------------------------------------------------------
 
     def run(
         self,
@@ -84,7 +80,7 @@ class Guard:
         Call ``work(*arguments)`` with the lock held. Interrupts wait until that has ended.
 
         :param operation: For messages.
-        :param even_poisoned: For what only takes away.
+        :param even_poisoned: For an operation that only takes away.
         :param home: Has to be under this guard still when the lock is held.
         :raises BusyError: This thread holds the lock: a listener, source or target called back in.
         :raises UsageError: This process is a fork of the one that made the memory.
@@ -94,12 +90,9 @@ class Guard:
         if self._process != process.current:
             process.refuse_fork(operation)
         if self._owner == get_ident():
-            raise BusyError(
-                f"{operation} was called from inside {self._operation}, which holds the memory's lock"
-            )
-        result: T = uninterrupted(
-            self._run_locked, operation, work, arguments, even_poisoned, home
-        )
+            inside = f"{self._operation}, which holds the memory's lock"
+            raise BusyError(f"{operation} was called from inside {inside}")
+        result: T = uninterrupted(self._run_locked, operation, work, arguments, even_poisoned, home)
         return result
 
     def _run_locked(
@@ -131,7 +124,6 @@ class Guard:
                     self._open_a_gate()
 
     def _wait(self) -> None:
-        """Take the lock in turn."""
         gate = Lock()
         gate.acquire()
         self._gates.append(gate)
@@ -153,19 +145,17 @@ class Guard:
         """Whether this process is a fork of the one that made the memory."""
         return self._process != process.current
 
-    # -- the poison -------------------------------------------------------------------------------
-
     @property
     def poisoned(self) -> bool:
         """Whether something was left in a state that is not known. Never goes back to False."""
         return self._reason is not None
 
     def poison(self, reason: str) -> None:
-        """Poison; the first reason is the one that is kept."""
+        """Poison; only the first reason is kept."""
         first = self._reason is None
         if first:
             self._reason = reason
-        # Those after the first can be many; in_doubt() has them.
+        # The others can be many; in_doubt() has them.
         _log.log(logging.CRITICAL if first else logging.DEBUG, "poisoned: %s", reason)
 
     def poisoned_error(self, operation: str) -> PoisonedError:
@@ -175,26 +165,18 @@ class Guard:
 
     def doubt(self, section: RamSection, listener: object, reason: str) -> None:
         """Poison: *listener*, or the target it drives, may or may not still reach *section*."""
-        self._doubts.append((section, getattr(listener, "target", listener)))
-        self.doubt_count += 1
+        self.doubts.append((section, getattr(listener, "target", listener)))
         where = describe_range(section.gpa, section.size)
         self.poison(f"{where} of block {section.block.name!r}: {reason}")
 
-    def doubted_since(self, count: int, block: Block, start: int, end: int) -> bool:
-        """Whether [start, end) of *block* came into doubt since *count* doubts were noted."""
-        return any(
-            section.block is block and section.offset < end and start < section.end
-            for section, _ in self._doubts[count:]
-        )
-
     def doubts_of(self, block: Block) -> list[object]:
         """List the targets that may still reach a page of *block*."""
-        return [target for section, target in self._doubts if section.block is block]
+        return [target for section, target in self.doubts if section.block is block]
 
     def in_doubt(self) -> list[InDoubt]:
         """List the doubts by target, ascending, without overlaps."""
         by_target: dict[int, tuple[object, list[tuple[int, int]]]] = {}
-        for section, target in list(self._doubts):  # another thread may add some
+        for section, target in list(self.doubts):  # another thread may add some
             _, ranges = by_target.setdefault(id(target), (target, []))
             ranges.append((section.gpa, section.gpa_end))
         result: list[InDoubt] = []
@@ -208,19 +190,8 @@ class Guard:
             result.append(InDoubt(start, end - start, target))
         return result
 
-    # -- blocks that come and go ------------------------------------------------------------------
-
     def leave_with(self, other: Guard, block: Block, holds: list[DiscardHold]) -> None:
         """Give a block that goes to *other* its own: *holds*, doubts, and the poison."""
-        self.discards.give_back(other.discards, holds)
-        other._doubts = [doubt for doubt in self._doubts if doubt[0].block is block]
-        other.doubt_count = len(other._doubts)
+        other.discards.adopt(self.discards, holds)
+        other.doubts = [doubt for doubt in self.doubts if doubt[0].block is block]
         other._reason = self._reason
-
-    def observe(self, event: StateChanged) -> None:
-        """Hand *event* to the observer, if there is one."""
-        if self.observer is not None:
-            try:
-                self.observer(event)
-            except Exception:
-                _log.exception("the observer failed on %r", event)

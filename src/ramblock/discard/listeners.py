@@ -41,13 +41,10 @@ class Budget(Protocol):
 class BudgetedListener(Listener, Protocol):
     """A listener whose entries are counted before anything is done."""
 
-    @property
-    def mapper(self) -> Budget:
-        """Whose entries they are."""
-
-    @property
-    def granularity(self) -> int:
-        """Smallest piece that it can let go of, in bytes."""
+    mapper: Budget
+    """Whose entries they are."""
+    granularity: int
+    """Smallest piece that it can let go of, in bytes."""
 
     def let_go(self) -> None:
         """Let go of all it holds, as far as it can; report the rest as in doubt."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who listens where: the registrations of one block, found by place."""
+"""The registrations of one block: its listeners, found by place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Registration", "Registry"]
 
 
 class Registration(NamedTuple):
-    """A listener, its section, and what it can do beyond the two verbs."""
+    """A listener, its section, and its abilities beyond the two verbs."""
 
     number: int
     """Grows with each registration."""
@@ -29,77 +29,70 @@ class Registration(NamedTuple):
         """For errors: the DMA target that the listener drives, or else itself."""
         return getattr(self.listener, "target", self.listener)
 
+    @property
+    def limited(self) -> bool:
+        """Whether it has a budget that can run out."""
+        return self.budgeted is not None and self.budgeted.mapper.limit is not None
 
-class _Shelf(NamedTuple):
-    """Registrations of sections of like size, ascending by offset."""
 
-    offsets: list[int]
-    registrations: list[Registration]
-
-    def find(self, registration: Registration) -> int:
-        index = bisect_left(self.offsets, registration.section.offset)
-        while self.registrations[index] is not registration:
-            index += 1
-        return index
+_number = attrgetter("number")
 
 
 class Registry:
     """
-    The registrations of one block, found by place: telling costs what overlaps a change, however
-    many sections the block has.
+    The registrations of one block; the caller locks.
 
-    Sections are kept on shelves by size. One that meets [start, end) and is shorter than 2**n begins
-    behind ``start - 2**n``, so that each shelf is searched by halves. The caller locks.
+    The cost of telling is in the sections that meet a change, however many the block has. They are
+    kept on shelves by size: one that meets [start, end) and is shorter than 2**n begins behind
+    ``start - 2**n``, so that each shelf is searched by halves.
     """
 
     def __init__(self) -> None:
         self._by_listener: dict[int, Registration] = {}
-        self._shelves: dict[int, _Shelf] = {}
+        # By the bits of the section's size: the offsets, ascending, and who is registered there.
+        self._shelves: dict[int, tuple[list[int], list[Registration]]] = {}
         self._last = 0
-        #: How many of them have a budget that can run out.
+        #: The number of those with a budget that can run out.
         self.limited = 0
 
     def __iter__(self) -> Iterator[Registration]:
         return iter(sorted(self._by_listener.values(), key=_number))
 
     def make(self, listener: Listener, section: RamSection) -> Registration:
-        """Find out what *listener* can do; this does not register it."""
+        """Find out the abilities of *listener*; this does not register it."""
         self._last += 1
-        budgeted = hasattr(listener, "entries_to_discard")
-        return Registration(
-            self._last,
-            listener,
-            section,
-            bool(getattr(listener, "sparse_discard", False)),
-            cast("BudgetedListener", listener) if budgeted else None,
-        )
+        sparse = bool(getattr(listener, "sparse_discard", False))
+        counts = hasattr(listener, "entries_to_discard")
+        budgeted = cast("BudgetedListener", listener) if counts else None
+        return Registration(self._last, listener, section, sparse, budgeted)
 
     def find(self, listener: Listener) -> Registration | None:
         """Look up the registration of *listener*."""
         return self._by_listener.get(id(listener))
 
     def add(self, registration: Registration) -> None:
-        """Register, in the place of what the same listener had before."""
+        """Register, in the place of an earlier registration of the same listener."""
         self.discard(registration.listener)
         self._by_listener[id(registration.listener)] = registration
-        self.limited += _is_limited(registration)
-        key = registration.section.size.bit_length()
-        shelf = self._shelves.setdefault(key, _Shelf([], []))
-        index = bisect_right(shelf.offsets, registration.section.offset)
-        shelf.offsets.insert(index, registration.section.offset)
-        shelf.registrations.insert(index, registration)
+        self.limited += registration.limited
+        section = registration.section
+        offsets, registrations = self._shelves.setdefault(section.size.bit_length(), ([], []))
+        index = bisect_right(offsets, section.offset)
+        offsets.insert(index, section.offset)
+        registrations.insert(index, registration)
 
     def discard(self, listener: Listener) -> None:
         """Strike *listener*; nothing happens if it is not registered."""
         registration = self._by_listener.pop(id(listener), None)
         if registration is not None:
-            self.limited -= _is_limited(registration)
-            key = registration.section.size.bit_length()
-            shelf = self._shelves[key]
-            index = shelf.find(registration)
-            del shelf.offsets[index], shelf.registrations[index]
-            if not shelf.offsets:
-                del self._shelves[key]
+            self.limited -= registration.limited
+            section = registration.section
+            offsets, registrations = self._shelves[section.size.bit_length()]
+            # Several may begin there. Equal means identical, since the first field is a number.
+            index = registrations.index(registration, bisect_left(offsets, section.offset))
+            del offsets[index], registrations[index]
+            if not offsets:
+                del self._shelves[section.size.bit_length()]
 
     def overlapping(self, start: int, end: int) -> list[Registration]:
         """List the registrations whose section meets [start, end), in the order they were made."""
@@ -113,11 +106,3 @@ class Registry:
         if len(found) > 1:
             found.sort(key=_number)
         return found
-
-
-_number = attrgetter("number")
-
-
-def _is_limited(registration: Registration) -> bool:
-    budgeted = registration.budgeted
-    return budgeted is not None and budgeted.mapper.limit is not None

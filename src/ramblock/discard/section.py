@@ -73,8 +73,9 @@ class RamSection:
 
     def intersect(self, offset: int, size: int) -> RamSection | None:
         """
-        Cut out the part that lies in ``[offset, offset + size)`` of the block (QEMU:
-        memory_region_section_intersect_range()).
+        Cut out the part that lies in ``[offset, offset + size)`` of the block.
+
+        QEMU: memory_region_section_intersect_range().
 
         :param offset: In bytes of the block, as :attr:`offset`; any alignment.
         :param size: In bytes; 0 meets nothing.

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Discard sources: the plug point for whoever knows which parts of a block are populated."""
+"""The plug point for discard sources."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import partial
+from itertools import chain, starmap
 from typing import Protocol
 
 from ramblock.errors import UsageError, describe_range
-from ramblock.ranges import Runs, merge_adjacent
+from ramblock.ranges import Runs, complement, merge_adjacent
 
-__all__ = ["Source", "joint_runs", "populated_in"]
+__all__ = ["Source", "held_back_by", "joint_runs", "populated_in"]
 
 
 class Source(Protocol):
@@ -22,8 +24,8 @@ class Source(Protocol):
       ascending; without it, ``is_populated`` is asked granule by granule.
     - ``on_adding()``: called under the lock before the source is added; raising refuses.
     - ``on_removed()``: called once it was removed, or when adding it failed.
-    - ``withholds = True``: the guest itself cannot use what the source calls discarded, so that
-      this memory is freed (virtio-mem).
+    - ``withholds = True``: the guest itself cannot use discarded parts, so that they are freed
+      (virtio-mem).
     """
 
     @property
@@ -38,8 +40,6 @@ def populated_in(source: Source, start: int, end: int) -> Runs:
     """
     Yield the populated runs of *source* inside [start, end), as (start, end).
 
-    Its answers are clipped: one that thinks in larger granules says more than it was asked for.
-
     :raises UsageError: Its runs do not ascend, or overlap.
     """
     ranges = getattr(source, "ranges", None)
@@ -48,6 +48,7 @@ def populated_in(source: Source, start: int, end: int) -> Runs:
         return
     position = start
     for offset, size in ranges(start, end - start):
+        # A source that thinks in larger granules says more than it was asked for.
         low, high = max(offset, start), min(offset + size, end)
         if low >= high and size > 0:
             continue
@@ -72,13 +73,13 @@ def _granules(source: Source, start: int, end: int) -> Runs:
         start = stop
 
 
-def joint_runs(runs: Runs, sources: Sequence[Source]) -> Runs:
+def held_back_by(source: Source, start: int, end: int) -> Runs:
+    """Yield the rest of [start, end), behind and between :func:`populated_in`."""
+    return complement(populated_in(source, start, end), start, end)
+
+
+def joint_runs(runs: Runs, sources: Iterable[Source]) -> Runs:
     """Yield the parts of *runs* that every one of *sources* calls populated."""
     for source in sources:
-        runs = _of(source, runs)
+        runs = chain.from_iterable(starmap(partial(populated_in, source), runs))
     return merge_adjacent(runs)
-
-
-def _of(source: Source, runs: Runs) -> Runs:
-    for start, end in runs:
-        yield from populated_in(source, start, end)

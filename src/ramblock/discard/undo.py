@@ -11,30 +11,28 @@ back, latest first::
 
 The rules:
 
-- The intent is noted before a step is made. So its undo is also called where it failed half-way, and
-  copes with having nothing to put back. Whatever a step raises is a failure, of any class.
+- The intent is noted before a step is made. So its undo is also called where it failed half-way,
+  and copes with having nothing to put back. Whatever a step raises is a failure, of any class.
 - An undo relies on those that ran before it. When one fails the memory is poisoned, and the steps
   before it are left alone *for that piece*: a page that may still be mapped does not get its
-  attribute made private. Its siblings, which are of the same step, and the other pieces are put back.
+  attribute made private. Its siblings, which are of the same step, and the other pieces are put
+  back.
 - A step may have a function ``stuck``. It is called when its undo failed, and makes our records say
-  what is true now.
+  the truth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import TypeAlias
 
 from ramblock.discard.guard import Guard
 
 __all__ = ["Entry", "UndoLog", "put_back"]
 
-
-#: A step that was begun: its name, its piece, the functions ``undo`` and ``stuck``, their arguments.
-Entry: TypeAlias = tuple[
-    str, object, Callable[..., object], Callable[..., object] | None, tuple[object, ...]
-]
+_Function: TypeAlias = Callable[..., object]
+#: A step that was begun: its name, its piece, the functions ``undo`` and ``stuck``, arguments.
+Entry: TypeAlias = tuple[str, object, _Function, _Function | None, tuple[object, ...]]
 
 
 def put_back(guard: Guard, entries: Sequence[Entry]) -> None:
@@ -58,16 +56,11 @@ def put_back(guard: Guard, entries: Sequence[Entry]) -> None:
 
 class UndoLog:
     """
-    What of an operation may have happened.
+    The steps of *operation* that may have happened. The caller holds the lock of *guard*.
 
-    As a context manager it puts everything back when the block raises, and lets the exception go on;
+    As a context manager it puts everything back when its body raises, and lets the exception go on;
     where putting back failed it raises :class:`~ramblock.errors.PoisonedError` from it.
-
-    :param guard: Whose lock the caller holds.
-    :param operation: For messages.
     """
-
-    __slots__ = ("_entries", "_guard", "_operation")
 
     def __init__(self, guard: Guard, operation: str) -> None:
         self._guard = guard
@@ -77,19 +70,13 @@ class UndoLog:
     def do(
         self,
         step: str,
-        do: Callable[..., object],
-        undo: Callable[..., object],
+        do: _Function,
+        undo: _Function,
         *arguments: object,
         piece: object = None,
-        stuck: Callable[..., object] | None = None,
+        stuck: _Function | None = None,
     ) -> None:
-        """
-        Make one step: ``do(*arguments)``, which ``undo(*arguments)`` puts back.
-
-        :param step: For messages.
-        :param piece: What it is a step of, where the operation has several parts.
-        :param stuck: See the module.
-        """
+        """Make a *step* of a *piece*: ``do(*arguments)``, which ``undo(*arguments)`` puts back."""
         self._entries.append((step, piece, undo, stuck, arguments))
         do(*arguments)
 
@@ -97,20 +84,11 @@ class UndoLog:
         """Forget the latest step: it is certain that nothing of it happened."""
         self._entries.pop()
 
-    def put_back(self) -> None:
-        """Undo all of it; an undo that fails poisons, and nothing is raised."""
-        put_back(self._guard, self._entries)
-
     def __enter__(self) -> UndoLog:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
-            self.put_back()
+            put_back(self._guard, self._entries)
             if self._guard.poisoned:
                 raise self._guard.poisoned_error(self._operation) from error

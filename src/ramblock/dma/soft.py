@@ -3,10 +3,10 @@
 A software IOMMU: real DMA to real memory through IOVAs, and faults where nothing is mapped.
 
 It refuses as a VFIO type1 container refuses, with the same errno (drivers/vfio/vfio_iommu_type1.c):
-EEXIST for an overlap, ENOSPC when the entries are used up, EINVAL for bisecting a mapping. With ``cut``
-it behaves as an iommufd IOAS in compat mode with huge pages off. An access holds the lock from
-translation to the last byte: an unmap returns when none is under way, which is the guarantee of an IOTLB
-flush.
+EEXIST for an overlap, ENOSPC when the entries are used up, EINVAL for bisecting a mapping. With
+``cut`` it behaves as an iommufd IOAS in compat mode with huge pages off. An access holds the lock
+from translation to the last byte: an unmap returns when none is under way, which is the guarantee
+of an IOTLB flush.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections import deque
 from itertools import pairwise
 from operator import itemgetter
 from threading import Lock
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from ramblock.dma.target import DmaCapabilities, HostRange
 from ramblock.errors import DmaError, IommuFault, describe_range
@@ -65,14 +65,13 @@ class MappingTable:
 
     def __init__(self) -> None:
         self._starts: list[int] = []
-        #: Ascending, disjoint.
-        self.mappings: list[Mapping] = []
+        self.mappings: list[Mapping] = []  #: Ascending, disjoint.
 
     def __len__(self) -> int:
         return len(self.mappings)
 
     def overlapping(self, start: int, end: int) -> tuple[int, int]:
-        """Find the mappings that touch [start, end), as a half-open range of positions; empty where to insert one."""
+        """Find the positions [first, last) that touch [start, end); empty where to insert one."""
         first = bisect_right(self._starts, start)
         if first:
             iova, size, _, _ = self.mappings[first - 1]
@@ -84,10 +83,6 @@ class MappingTable:
         """Put *mappings* in the place of those at positions [first, last)."""
         self._starts[first:last] = map(_iova, mappings)
         self.mappings[first:last] = mappings
-
-    def clear(self) -> None:
-        """Forget all of them."""
-        self.replace(0, len(self.mappings), [])
 
 
 class FaultRecord(NamedTuple):
@@ -122,47 +117,42 @@ class SoftIommu(OfOneProcess):
         check_granularity(page_size, "page size of the IOMMU")
         if max_mappings is not None:
             check_positive(max_mappings, "max_mappings")
-        self._capabilities = DmaCapabilities(
-            page_size, max_mappings, cut and not exact, exact, iova_ranges
-        )
+        cut = cut and not exact
+        self._capabilities = DmaCapabilities(page_size, max_mappings, cut, exact, iova_ranges)
         self._in_page = page_size - 1
         self._lock = Lock()
         self._table = MappingTable()
         #: The latest faults; older ones are forgotten, but counted.
         self.faults: deque[FaultRecord] = deque(maxlen=_FAULTS_KEPT)
-        #: Faults since the beginning.
-        self.fault_count = 0
+        self.fault_count = 0  #: Faults since the beginning.
 
     @property
     def capabilities(self) -> DmaCapabilities:
         """What it can do."""
         return self._capabilities
 
-    # -- the target's side ----------------------------------------------------------------------------------------
-
     def map(self, iova: int, memory: HostRange, *, writable: bool = True) -> None:
         """
         Let devices reach *memory* at *iova*.
 
-        :raises DmaError: EINVAL: misaligned, empty, past 2**64 or outside the IOVA ranges. EEXIST: something is mapped
-            there; the text says what. ENOSPC: no entry is left. Nothing has changed.
+        :raises DmaError: EINVAL: misaligned, empty, past 2**64 or outside the IOVA ranges. EEXIST:
+            something is mapped there; the text says where. ENOSPC: no entry is left. Nothing has
+            changed.
         """
-        size = memory.size
-        if size <= 0 or iova < 0 or iova + size > ADDRESS_LIMIT or (iova | size) & self._in_page:
-            self._refuse("map", iova, size)
-        ranges = self._capabilities.iova_ranges
-        if ranges is not None and not any(
-            start <= iova and iova + size <= end for start, end in ranges
-        ):
-            raise _refusal("map", iova, size, errno.EINVAL, "outside the IOVA ranges")
+        size, end = memory.size, iova + memory.size
+        limit, ranges = self._capabilities.max_mappings, self._capabilities.iova_ranges
+        if size <= 0 or iova < 0 or end > ADDRESS_LIMIT or (iova | size) & self._in_page:
+            raise self._refusal("map", iova, size)
+        if ranges is not None and not any(start <= iova and end <= stop for start, stop in ranges):
+            raise self._refusal("map", iova, size, errno.EINVAL, "outside the IOVA ranges")
         with self._lock:
-            first, last = self._table.overlapping(iova, iova + size)
+            first, last = self._table.overlapping(iova, end)
             if first < last:
                 other = self._table.mappings[first]
                 text = f"{describe_range(other.iova, other.size)} is mapped"
-                raise _refusal("map", iova, size, errno.EEXIST, text)
-            if self._capabilities.max_mappings is not None:
-                self._check_room("map", iova, size, 1)
+                raise self._refusal("map", iova, size, errno.EEXIST, text)
+            if limit is not None and len(self._table.mappings) >= limit:
+                raise self._refusal("map", iova, size, errno.ENOSPC)
             self._table.replace(first, first, [Mapping(iova, size, memory, writable)])
 
     def unmap(self, iova: int, size: int) -> int:
@@ -170,17 +160,18 @@ class SoftIommu(OfOneProcess):
         Take ``[iova, iova + size)`` away from devices; no access to it is under way on return.
 
         :return: Bytes unmapped; 0 where nothing was.
-        :raises DmaError: EINVAL: misaligned, or it would cut a mapping and ``cut`` is off. ENOENT: with ``exact``, it is
-            not one whole mapping. ENOSPC: no entry is left for the part behind the cut. Nothing has changed.
+        :raises DmaError: EINVAL: misaligned, or it would cut a mapping and ``cut`` is off. ENOENT:
+            with ``exact``, it is not one whole mapping. ENOSPC: no entry is left for the part
+            behind the cut. Nothing has changed.
         """
         end = iova + size
         if size <= 0 or iova < 0 or end > ADDRESS_LIMIT or (iova | size) & self._in_page:
-            self._refuse("unmap", iova, size)
+            raise self._refusal("unmap", iova, size)
         with self._lock:
             position, behind = self._table.overlapping(iova, end)
             hit = self._table.mappings[position:behind]
             if self._capabilities.exact and (len(hit) != 1 or hit[0][:2] != (iova, size)):
-                raise _refusal("unmap", iova, size, errno.ENOENT, "not one whole mapping")
+                raise self._refusal("unmap", iova, size, errno.ENOENT, "not one whole mapping")
             if not hit:
                 return 0
             first, last = hit[0], hit[-1]
@@ -193,9 +184,10 @@ class SoftIommu(OfOneProcess):
             if rest and not self._capabilities.cut:
                 cut = first if first.iova < iova else last
                 text = f"it would cut {describe_range(cut.iova, cut.size)}"
-                raise _refusal("unmap", iova, size, errno.EINVAL, text)
-            if len(rest) > len(hit):
-                self._check_room("unmap", iova, size, 1)
+                raise self._refusal("unmap", iova, size, errno.EINVAL, text)
+            limit = self._capabilities.max_mappings if len(rest) > len(hit) else None
+            if limit is not None and len(self._table.mappings) >= limit:
+                raise self._refusal("unmap", iova, size, errno.ENOSPC)
             self._table.replace(position, behind, rest)
         removed = min(last_end, end) - max(first.iova, iova)
         for before, after in pairwise(hit):
@@ -205,49 +197,44 @@ class SoftIommu(OfOneProcess):
     def close(self) -> None:
         """Unmap everything; every later access faults."""
         with self._lock:
-            self._table.clear()
+            self._table.replace(0, len(self._table.mappings), [])
 
     def mappings(self) -> list[Mapping]:
         """List the mappings, ascending."""
         with self._lock:
             return list(self._table.mappings)
 
-    def _refuse(self, call: str, iova: int, size: int) -> NoReturn:
-        """Say why no IOMMU takes such a range."""
-        text = f"not made of pages of {self._capabilities.page_size:#x} bytes"
-        if size <= 0 or iova < 0 or iova + size > ADDRESS_LIMIT:
+    def _refusal(
+        self, call: str, iova: int, size: int, number: int = errno.EINVAL, text: str = ""
+    ) -> DmaError:
+        if number == errno.ENOSPC:
+            text = f"{len(self._table)} of {self._capabilities.max_mappings} mappings in use"
+        elif size <= 0 or iova < 0 or iova + size > ADDRESS_LIMIT:
             text = "empty, or past 2**64"
-        raise _refusal(call, iova, size, errno.EINVAL, text)
-
-    def _check_room(self, call: str, iova: int, size: int, extra: int) -> None:
-        limit = self._capabilities.max_mappings
-        if limit is not None and len(self._table) + extra > limit:
-            raise _refusal(
-                call, iova, size, errno.ENOSPC, f"{len(self._table)} of {limit} mappings in use"
-            )
-
-    # -- the device's side ----------------------------------------------------------------------------------------
+        text = text or f"not made of pages of {self._capabilities.page_size:#x} bytes"
+        where = describe_range(iova, size)
+        return DmaError(number, f"{call} {where}: {text}", iova=iova, size=size)
 
     def read(self, iova: int, size: int) -> bytes:
         """
         Read as a device.
 
         :raises UsageError: Empty, or past 2**64.
-        :raises IommuFault: A byte of it is not mapped; no byte was transferred, and the fault is recorded.
+        :raises IommuFault: A byte of it is not mapped; no byte was transferred, and the fault is
+            recorded.
         """
         check_range(iova, size, limit=ADDRESS_LIMIT, align=1, what="DMA read")
         with self._lock:
-            parts = self._translate(iova, size, write=False)
-            if len(parts) == 1:
-                return _read_host(parts[0])
-            return b"".join([_read_host(part) for part in parts])
+            parts = [_read_host(part) for part in self._translate(iova, size, write=False)]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def write(self, iova: int, data: bytes) -> None:
         """
         Write as a device.
 
         :raises UsageError: No data, or past 2**64.
-        :raises IommuFault: A byte of it is not mapped, or mapped read-only; no byte was transferred.
+        :raises IommuFault: A byte of it is not mapped, or mapped read-only; no byte was
+            transferred.
         """
         check_range(iova, len(data), limit=ADDRESS_LIMIT, align=1, what="DMA write")
         with self._lock:
@@ -257,7 +244,8 @@ class SoftIommu(OfOneProcess):
                 done += part.size
 
     def _translate(self, iova: int, size: int, *, write: bool) -> list[HostRange]:
-        """Where the bytes are; all of them, or a fault."""
+        # All the bytes, or a fault. Ranges that continue each other are joined: under one mapping
+        # per page, an access of 64 KiB is one copy.
         parts: list[HostRange] = []
         position, end = iova, iova + size
         first, last = self._table.overlapping(iova, end)
@@ -265,26 +253,24 @@ class SoftIommu(OfOneProcess):
             if mapping.iova > position or (write and not mapping.writable):
                 break
             stop = min(end, mapping.end)
-            parts.append(mapping.memory_of(position, stop))
+            part = mapping.memory_of(position, stop)
             position = stop
+            if parts:
+                fd, offset, address, length = parts[-1]
+                if part[:3] == (fd, offset + length, address + length):
+                    parts[-1] = HostRange(fd, offset, address, length + part.size)
+                    continue
+            parts.append(part)
         if position < end:
             self.fault_count += 1
             self.faults.append(FaultRecord(iova, size, write))
-            verb = "write to" if write else "read from"
-            raise IommuFault(
-                f"device {verb} {describe_range(iova, size)}: {position:#x} may not be reached",
-                iova=iova,
-                size=size,
-                write=write,
-            )
-        return parts if len(parts) == 1 else _join_adjacent(parts)
+            access = f"device {'write to' if write else 'read from'} {describe_range(iova, size)}"
+            text = f"{access}: {position:#x} may not be reached"
+            raise IommuFault(text, iova=iova, size=size, write=write)
+        return parts
 
     def __repr__(self) -> str:
         return f"<SoftIommu at {id(self):#x}: {len(self._table.mappings)} mappings>"
-
-
-def _refusal(call: str, iova: int, size: int, number: int, text: str) -> DmaError:
-    return DmaError(number, f"{call} {describe_range(iova, size)}: {text}", iova=iova, size=size)
 
 
 def _read_host(memory: HostRange) -> bytes:
@@ -305,15 +291,3 @@ def _write_host(memory: HostRange, data: bytes) -> None:
             write_own_memory(memory.address, data)  # hugetlbfs has no write(2)
     else:
         ctypes.memmove(memory.address, data, len(data))
-
-
-def _join_adjacent(ranges: list[HostRange]) -> list[HostRange]:
-    """Join host ranges that continue each other: under one mapping per page, an access of 64 KiB is one copy."""
-    joined = ranges[:1]
-    for part in ranges[1:]:
-        fd, offset, address, size = joined[-1]
-        if part.fd == fd and part.offset == offset + size and part.address == address + size:
-            joined[-1] = HostRange(fd, offset, address, size + part.size)
-        else:
-            joined.append(part)
-    return joined

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import logging
-from types import TracebackType
 from typing import Protocol
 
 from ramblock.discard.attributes import RamBlockAttributes
 from ramblock.discard.guard import Guard
 from ramblock.discard.manager import RamDiscardManager
 from ramblock.errors import UsageError
-from ramblock.guest.freeing import Sides, sides_of
+from ramblock.guest.freeing import Sides
 from ramblock.hostmem.backend import HostMemoryBackend
 from ramblock.hostmem.backing import PrivateBacking, SharedBacking, StandInPrivate, check_private
 from ramblock.hostmem.in_place import check_in_place, is_in_place, take_in_place
@@ -38,9 +37,10 @@ def _check_name(name: object) -> None:
 
 class RamBlock(OfOneProcess):
     """
-    Guest RAM: a shared backing, for confidential guests a private one, the page states, and the discard manager.
+    Guest RAM: its backings, page states and discard manager.
 
-    Made by :meth:`create` or :meth:`from_backend`. A context manager: leaving it closes the block.
+    The shared backing is always there, the private one for confidential guests. Made by
+    :meth:`create` or :meth:`from_backend`. A context manager: leaving it closes the block.
     """
 
     def __init__(
@@ -52,21 +52,19 @@ class RamBlock(OfOneProcess):
         owns_private: bool,
     ) -> None:
         self.name = name
-        #: In bytes.
-        self.size = shared.size
-        #: Descriptor of the shared backing; None for anonymous memory.
-        self.fd = shared.fd
-        #: Host virtual address of the shared backing.
-        self.address = shared.address
+        self.size = shared.size  #: In bytes.
+        self.shared = shared  #: The shared backing itself.
+        self.fd = shared.fd  #: Descriptor of the shared backing; None for anonymous memory.
+        self.address = shared.address  #: Host virtual address of the shared backing.
         #: The smallest piece of the shared backing that can be freed, in bytes.
         self.page_size = shared.page_size
-        #: The private backing; None for ordinary RAM.
-        self.private = private
-        #: The memory, where it serves both states and so is both sides; else None.
+        self.private = private  #: The private backing; None for ordinary RAM.
+        #: The memory, where it serves both states; else None.
         self.in_place = private if is_in_place(private) else None
         self.placement: Placement | None = None
-        self._shared = shared
-        self._own_private = private if owns_private else None
+        self._own_private = None
+        if owns_private and isinstance(private, StandInPrivate):
+            self._own_private = private
         #: Joins the block's sources and tells its listeners.
         self.discard_manager = manager = RamDiscardManager(self)
         #: The page states; None for ordinary RAM, which is always shared.
@@ -76,31 +74,25 @@ class RamBlock(OfOneProcess):
             manager.add_source(self.attributes)
             owner = f"page conversion of block {name!r}"
             manager.holds.append(self.guard.discards.require_coordinated(owner))
-        #: What is in use of its memory, and freeing the rest.
-        discard_private = None if private is None else self._discard_private
-        self.sides: Sides = sides_of(manager, self.attributes, shared, discard_private)
-        manager.freeing = self.sides.both
+        #: The use of its memory, and freeing the rest.
+        self.sides = Sides(manager, self.attributes, shared, self._discard_private)
+        manager.freeing = self.sides
 
     def _discard_private(self, offset: int, size: int) -> None:
+        # Not bound once: a reset puts another backing here.
         assert self.private is not None
         self.private.discard(offset, size)
 
     def retire_private(self, old: PrivateBacking) -> int:
-        """
-        Empty *old*, which :attr:`private` has taken the place of; for a reset, which holds the lock.
-
-        A backing of somebody else's is theirs to close.
-
-        :return: The bytes that are not freed.
-        """
+        """Empty *old*, which a reset has replaced, close it if it is ours; return the rest."""
         not_freed = 0
         try:
             old.discard(0, self.size)
         except Exception as error:
             not_freed = self.size
             _log.warning("block %r: the old private side is not emptied: %s", self.name, error)
-        if old is self._own_private and isinstance(old, StandInPrivate):
-            old.close()
+        if self._own_private is old:
+            self._own_private.close()
             self._own_private = None
         return not_freed
 
@@ -113,11 +105,11 @@ class RamBlock(OfOneProcess):
 
         :param name: For messages and traces.
         :param size: In bytes; a multiple of the host page size.
-        :param private: None for ordinary RAM; ``"stand-in"`` for a memfd in the role of guest_memfd;
-            any :class:`~ramblock.PrivateBacking`, which stays the caller's to close; or an
-            :class:`~ramblock.InPlaceBacking`, which is all of the block's memory from now on and is
-            closed with it.
-        :raises UsageError: Bad size, or *private* is none of these or does not fit; nothing is held.
+        :param private: None for ordinary RAM; ``"stand-in"`` for a memfd in the role of
+            guest_memfd; any :class:`~ramblock.PrivateBacking`, which stays the caller's to close;
+            or an :class:`~ramblock.InPlaceBacking`, which is all of the block's memory from now on
+            and is closed with it.
+        :raises UsageError: Bad size, or *private* is no such or does not fit; nothing is held.
         :raises OSError: The host has no memory; nothing is held.
         """
         if is_in_place(private):
@@ -141,15 +133,13 @@ class RamBlock(OfOneProcess):
         """
         Make a block from a description of host memory; otherwise like :meth:`create`.
 
-        :param progress: See :meth:`~ramblock.HostMemoryBackend.allocate`, which also says what is raised.
+        :param progress: See :meth:`~ramblock.HostMemoryBackend.allocate`, also for the errors.
         """
         _check_name(name)
         if is_in_place(private):
-            raise UsageError(
-                f"block {name!r}: {private!r} is all the memory of its block, there is none to allocate",
-                value=private,
-                expected="RamBlock.create",
-            )
+            reason = f"{private!r} is all the memory of its block, there is none to allocate"
+            text = f"block {name!r}: {reason}"
+            raise UsageError(text, value=private, expected="RamBlock.create")
         if private is not None and private != "stand-in":
             check_private(private, backend.size, name)
         shared = backend.allocate(name, progress=progress)
@@ -157,13 +147,6 @@ class RamBlock(OfOneProcess):
             return cls(name, shared, StandInPrivate(name, backend.size), owns_private=True)
         assert not isinstance(private, str)  # a string has no discard(): refused above
         return cls(name, shared, private, owns_private=False)
-
-    # -- memory ---------------------------------------------------------------------------------------------------
-
-    @property
-    def shared(self) -> SharedBacking:
-        """The shared backing itself."""
-        return self._shared
 
     @property
     def closed(self) -> bool:
@@ -179,39 +162,37 @@ class RamBlock(OfOneProcess):
         """
         self.discard_manager.check_open()
         check_range(offset, size, limit=self.size, align=1, what=f"block {self.name!r}")
-        return self._shared.read(offset, size)
+        return self.shared.read(offset, size)
 
     def write(self, offset: int, data: bytes) -> None:
         """
         Write the raw shared side, in any page state.
 
         :raises UsageError: No data, outside the block, or closed; nothing is written.
-        :raises OSError: The host has no page for it, or (in place) it is private; bytes before that page may be written.
+        :raises OSError: The host has no page for it, or (in place) it is private; bytes before that
+            page may be written.
         """
         self.discard_manager.check_open()
         check_range(offset, len(data), limit=self.size, align=1, what=f"block {self.name!r}")
-        self._shared.write(offset, data)
+        self.shared.write(offset, data)
 
     def allocated_bytes(self) -> int | None:
-        """Bytes of memory in use on the shared side, as the kernel counts them; None for anonymous memory."""
-        return self._shared.allocated_bytes()
-
-    # -- freeing and closing ------------------------------------------------------------------------
+        """Bytes in use on the shared side, by the kernel's count; None for anonymous memory."""
+        return self.shared.allocated_bytes()
 
     @property
     def not_freed_bytes(self) -> int:
-        """Bytes on either side that nobody needs and that could not be freed yet."""
-        return self.sides.both.not_freed_bytes
+        """Bytes on both sides that nobody needs and that could not be freed yet."""
+        return self.sides.not_freed_bytes
 
     def free_pending(self) -> int:
         """
-        Try once more to free what could not be freed.
+        Try once more to free all that waits; return the bytes that still wait.
 
-        :return: Bytes that still wait.
         :raises PoisonedError: The block is poisoned, and keeps its pages.
         """
         self.discard_manager.check_open()
-        return self.discard_manager.run("free_pending", self.sides.both.free_pending)
+        return self.discard_manager.run("free_pending", self.sides.free_pending)
 
     @property
     def guard(self) -> Guard:
@@ -220,18 +201,17 @@ class RamBlock(OfOneProcess):
 
     def close(self) -> None:
         """
-        Unregister the listeners, leave the guest memory, and give the memory back. Twice is the same
-        as once.
+        Unregister the listeners, leave the guest memory, and give the memory back.
 
-        It never refuses because of listeners: one that cannot let go poisons, and then, as for any
-        poisoned block, the pages stay alive, since a target may reach them. In a fork it only closes
-        what this process has of the block, and tells nobody.
+        Twice is the same as once. It never refuses because of listeners: one that cannot let go
+        poisons, and then, as for any poisoned block, the pages stay alive, since a target may reach
+        them. In a fork it only closes this process's part of the block, and tells nobody.
 
         :raises BusyError: Called by a listener from inside an operation; nothing has changed.
         """
         if self.guard.forked:
             self.discard_manager.closed = True
-            self._shared.close()
+            self.shared.close()
         else:
             self.discard_manager.run("close", self._close, even_poisoned=True)
 
@@ -246,29 +226,25 @@ class RamBlock(OfOneProcess):
         for hold in manager.holds:
             hold.release()
         if manager.guard.doubts_of(self):
-            _kept.append(self._shared)
+            _kept.append(self.shared)
             size = format_size(self.size)
             _log.critical("block %r is closed poisoned; its %s stay allocated", self.name, size)
         else:
-            self._shared.close()
-        if isinstance(self._own_private, StandInPrivate):
+            self.shared.close()
+        if self._own_private is not None:
             self._own_private.close()
 
     def __enter__(self) -> RamBlock:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
         return f"<RamBlock {self.name!r}: {format_size(self.size)}>"
 
 
-# Shared sides of closed poisoned blocks, until the process ends. Not a leak: the alternative is a device that writes into
-# memory that belongs to somebody else by then, and no object whose life could be watched tells when it no longer can.
+# Shared sides of closed poisoned blocks, until the process ends. Not a leak: the alternative is a
+# device that writes into memory that belongs to somebody else by then, and no object whose life
+# could be watched tells when it no longer can.
 _kept: list[SharedBacking] = []

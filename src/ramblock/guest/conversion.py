@@ -2,12 +2,12 @@
 """
 The conversion of guest pages: its steps, their order and their undo, as data.
 
-Theory of operation. A conversion is cut into pieces, one for each section it touches, and two tables
-say how they change. To private, every device loses its mapping before the guest's attribute changes; to
-shared, the attribute changes before any device gains one. So at no instant, in neither direction nor in
-the undo of either, is a page mapped whose attribute is private. The last step flips the page states;
-when it is done for all pieces the conversion is committed. Only then is the side freed that is no longer
-used. That cannot be undone, and is not.
+Theory of operation. A conversion is cut into pieces, one for each section it touches, and two
+tables say how they change. To private, every device loses its mapping before the guest's attribute
+changes; to shared, the attribute changes before any device gains one. So at no instant, in neither
+direction nor in the undo of either, is a page mapped whose attribute is private. The last step
+flips the page states; when it is done for all pieces the conversion is committed. Only then is the
+side freed that is no longer used. That cannot be undone, and is not.
 
 ::
 
@@ -18,9 +18,9 @@ used. That cannot be undone, and is not.
       --- committed ---               --- committed ---
       free the shared side            free the private side
 
-In place, one memory serves both states: there is nothing to free, and the attribute is the memory's own
-(guest/vm.py). The order is the same, and here it cannot be otherwise: a page that is still mapped for a
-device cannot become private.
+In place, one memory serves both states: there is nothing to free, and the attribute is the memory's
+own (guest/vm.py). The order is the same, and here it cannot be otherwise: a page that is still
+mapped for a device cannot become private.
 
 QEMU (kvm_convert_memory(), accel/kvm/kvm-all.c) sets the attribute first in both directions, puts
 nothing back, and handles one block. The undo runs the right-hand column from below.
@@ -28,72 +28,55 @@ nothing back, and handles one block. The undo runs the right-hand column from be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 from ramblock.discard.attributes import PageState, RamBlockAttributes
 from ramblock.discard.bitmap_source import BitmapChange
 from ramblock.discard.guard import Guard
+from ramblock.discard.notification import reserve
 from ramblock.discard.section import RamSection
 from ramblock.discard.undo import Entry, put_back
 from ramblock.errors import ConversionError, PoisonedError, UsageError, describe_range
-from ramblock.guest.block import RamBlock
-from ramblock.guest.places import PlaceMap
+from ramblock.guest.places import Place, PlaceMap
 from ramblock.guest.vm import Vm, set_attribute
 
-__all__ = ["ConversionPiece", "ConversionResult", "convert_pieces", "plan_pieces"]
+__all__ = ["ConversionPiece", "ConversionResult", "convert_pieces"]
 
 
 class ConversionResult(NamedTuple):
     """The account of one conversion."""
 
-    gpa: int
-    """Start of the range, in guest physical bytes."""
-    size: int
-    """In bytes."""
-    to: PageState
-    """The state that all of it is in now."""
-    changed_bytes: int
-    """How much of it was in the other state."""
-    map_calls: int
-    """Calls to DMA targets, all of them together."""
-    unmap_calls: int
-    """Calls to DMA targets, all of them together."""
+    gpa: int  #: Start of the range, in guest physical bytes.
+    size: int  #: In bytes.
+    to: PageState  #: The state that all of it is in now.
+    changed_bytes: int  #: How much of it was in the other state.
+    map_calls: int  #: Calls to DMA targets, all of them together.
+    unmap_calls: int  #: Calls to DMA targets, all of them together.
+    #: How much of the side that is no longer used is not freed yet; it is freed later.
     not_freed_bytes: int
-    """How much of the side that is no longer used is not freed yet; it is freed later."""
 
 
-class ConversionPiece:
+class ConversionPiece(NamedTuple):
     """The part of a conversion that lies in one section, where something changes."""
 
-    __slots__ = ("attributes", "block", "change", "private", "section", "vm")
-
-    def __init__(
-        self,
-        section: RamSection,
-        block: RamBlock,
-        attributes: RamBlockAttributes,
-        change: BitmapChange,
-        vm: Vm | None,
-    ) -> None:
-        self.section = section
-        self.block = block
-        self.attributes = attributes
-        self.change = change
-        self.private = not change.populate
-        self.vm = vm
+    place: Place
+    section: RamSection
+    attributes: RamBlockAttributes
+    change: BitmapChange
+    vm: Vm | None
 
     def set_attribute(self) -> None:
         """Set the attribute of the whole piece: one call, which changes nothing where it is set."""
-        if self.vm is not None or self.block.in_place is not None:
-            section = self.section
-            end = section.offset + section.size
-            set_attribute(self.vm, self.block, section, section.offset, end, private=self.private)
+        if self.vm is not None or self.place.block.in_place is not None:
+            start = self.section.offset
+            end = start + self.section.size
+            set_attribute(self.vm, self.place, start, end, private=not self.change.populate)
 
     def put_attribute_back(self) -> None:
-        """Undo :meth:`set_attribute`, however far it came: only what differed goes back."""
+        """Undo :meth:`set_attribute`, however far it came: only where it differed."""
         for start, end in self.change.changed_runs():
-            set_attribute(self.vm, self.block, self.section, start, end, private=not self.private)
+            set_attribute(self.vm, self.place, start, end, private=self.change.populate)
 
     def settle_in_doubt(self) -> None:
         """Call the pages shared, which some listeners hold and others were told to let go of."""
@@ -102,117 +85,90 @@ class ConversionPiece:
 
     def free(self) -> int:
         """Free the side that is no longer used; return the bytes that are not freed."""
-        offset, size, sides = self.section.offset, self.section.size, self.block.sides
-        if not self.private:
-            sides.shared.keep_used(offset, size)
-            return sides.private.free(offset, size)
-        sides.private.keep_used(offset, size)
-        return sides.shared.free(offset, size)
-
-    def __repr__(self) -> str:
-        to = "private" if self.private else "shared"
-        return f"<ConversionPiece {describe_range(self.section.gpa, self.section.size)} to {to}>"
+        sides = self.place.block.sides
+        used, unused = sides.private, sides.shared
+        if self.change.populate:
+            used, unused = unused, used
+        if used is None or unused is None:
+            return 0  # in place, the page stays in use
+        used.keep_used(self.section.offset, self.section.size)
+        return unused.free(self.section.offset, self.section.size)
 
 
-class _Step(NamedTuple):
-    """One line of a table; its functions are called with the piece."""
-
-    name: str
-    do: Callable[[ConversionPiece], None]
-    undo: Callable[[ConversionPiece], None]
-    stuck: Callable[[ConversionPiece], None] | None = None
-    """Called when ``undo`` failed, to make our records say what is true now."""
+_Call: TypeAlias = Callable[[ConversionPiece], None]
 
 
-def _tell(piece: ConversionPiece) -> None:
-    piece.change.notification.tell()
+# Name, do, undo; a function called when undo failed, so that our records say what is true now.
+_Step: TypeAlias = tuple[str, _Call, _Call, _Call | None]
 
-
-def _take_back(piece: ConversionPiece) -> None:
-    piece.change.notification.take_back()
-
-
-def _flip(piece: ConversionPiece) -> None:
-    piece.change.flip()
-
-
-def _flip_back(piece: ConversionPiece) -> None:
-    piece.change.flip_back()
-
-
-_SET, _PUT_BACK = ConversionPiece.set_attribute, ConversionPiece.put_attribute_back
-
-TO_PRIVATE = (
-    _Step("unmap", _tell, _take_back),
-    # If the attribute cannot be made shared again nothing may be mapped again: the pages are private
-    # for every device.
-    _Step("attribute", _SET, _PUT_BACK, stuck=_flip),
-    _Step("state", _flip, _flip_back, stuck=_flip),
+_ATTRIBUTE: tuple[_Call, _Call] = ConversionPiece.set_attribute, ConversionPiece.put_attribute_back
+_TELL: tuple[_Call, _Call] = (
+    lambda piece: piece.change.notification.tell(),
+    lambda piece: piece.change.notification.take_back(),
 )
-TO_SHARED = (
-    _Step("attribute", _SET, _PUT_BACK),
+_FLIP: tuple[_Call, _Call] = (
+    lambda piece: piece.change.flip(),
+    lambda piece: piece.change.flip_back(),
+)
+
+TO_PRIVATE: tuple[_Step, ...] = (
+    ("unmap", *_TELL, None),
+    # If the attribute cannot be made shared again nothing may be mapped again: the pages are
+    # private for every device.
+    ("attribute", *_ATTRIBUTE, _FLIP[0]),
+    ("state", *_FLIP, _FLIP[0]),
+)
+TO_SHARED: tuple[_Step, ...] = (
+    ("attribute", *_ATTRIBUTE, None),
     # If pages cannot be unmapped again the attribute stays shared, and so does the state.
-    _Step("map", _tell, _take_back, stuck=ConversionPiece.settle_in_doubt),
-    _Step("state", _flip, _flip_back, stuck=_flip),
+    ("map", *_TELL, ConversionPiece.settle_in_doubt),
+    ("state", *_FLIP, _FLIP[0]),
 )
-
-
-def plan_pieces(
-    places: PlaceMap, gpa: int, size: int, to: PageState, vm: Vm | None
-) -> list[ConversionPiece]:
-    """
-    List the pieces in which something changes.
-
-    :raises UsageError: A hole, or RAM without private backing.
-    """
-    pieces = []
-    for place, section in places.pieces(gpa, size):
-        attributes = place.block.attributes
-        if attributes is None:
-            raise UsageError(
-                f"{describe_range(gpa, size)}: block {place.block.name!r} at {section.gpa:#x} has"
-                " no private backing",
-                value=section.gpa,
-                expected="RAM with private backing",
-                reason="no private side",
-            )
-        change = attributes.plan(section.offset, section.size, populate=to is PageState.SHARED)
-        if change is not None:
-            pieces.append(ConversionPiece(section, place.block, attributes, change, vm))
-    return pieces
 
 
 def convert_pieces(
-    guard: Guard, pieces: Sequence[ConversionPiece], gpa: int, size: int, to: PageState
-) -> None:
+    guard: Guard, places: PlaceMap, vm: Vm | None, gpa: int, size: int, to: PageState
+) -> list[ConversionPiece]:
     """
-    Run the table over *pieces*, step by step: all are unmapped before the first attribute changes.
+    Convert, but for freeing; return the pieces in which something changed.
 
-    :raises ConversionError: A step failed; everything is put back. The cause is chained.
-    :raises PoisonedError: And it could not be put back.
-    :raises BaseException: The cause itself, if it is no Exception; everything is put back.
+    The table runs step by step: all pieces are unmapped before the first attribute changes. Raises
+    as ``GuestMemory.convert``; an exception that is no Exception goes on as it is.
     """
-    begun: list[Entry] = []  # what an UndoLog keeps, without a call for each step
+    pieces = []
+    limited = False
+    for place, section in places.pieces(gpa, size):
+        attributes = place.block.attributes
+        if attributes is None:
+            where = f"{describe_range(gpa, size)}: block {place.block.name!r} at {section.gpa:#x}"
+            text, expected = f"{where} has no private backing", "RAM with private backing"
+            raise UsageError(text, value=section.gpa, expected=expected, reason="no private side")
+        change = attributes.plan(section.offset, section.size, populate=to is PageState.SHARED)
+        if change is not None:
+            pieces.append(ConversionPiece(place, section, attributes, change, vm))
+            if place.block.discard_manager.registry.limited:
+                limited = True
+    if limited:
+        reserve([piece.change.notification for piece in pieces])
+    begun: list[Entry] = []  # as an UndoLog keeps, without a call for each step
     try:
         for step, do, undo, stuck in TO_PRIVATE if to is PageState.PRIVATE else TO_SHARED:
             for piece in pieces:
                 begun.append((step, piece, undo, stuck, (piece,)))
                 do(piece)
+        return pieces
     except BaseException as cause:
         put_back(guard, begun)
-        step, _, _, _, (failed,) = begun[-1]
+        step, failed = begun[-1][:2]
         assert isinstance(failed, ConversionPiece)
         target = failed.change.notification.refused_by
         where = f"conversion of {describe_range(gpa, size)} to {to.value}: step {step!r}"
         if target is not None:
             where += f" on {target!r}"
-        if guard.poisoned:
-            text = f"{where} failed and could not be put back; see in_doubt()"
-            raise PoisonedError(
-                text, gpa=gpa, size=size, to=to, step=step, target=target
-            ) from cause
-        if not isinstance(cause, Exception):
+        if not guard.poisoned and not isinstance(cause, Exception):
             cause.add_note(f"{where} was left by it; nothing has changed")
             raise
-        text = f"{where} failed; nothing has changed"
-        raise ConversionError(text, gpa=gpa, size=size, to=to, step=step, target=target) from cause
+        kind, text = ConversionError, f"{where} failed; nothing has changed"
+        if guard.poisoned:
+            kind, text = PoisonedError, f"{where} failed and could not be put back; see in_doubt()"
+        raise kind(text, gpa=gpa, size=size, to=to, step=step, target=target) from cause

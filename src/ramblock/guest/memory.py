@@ -4,48 +4,36 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 from ramblock.discard.attributes import PageState, check_state
 from ramblock.discard.coordination import DiscardCoordinator, DiscardHold
 from ramblock.discard.guard import Guard, InDoubt
 from ramblock.discard.notification import reserve
 from ramblock.discard.section import RamSection
+from ramblock.discard.undo import UndoLog
 from ramblock.dma.mapper import Mapper
 from ramblock.dma.target import DmaTarget, MappingPolicy
 from ramblock.errors import BusyError, ConversionError, PoisonedError, UsageError
 from ramblock.events import Observer
 from ramblock.guest.block import RamBlock
-from ramblock.guest.conversion import ConversionResult, convert_pieces, plan_pieces
-from ramblock.guest.devices import (
-    Attachment,
-    check_place,
-    count_some,
-    give_up,
-    leave_all,
-    map_some,
-)
+from ramblock.guest.conversion import ConversionResult, convert_pieces
+from ramblock.guest.devices import Attachment
 from ramblock.guest.freeing import free_each
-from ramblock.guest.placement import Placer
 from ramblock.guest.places import Place, PlaceMap
-from ramblock.guest.reset import check_new_parts, reset_guest
-from ramblock.guest.vm import Vm
+from ramblock.guest.reset import reset_guest
+from ramblock.guest.vm import MAKE_SHARED, MemorySlots, Vm, change_slot, establish, withdraw
 from ramblock.hostmem.backing import PrivateBacking
 from ramblock.interrupts import hand_over, uninterrupted
 from ramblock.logs import Sparingly
 from ramblock.process import OfOneProcess
-from ramblock.ranges import merge_adjacent
+from ramblock.ranges import Runs, merge_adjacent
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_positive, check_range
 
 __all__ = ["GuestMemory"]
 
 _log = logging.getLogger(__name__)
-
-
-def _check_unplaced(block: RamBlock) -> None:
-    if block.placement is not None:
-        raise UsageError(f"block {block.name!r} is in another guest memory already", value=block)
-    block.discard_manager.check_open()
 
 
 class GuestMemory(OfOneProcess):
@@ -63,27 +51,26 @@ class GuestMemory(OfOneProcess):
 
     def __init__(self, vm: Vm | None = None) -> None:
         self._guard = Guard()
+        self._vm = vm
         self._places = PlaceMap()
         self._attachments: list[Attachment] = []
-        self._placer = Placer(self._guard, vm, self._places, self._attachments)
         self._log_failure = Sparingly(_log)
+        #: Who needs discards of this memory, and who forbids them.
+        self.discards: DiscardCoordinator = self._guard.discards
+        # Sections that have gone, and whose attributes the VM did not reset.
+        self._not_reset: list[RamSection] = []
         # The claims that each block's own guard held when it came here, by the block's id.
         self._adopted: dict[int, list[DiscardHold]] = {}
 
     @property
     def sections(self) -> tuple[RamSection, ...]:
-        """Where blocks appear, ascending by guest address."""
+        """The parts of blocks that appear, ascending by guest address."""
         return tuple(place.section for place in self._places)
 
     @property
     def mappers(self) -> tuple[Mapper, ...]:
         """The mappers that are attached, oldest first."""
         return tuple(entry.mapper for entry in self._attachments if entry.complete)
-
-    @property
-    def discards(self) -> DiscardCoordinator:
-        """Who needs discards of this memory, and who forbids them."""
-        return self._guard.discards
 
     @property
     def observer(self) -> Observer | None:
@@ -96,7 +83,7 @@ class GuestMemory(OfOneProcess):
 
     @property
     def poisoned(self) -> bool:
-        """Whether it is no longer certain what devices can reach. Permanent."""
+        """Whether the reach of devices is no longer certain. Permanent."""
         return self._guard.poisoned
 
     def in_doubt(self) -> list[InDoubt]:
@@ -119,8 +106,8 @@ class GuestMemory(OfOneProcess):
         """
         Yield the maximal runs of pages in *state* as (gpa, size), ascending, across blocks.
 
-        Holes are in neither state. Lazy: a conversion on another thread is seen page by page, before
-        or after.
+        Holes are in neither state. Lazy: a conversion on another thread is seen page by page,
+        before or after.
 
         :raises UsageError: Not a page state.
         """
@@ -128,16 +115,11 @@ class GuestMemory(OfOneProcess):
         runs = merge_adjacent(self._runs(shared=state is PageState.SHARED))
         return ((start, end - start) for start, end in runs)
 
-    def _runs(self, *, shared: bool) -> Iterator[tuple[int, int]]:
+    def _runs(self, *, shared: bool) -> Runs:
         for place in self._places:
-            section, attributes = place.section, place.block.attributes
-            if attributes is not None:
-                shift = section.gpa - section.offset
-                first, last = section.offset // PAGE_SIZE, section.end // PAGE_SIZE
-                for start, end in attributes.bits.runs(first, last, value=shared):
-                    yield start * PAGE_SIZE + shift, end * PAGE_SIZE + shift
-            elif shared:
-                yield section.gpa, section.gpa_end
+            shift = place.section.gpa - place.section.offset
+            for start, end in place.runs(shared=shared):
+                yield start + shift, end + shift
 
     def map(
         self,
@@ -151,17 +133,17 @@ class GuestMemory(OfOneProcess):
         """
         Let *block*, or ``[offset, offset + size)`` of it, appear at *gpa*. All or nothing.
 
-        The attributes of a block with private backing are set before the guest can see it (its memory
-        slot), so that the guest at no instant could run with pages shared that are tracked as
-        private. Then each attached target maps the populated pages.
+        The attributes of a block with private backing are set before the guest can see it (its
+        memory slot), so that the guest at no instant could run with pages shared that are tracked
+        as private. Then each attached target maps the populated pages.
 
         :param gpa: In bytes, a multiple of the page size.
         :param offset: In the block, in bytes, a multiple of the page size.
         :param size: In bytes; None: to the end of the block.
         :param readonly: Devices may not write to it.
         :raises UsageError: Unaligned, outside the block or the address space, overlapping another
-            section in guest addresses or (with private backing) in the block, or the block is closed
-            or in another memory; nothing has changed.
+            section in guest addresses or (with private backing) in the block, or the block is
+            closed or in another memory; nothing has changed.
         :raises BusyError: The block's users and this memory's contradict each other about discards;
             nothing has changed.
         :raises MappingLimitError: A mapper has no room for it; nothing has changed.
@@ -182,12 +164,51 @@ class GuestMemory(OfOneProcess):
 
     def _map(self, block: RamBlock, section: RamSection) -> None:
         self._places.check_free(block, section)
+        place, manager = Place(block, section), block.discard_manager
         try:
-            self._adopt(block)
-            self._placer.place(Place(block, section))
+            if block.placement is not self:
+                self._check_unplaced(block)
+                # Its own guard is taken inside ours. Nobody takes them the other way round: a
+                # block's own guard knows no memory.
+                block.guard.run("map", self._adopt, block, block.guard)
+            joining = [attachment.admit(place) for attachment in self._attachments]
+            replays = [manager.replay(registration) for registration in joining]
+            reserve(replays)
+            with UndoLog(self._guard, "map") as undo:
+                # From the first moment: private before the slot lets the guest see the pages.
+                undo.do("attribute", self._set_attributes, self._try_to_withdraw, place)
+                change_slot(undo, self._vm, place, add=True)
+                for registration, replay in zip(joining, replays, strict=True):
+                    manager.join(undo, registration, replay)
+            self._places.add(place)
         except BaseException:
+            if not self._guard.poisoned:
+                self._forget_listeners(place)
             self._release_unplaced(block)
             raise
+
+    def _check_unplaced(self, block: RamBlock) -> None:
+        if block.placement is not None:
+            text = f"block {block.name!r} is in another guest memory already"
+            raise UsageError(text, value=block)
+        block.discard_manager.check_open()
+
+    def _adopt(self, block: RamBlock, own: Guard) -> None:
+        self._check_unplaced(block)
+        if block.guard is not own:
+            raise BusyError(f"block {block.name!r} is being placed by somebody else")
+        self._adopted[id(block)] = self._guard.discards.adopt(own.discards)
+        block.placement = self
+        block.discard_manager.guard = self._guard
+
+    def _release_unplaced(self, block: RamBlock) -> None:
+        # A block without a section here gets a guard of its own again.
+        if block.placement is self and not self._places.of_block(block):
+            guard, manager = Guard(), block.discard_manager
+            holds = [*self._adopted.pop(id(block), ()), *manager.holds]
+            self._guard.leave_with(guard, block, holds)
+            block.placement = None
+            manager.guard = guard
 
     def unmap(self, section: RamSection) -> None:
         """
@@ -206,75 +227,107 @@ class GuestMemory(OfOneProcess):
         if place is None:
             raise UsageError(f"{section!r} is not mapped here", value=section)
         if self._guard.poisoned:
-            self._placer.force_out(place)
+            self._force_out(place)
         else:
-            self._placer.remove(place)
+            self._remove(place, partial(withdraw, self._vm))
         self._release_unplaced(place.block)
+
+    def _remove(self, place: Place, unset: Callable[[Place], None]) -> None:
+        # All or nothing; *unset* takes the attributes away.
+        manager = place.block.discard_manager
+        found = [attachment.registration(place) for attachment in self._attachments]
+        leaving = [registration for registration in found if registration is not None]
+
+        def stay_unmapped(*_: object) -> None:
+            for registration in leaving:
+                manager.stay_in_doubt(registration, "unmapped, and the VM does not take it back")
+
+        with UndoLog(self._guard, "unmap") as undo:
+            for registration in leaving:
+                manager.leave(undo, registration)
+            change_slot(undo, self._vm, place, add=False, stuck=stay_unmapped)
+            undo.do("attribute", unset, self._set_attributes, place, stuck=stay_unmapped)
+        self._places.discard(place)
+        self._forget_listeners(place)
+
+    def _force_out(self, place: Place) -> None:
+        # Whatever anybody says; the rest of its mappings is noted as in doubt.
+        poisoned, vm = self._guard.poisoned, self._vm
+        for attachment in self._attachments:
+            attachment.force_out(place)
+        self._places.discard(place)
+        self._forget_listeners(place)
+        try:
+            if isinstance(vm, MemorySlots):
+                vm.remove_memory_slot(place.section)
+        except BaseException as error:
+            # The guest still sees the memory, as a device would: the block must keep it.
+            self._guard.doubt(place.section, vm, f"the VM keeps its slot: {error!r}")
+        else:
+            if not poisoned:
+                self._try_to_withdraw(place)
+
+    def _forget_listeners(self, place: Place) -> None:
+        for attachment in self._attachments:
+            attachment.forget(place)
+
+    def _set_attributes(self, place: Place) -> None:
+        section = place.section
+        if place.block.attributes is not None:
+            establish(self._vm, place)
+        elif self._vm is not None and any(
+            old.gpa < section.gpa_end and section.gpa < old.gpa_end for old in self._not_reset
+        ):
+            # Ordinary RAM has the kernel's default, which an earlier section may have left changed.
+            self._vm.set_memory_attributes(section.gpa, section.size, MAKE_SHARED)
+
+    def _try_to_withdraw(self, place: Place) -> None:
+        # For a section that the guest does not see. Where the VM refuses, nobody is harmed: nothing
+        # is there. But the next section there has to set the attributes.
+        try:
+            withdraw(self._vm, place)
+        except OSError as error:
+            self._not_reset.append(place.section)
+            _log.warning("%r: attributes are not reset: %s", place.section, error)
 
     def forget(self, block: RamBlock) -> None:
         """Take out every section of *block*, for its ``close``, which holds the lock."""
         for place in self._places.of_block(block):
-            if not self._guard.poisoned:
-                try:
-                    self._placer.remove(place, closing=True)
+            try:
+                if not self._guard.poisoned:
+                    self._remove(place, self._try_to_withdraw)
                     continue
-                except BaseException as error:
-                    _log.debug("closing block %r by force: %r", block.name, error)
-            self._placer.force_out(place)
+            except BaseException as error:
+                _log.debug("closing block %r by force: %r", block.name, error)
+            self._force_out(place)
         # The block keeps this guard: its doubts are noted here.
         self._adopted.pop(id(block), None)
         block.placement = None
-
-    def _adopt(self, block: RamBlock) -> None:
-        """Bring *block* under this memory's lock, if it is not there."""
-        if block.placement is not self:
-            _check_unplaced(block)
-            # Its own guard is taken inside ours. Nobody takes them the other way round: a block's
-            # own guard knows no memory.
-            own = block.guard
-            own.run("map", self._adopt_under, block, own)
-
-    def _adopt_under(self, block: RamBlock, own: Guard) -> None:
-        _check_unplaced(block)
-        if block.guard is not own:
-            raise BusyError(f"block {block.name!r} is being placed by somebody else")
-        self._adopted[id(block)] = self._guard.discards.adopt(own.discards)
-        block.placement = self
-        block.discard_manager.guard = self._guard
-
-    def _release_unplaced(self, block: RamBlock) -> None:
-        """Give *block* a guard of its own again, if it has no section here."""
-        if block.placement is self and not self._places.of_block(block):
-            guard, manager = Guard(), block.discard_manager
-            holds = [*self._adopted.pop(id(block), ()), *manager.holds]
-            self._guard.leave_with(guard, block, holds)
-            block.placement = None
-            manager.guard = guard
 
     def reset(
         self, vm: Vm | None = None, private: Mapping[RamBlock, PrivateBacking] | None = None
     ) -> int:
         """
-        Reset the guest: all confidential pages private, virtio-mem unplugged, neither mapped by any
-        device, and all that memory freed on both sides. All or nothing until it is committed.
+        Reset the guest. All or nothing until it is committed.
+
+        All confidential pages become private, virtio-mem is unplugged, no device maps either, and
+        all that memory is freed on both sides.
 
         :param vm: Takes the place of the VM until now, which must not run any more; None: it stays.
         :param private: New private backings by block, where they are recreated.
-        :return: Bytes of the old guest that could not be freed. Unless it is 0 the new guest must not
-            run: call it again.
+        :return: Bytes of the old guest that could not be freed. Unless it is 0 the new guest must
+            not run: call it again.
         :raises UsageError: *vm* is no VM, or a block cannot take a new private backing; nothing has
             changed.
-        :raises BaseException: What a target or VM raised; everything is as before.
+        :raises BaseException: From a target or VM; everything is as before.
         :raises PoisonedError: This memory is poisoned, or this call poisoned it.
         """
         return self._guard.run("reset", self._reset, vm, dict(private or {}))
 
     def _reset(self, vm: Vm | None, private: Mapping[RamBlock, PrivateBacking]) -> int:
-        check_new_parts(self._places, vm, private)
-        not_freed = reset_guest(self._guard, self._places, self._placer.vm, vm, private)
-        if vm is not None:
-            self._placer.vm = vm
-        return not_freed
+        frees = reset_guest(self._guard, self._places, self._vm, vm, private)
+        self._vm = self._vm if vm is None else vm
+        return free_each(frees)
 
     def attach(
         self,
@@ -290,8 +343,8 @@ class GuestMemory(OfOneProcess):
 
         :param max_mappings: The operator's budget; the smaller of it and the target's counts.
         :return: The mapper that watches over it; hand it to :meth:`detach`.
-        :raises UsageError: RUN on a target that cannot cut, page size above a block's granularity, a
-            section outside its IOVA ranges, or attached here already; nothing has changed.
+        :raises UsageError: RUN on a target that cannot cut, page size above a block's granularity,
+            a section outside its IOVA ranges, or attached here already; nothing has changed.
         :raises BusyError: Somebody needs uncoordinated discards; nothing has changed.
         :raises MappingLimitError: No room for the populated pages; nothing has changed.
         :raises DmaError: The target refused; its mappings are unmapped again.
@@ -306,46 +359,16 @@ class GuestMemory(OfOneProcess):
 
     def _attach(self, target: DmaTarget, policy: MappingPolicy, max_mappings: int | None) -> Mapper:
         run, mapper = self._guard.run, Mapper(target, policy, max_mappings)
-        attachment, places = run("attach", self._begin_attach, mapper)
+        attachment = run("attach", Attachment, mapper, self._guard, self._places, self._attachments)
         try:
-            if mapper.limit is not None:
-                # For all of it, before anything is mapped.
-                needed = 0
-                for place in places:
-                    position = place.section.offset
-                    while position < place.section.end:
-                        entries, position = run("attach", count_some, mapper, place, position)
-                        needed += entries
-                        hand_over()
-                mapper.require(needed)
-            for place in places:
-                while run("attach", map_some, attachment, self._places, place, self._guard):
-                    hand_over()
-            run("attach", attachment.finish)
+            while run("attach", next, attachment.batches, attachment) is not attachment:
+                hand_over()
         except BaseException as error:
-            run("attach", self._give_up_attach, attachment, even_poisoned=True)
+            run("attach", attachment.give_up, even_poisoned=True)
             if self._guard.poisoned and not isinstance(error, PoisonedError):
                 raise self._guard.poisoned_error("attach") from error
             raise
         return mapper
-
-    def _begin_attach(self, mapper: Mapper) -> tuple[Attachment, list[Place]]:
-        target = mapper.target
-        if any(attachment.mapper.target is target for attachment in self._attachments):
-            raise UsageError(f"{target!r} is attached already", value=target)
-        places = list(self._places)
-        for place in places:
-            check_place(mapper, place)
-        hold = self._guard.discards.forbid_uncoordinated(f"DMA mapper of {target!r}")
-        attachment = Attachment(mapper, hold)
-        # From here on, a section that is placed meanwhile is mapped with the others.
-        self._attachments.append(attachment)
-        return attachment, places
-
-    def _give_up_attach(self, attachment: Attachment) -> None:
-        self._attachments.remove(attachment)
-        give_up(attachment, self._places)
-        attachment.close(keeps_blocks=self._guard.poisoned)
 
     def detach(self, mapper: Mapper) -> None:
         """
@@ -365,9 +388,7 @@ class GuestMemory(OfOneProcess):
         attachment = next(found, None)
         if attachment is None:
             raise UsageError(f"{mapper!r} is not attached here", value=mapper)
-        leave_all(attachment, self._places, self._guard)
-        self._attachments.remove(attachment)
-        attachment.close(keeps_blocks=self._guard.poisoned)
+        attachment.leave_all()
 
     def convert(self, gpa: int, size: int, to: PageState) -> ConversionResult:
         """
@@ -378,10 +399,11 @@ class GuestMemory(OfOneProcess):
         :raises UsageError: Unaligned, empty, past 2**64, over a hole or over RAM without private
             backing; nothing has changed.
         :raises MappingLimitError: A budget does not hold for it and its undo; nothing has changed.
-        :raises ConversionError: A step failed, and every step was put back: nothing has changed. The
-            cause is chained. In place, an OSError with EAGAIN: somebody holds a page, and the guest may
-            ask again later.
-        :raises PoisonedError: This memory is poisoned, or this call poisoned it: see :meth:`in_doubt`.
+        :raises ConversionError: A step failed, and every step was put back: nothing has changed.
+            The cause is chained. In place, an OSError with EAGAIN: somebody holds a page, and the
+            guest may ask again later.
+        :raises PoisonedError: This memory is poisoned, or this call poisoned it: see
+            :meth:`in_doubt`.
         :raises KeyboardInterrupt: It came meanwhile and waited: the conversion is done, or put back
             with its error as the context.
         """
@@ -390,28 +412,16 @@ class GuestMemory(OfOneProcess):
     def _convert(self, gpa: int, size: int, to: PageState) -> ConversionResult:
         if to is not PageState.PRIVATE and to is not PageState.SHARED:
             check_state(to)
-        # The look that check_range() begins with; it has the words for the others.
-        if (
-            type(gpa) is not int
-            or type(size) is not int
-            or gpa < 0
-            or not 0 < size <= ADDRESS_LIMIT - gpa
-            or (gpa | size) & (PAGE_SIZE - 1)
-        ):
+        # The look that check_range() begins with, to save a call; it has the words for the others.
+        whole = type(gpa) is int and type(size) is int
+        if not whole or gpa < 0 or not 0 < size <= ADDRESS_LIMIT - gpa or (gpa | size) % PAGE_SIZE:
             check_range(gpa, size, limit=ADDRESS_LIMIT, align=PAGE_SIZE, what="conversion")
-        pieces = plan_pieces(self._places, gpa, size, to, self._placer.vm)
-        if not pieces:
-            return ConversionResult(gpa, size, to, 0, 0, 0, 0)
         map_calls = unmap_calls = 0
         for attachment in self._attachments:
             map_calls -= attachment.mapper.map_calls
             unmap_calls -= attachment.mapper.unmap_calls
-        for piece in pieces:
-            if piece.block.discard_manager.registry.limited:
-                reserve([each.change.notification for each in pieces])
-                break
         try:
-            convert_pieces(self._guard, pieces, gpa, size, to)
+            pieces = convert_pieces(self._guard, self._places, self._vm, gpa, size, to)
         except PoisonedError as error:
             _log.critical("%s: %r", error, error.__cause__)
             raise
@@ -422,9 +432,9 @@ class GuestMemory(OfOneProcess):
         for piece in pieces:
             changed += piece.change.changed_bytes
             if self._guard.observer is not None:
-                section = piece.section
-                piece.attributes.observe(piece.change, section.offset, section.size)
-        # Committed. What is freed is not put back.
+                start, length = piece.section.offset, piece.section.size
+                piece.attributes.observe(piece.change, start, length)
+        # Committed: freeing cannot be undone, and is not.
         not_freed = pieces[0].free() if len(pieces) == 1 else free_each(p.free for p in pieces)
         for attachment in self._attachments:
             map_calls += attachment.mapper.map_calls

@@ -5,29 +5,40 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from operator import attrgetter
 
 from ramblock.discard.section import RamSection
 from ramblock.dma.mapper import SectionMapper
 from ramblock.errors import UsageError, describe_range
 from ramblock.guest.block import RamBlock
+from ramblock.ranges import Runs
+from ramblock.units import PAGE_SIZE
 
 __all__ = ["Place", "PlaceMap"]
 
 
+@dataclass(slots=True, eq=False)
 class Place:
     """A section of the guest, its block, and the listeners that mappers have for it."""
 
-    __slots__ = ("block", "listeners", "section")
+    block: RamBlock
+    section: RamSection
+    #: By the mapper's attachment.
+    listeners: dict[object, SectionMapper] = field(default_factory=dict)
 
-    def __init__(self, block: RamBlock, section: RamSection) -> None:
-        self.block = block
-        self.section = section
-        #: By the mapper's attachment.
-        self.listeners: dict[object, SectionMapper] = {}
+    def runs(self, *, shared: bool) -> Runs:
+        """Yield the runs of the block that appear here and are shared, or private; ascending."""
+        section, attributes = self.section, self.block.attributes
+        if attributes is not None:
+            first, last = section.offset // PAGE_SIZE, section.end // PAGE_SIZE
+            for start, end in attributes.bits.runs(first, last, value=shared):
+                yield start * PAGE_SIZE, end * PAGE_SIZE
+        elif shared:
+            yield section.offset, section.end
 
 
-def _offset(place: Place) -> int:
-    return place.section.offset
+_offset = attrgetter("section.offset")
 
 
 class PlaceMap:
@@ -40,10 +51,8 @@ class PlaceMap:
 
     def __init__(self) -> None:
         self._index: tuple[list[int], list[Place]] = ([], [])
-        # By the block's id: what lies in it, ascending by offset.
+        # By the block's id: its places, ascending by offset.
         self._of_block: dict[int, list[Place]] = {}
-        # Guest addresses where the attributes of an earlier section could not be reset.
-        self._private: list[tuple[int, int]] = []
 
     def __iter__(self) -> Iterator[Place]:
         return iter(self._index[1])
@@ -54,8 +63,11 @@ class PlaceMap:
 
     def look_up(self, section: object) -> Place | None:
         """Find the place whose section equals *section*."""
-        place = self.find(section.gpa) if isinstance(section, RamSection) else None
-        return place if place is not None and place.section == section else None
+        if not isinstance(section, RamSection):
+            return None
+        starts, places = self._index
+        index = bisect_right(starts, section.gpa) - 1
+        return places[index] if index >= 0 and places[index].section == section else None
 
     def check_free(self, block: RamBlock, section: RamSection) -> None:
         """
@@ -75,12 +87,9 @@ class PlaceMap:
         in_block = self._of_block.get(id(block), [])
         after = bisect_left(in_block, section.end, key=_offset)
         if after and section.offset < in_block[after - 1].section.end:
-            other = in_block[after - 1].section
-            raise UsageError(
-                f"{section!r} overlaps {other!r} in the block: a page with a private side has one"
-                " address",
-                value=section,
-            )
+            overlap = f"{section!r} overlaps {in_block[after - 1].section!r} in the block"
+            text = f"{overlap}: a page with a private side has one address"
+            raise UsageError(text, value=section)
 
     def add(self, place: Place) -> None:
         """Add a place that :meth:`check_free` has passed."""
@@ -103,22 +112,6 @@ class PlaceMap:
             if not of_block:
                 del self._of_block[id(place.block)]
 
-    def note_private(self, section: RamSection) -> None:
-        """Note that the attributes of *section*, which has gone, may still be private."""
-        self._private.append((section.gpa, section.gpa_end))
-
-    def may_be_private(self, section: RamSection) -> bool:
-        """Whether the attributes of a section to be placed may be private from an earlier one."""
-        return any(start < section.gpa_end and section.gpa < end for start, end in self._private)
-
-    def find(self, gpa: int) -> Place | None:
-        """Find the place at *gpa*, if any."""
-        starts, places = self._index
-        index = bisect_right(starts, gpa) - 1
-        if index >= 0 and gpa < places[index].section.gpa_end:
-            return places[index]
-        return None
-
     def pieces(self, gpa: int, size: int) -> list[tuple[Place, RamSection]]:
         """
         Cut ``[gpa, gpa + size)`` at section boundaries.
@@ -140,12 +133,8 @@ class PlaceMap:
         while position < end:
             place = places[index] if 0 <= index < len(places) else None
             if place is None or not place.section.gpa <= position < place.section.gpa_end:
-                raise UsageError(
-                    f"{describe_range(gpa, size)}: nothing is mapped at {position:#x}",
-                    value=position,
-                    expected="RAM",
-                    reason="hole",
-                )
+                text = f"{describe_range(gpa, size)}: nothing is mapped at {position:#x}"
+                raise UsageError(text, value=position, expected="RAM", reason="hole")
             section = place.section
             stop = min(end, section.gpa_end)
             shift = section.offset - section.gpa

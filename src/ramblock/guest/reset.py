@@ -2,9 +2,9 @@
 """
 The reset of a guest: a reboot, after which nothing of the old guest is left.
 
-Every confidential page is private again, virtio-mem is unplugged, no device maps either, and all that
-memory is freed, the guest's old private bytes included. A VMM that recreates its VM or the guest_memfds
-(QEMU 11 does both at a confidential reset) hands in the new ones.
+Every confidential page is private again, virtio-mem is unplugged, no device maps either, and all
+that memory is freed, the guest's old private bytes included. A VMM that recreates its VM or the
+guest_memfds (QEMU 11 does both at a confidential reset) hands in the new ones.
 
 The steps and their undo, as in a conversion; ordinary RAM stays as it is and stays mapped::
 
@@ -22,51 +22,22 @@ believes private.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 from ramblock.discard.attributes import RamBlockAttributes
 from ramblock.discard.bitmap_source import BitmapChange
 from ramblock.discard.guard import Guard
 from ramblock.discard.notification import Notification, reserve
-from ramblock.discard.section import RamSection
 from ramblock.discard.undo import UndoLog
 from ramblock.discard.virtio_mem import VirtioMem
 from ramblock.errors import UsageError
 from ramblock.guest.block import RamBlock
-from ramblock.guest.freeing import free_each
-from ramblock.guest.places import Place, PlaceMap
-from ramblock.guest.vm import (
-    MAKE_PRIVATE,
-    MAKE_SHARED,
-    MemorySlots,
-    Vm,
-    set_attribute,
-    withdraw,
-)
+from ramblock.guest.places import PlaceMap
+from ramblock.guest.vm import Vm, change_slot, make_private, share, try_to, withdraw
 from ramblock.hostmem.backing import PrivateBacking, check_private
 
-__all__ = ["check_new_parts", "reset_guest"]
-
-_log = logging.getLogger(__name__)
-
-
-def check_new_parts(
-    places: PlaceMap, vm: Vm | None, private: Mapping[RamBlock, PrivateBacking]
-) -> None:
-    """Raise :class:`UsageError` unless a guest can be reset with *vm* and *private*."""
-    if vm is not None and not hasattr(vm, "set_memory_attributes"):
-        raise UsageError(f"{vm!r} is not a VM", value=vm, expected="a Vm, or None")
-    for block, backing in private.items():
-        # Not the block's own word for it: it may be placed in another memory.
-        if not places.of_block(block) or block.private is None or block.in_place is not None:
-            raise UsageError(
-                f"{block!r} takes no new private side",
-                value=block,
-                expected="a block of this memory with a private side of its own",
-            )
-        check_private(backing, block.size, block.name)
+__all__ = ["reset_guest"]
 
 
 def reset_guest(
@@ -75,61 +46,57 @@ def reset_guest(
     old_vm: Vm | None,
     vm: Vm | None,
     private: Mapping[RamBlock, PrivateBacking],
-) -> int:
+) -> list[partial[int]]:
     """
-    Reset; see the module. The caller holds the lock and has checked the new parts.
+    Reset, but for freeing; the caller holds the lock. Raises as ``GuestMemory.reset``.
 
     :param vm: The new VM; None: it stays.
-    :return: Bytes of the old guest that could not be freed.
-    :raises BaseException: What a target or VM raised; everything is as before.
-    :raises PoisonedError: It could not be put back.
+    :return: Functions that free the memory of the old guest, and return the bytes that are not.
     """
-    new_vm = old_vm if vm is None else vm
-    renewed = vm is not None
+    if vm is not None and not hasattr(vm, "set_memory_attributes"):
+        raise UsageError(f"{vm!r} is not a VM", value=vm, expected="a Vm, or None")
+    for block, backing in private.items():
+        # Not the block's own word for it: it may be placed in another memory.
+        if not places.of_block(block) or block.private is None or block.in_place is not None:
+            expected = "a block of this memory with a private side of its own"
+            text = f"{block!r} takes no new private side"
+            raise UsageError(text, value=block, expected=expected)
+        check_private(backing, block.size, block.name)
+    renewed, new_vm = vm is not None, old_vm if vm is None else vm
     old_sides = [(block, block.private) for block in private]
-    changing = [block for block in _blocks(places) if _resettable(block)]
-    farewells = [
-        Notification(block.discard_manager, 0, block.size, populate=False) for block in changing
-    ]
-    reserve(farewells)
+    blocks = {id(place.block): place.block for place in places}.values()
+    farewells = {
+        block: Notification(block.discard_manager, 0, block.size, populate=False)
+        for block in blocks
+        if _resettable(block)
+    }
+    reserve(farewells.values())
     flips: list[BitmapChange] = []
     with UndoLog(guard, "reset") as undo:
-        for block, farewell in zip(changing, farewells, strict=True):
+        for block, farewell in farewells.items():
             undo.do("unmap", farewell.tell, farewell.take_back, piece=block)
-        # Slots of the old VM need no care where it is replaced: it does not run any more.
         again = [place for place in places if renewed or place.block in private]
+        # Slots of the old VM need no care where it is replaced: it does not run any more.
         for place in [] if renewed else again:
-            unmapped = farewells[changing.index(place.block)]
             reason = "unmapped, and the VM does not take it back"
-            stuck = partial(unmapped.doubt, reason)
-            _do_slot(undo, old_vm, place, add=False, stuck=stuck)
+            stuck = partial(farewells[place.block].doubt, reason)
+            change_slot(undo, old_vm, place, add=False, piece=place.block, stuck=stuck)
         for block, backing in private.items():
-            undo.do(
-                "private side",
-                partial(setattr, block, "private", backing),
-                partial(setattr, block, "private", block.private),
-                piece=block,
-            )
+            swap = partial(setattr, block, "private")
+            new, old = partial(swap, backing), partial(swap, block.private)
+            undo.do("private side", new, old, piece=block)
         # From here on, if an undo fails the pages stay private and unmapped: so the states say.
         for place in places:
-            if place.block.attributes is not None:
-                # One of a new VM goes back to the kernel's default. Whoever has that VM drops it,
-                # so that it does no harm if that fails.
-                new = renewed and place.block.in_place is None
-                back = partial(
-                    withdraw if new else _share_again, new_vm, place.block, place.section
-                )
-                undo.do(
-                    "attribute",
-                    partial(_make_private, new_vm, place.block, place.section),
-                    partial(_try_to, back) if new else back,
-                    piece=place.block,
-                    stuck=partial(_settle, place.block),
-                )
+            block, settle = place.block, partial(_settle, place.block)
+            if block.attributes is not None:
+                # Those of a new VM go back to the kernel's default.
+                fresh = renewed and block.in_place is None
+                back = partial(try_to, withdraw) if fresh else share
+                undo.do("attribute", make_private, back, new_vm, place, piece=block, stuck=settle)
         for place in again:
-            settle = None if renewed else partial(_settle, place.block)
-            _do_slot(undo, new_vm, place, add=True, stuck=settle)
-        for block in changing:
+            block, settle = place.block, partial(_settle, place.block)
+            change_slot(undo, new_vm, place, add=True, piece=block, stuck=settle, dropped=renewed)
+        for block in farewells:
             for change in _changes(block):
                 settle = partial(_settle, block)
                 undo.do("state", change.flip, change.flip_back, piece=block, stuck=settle)
@@ -137,65 +104,24 @@ def reset_guest(
     for change in flips:
         if isinstance(change.source, RamBlockAttributes):
             change.source.observe(change, 0, change.source.block.size)
-    frees = [partial(block.sides.both.free, 0, block.size) for block in changing]
-    for block, old in old_sides:
-        if old is not None and old is not block.private:
-            frees.append(partial(block.retire_private, old))
-    return free_each(frees)
-
-
-def _blocks(places: PlaceMap) -> list[RamBlock]:
-    return list({id(place.block): place.block for place in places}.values())
+    frees = [partial(block.sides.free, 0, block.size) for block in farewells]
+    for block, side in old_sides:
+        if side is not None and side is not block.private:
+            frees.append(partial(block.retire_private, side))
+    return frees
 
 
 def _resettable(block: RamBlock) -> list[RamBlockAttributes | VirtioMem]:
-    """List the sources of *block* that a reset changes; somebody else's has its own reset."""
-    return [
-        source
-        for source in block.discard_manager.sources
-        if isinstance(source, (RamBlockAttributes, VirtioMem))
-    ]
+    # Somebody else's source has a reset of its own.
+    ours = (RamBlockAttributes, VirtioMem)
+    return [source for source in block.discard_manager.sources if isinstance(source, ours)]
 
 
-def _changes(block: RamBlock) -> Iterator[BitmapChange]:
-    for source in _resettable(block):
-        change = source.plan(0, block.size, populate=False)
-        if change is not None:
-            yield change
+def _changes(block: RamBlock) -> list[BitmapChange]:
+    plans = [source.plan(0, block.size, populate=False) for source in _resettable(block)]
+    return [change for change in plans if change is not None]
 
 
-def _settle(block: RamBlock) -> None:
+def _settle(block: RamBlock, *_: object) -> None:
     for change in _changes(block):
         change.flip()
-
-
-def _make_private(vm: Vm | None, block: RamBlock, section: RamSection) -> None:
-    set_attribute(vm, block, section, section.offset, section.end, private=MAKE_PRIVATE)
-
-
-def _share_again(vm: Vm | None, block: RamBlock, section: RamSection) -> None:
-    assert block.attributes is not None
-    for offset, size in block.attributes.ranges(section.offset, section.size):
-        set_attribute(vm, block, section, offset, offset + size, private=MAKE_SHARED)
-
-
-def _try_to(undo: Callable[[], None]) -> None:
-    try:
-        undo()
-    except Exception as error:
-        _log.warning("a new VM that is not taken over was not put back: %s", error)
-
-
-def _do_slot(
-    undo: UndoLog, vm: object, place: Place, *, add: bool, stuck: Callable[[], None] | None
-) -> None:
-    if isinstance(vm, MemorySlots):
-        calls = [vm.add_memory_slot, vm.remove_memory_slot]
-        do, put_back = (partial(call, place.section) for call in (calls if add else calls[::-1]))
-        try:
-            if stuck is None:
-                put_back = partial(_try_to, put_back)
-            undo.do("slot", do, put_back, piece=place.block, stuck=stuck)
-        except Exception:
-            undo.drop_last()  # a refusal: the VM did nothing
-            raise

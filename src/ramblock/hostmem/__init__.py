@@ -13,14 +13,6 @@ from ramblock.hostmem.in_place import InPlaceBacking
 from ramblock.hostmem.numa import NumaBinding, NumaPolicy
 
 __all__ = [
-    "AnonymousBacking",
-    "BackendKind",
-    "HostMemoryBackend",
-    "InPlaceBacking",
-    "MemfdBacking",
-    "NumaBinding",
-    "NumaPolicy",
-    "PrivateBacking",
-    "SharedBacking",
-    "StandInPrivate",
-]
+    "AnonymousBacking", "BackendKind", "HostMemoryBackend", "InPlaceBacking", "MemfdBacking",
+    "NumaBinding", "NumaPolicy", "PrivateBacking", "SharedBacking", "StandInPrivate",
+]  # fmt: skip

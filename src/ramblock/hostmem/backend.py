@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A description of host memory from which a block is made (QEMU: HostMemoryBackend, backends/hostmem.c)."""
+"""The description of host memory for a block (QEMU: HostMemoryBackend, backends/hostmem.c)."""
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 from ramblock.errors import UsageError
 from ramblock.hostmem.backing import AnonymousBacking, MemfdBacking, SharedBacking
@@ -17,77 +19,77 @@ from ramblock.units import GIB, MIB, PAGE_SIZE, check_range, format_size
 
 __all__ = ["BackendKind", "HostMemoryBackend"]
 
-#: hugetlb page sizes of x86-64 (arch/x86/mm/hugetlbpage.c).
-HUGE_PAGE_SIZES = (2 * MIB, GIB)
-
 # The last offset into a file that there is: loff_t is signed.
 _SIZE_LIMIT = (1 << 63) - 1
 
 
 class BackendKind(Enum):
-    """Where host memory comes from."""
+    """The origin of host memory."""
 
-    MEMFD = "memfd"
-    """Shared memory behind a descriptor, which device servers in other processes can map."""
-    ANONYMOUS = "anonymous"
-    """Private anonymous memory, without a descriptor."""
-    HUGETLB = "hugetlb"
-    """A memfd of huge pages from the host's pool."""
+    MEMFD = "memfd"  #: Shared memory behind a descriptor, which other processes can map.
+    ANONYMOUS = "anonymous"  #: Private anonymous memory, without a descriptor.
+    HUGETLB = "hugetlb"  #: A memfd of huge pages from the host's pool.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostMemoryBackend:
     """
-    What memory to take from the host.
+    The memory to take from the host.
 
     :raises UsageError: Size or page size do not fit the kind, or the binding is none.
     """
 
-    size: int
-    """In bytes; a multiple of the page size."""
+    size: int  #: In bytes; a multiple of the page size.
     kind: BackendKind = BackendKind.MEMFD
-    page_size: int = PAGE_SIZE
-    """In bytes; for hugetlb 2 MiB or 1 GiB."""
+    page_size: int = PAGE_SIZE  #: In bytes; for hugetlb 2 MiB or 1 GiB.
+    #: Take all of it at once, not page by page at the first touch. A later free is free all the
+    #: same.
     prealloc: bool = False
-    """Take all of it at once, and not page by page when it is touched. What is freed later is free all the same."""
+    #: The nodes of its pages, the later ones too; None: the process's own policy.
     numa: NumaBinding | None = None
-    """Which nodes the pages come from, those that are taken later too; None: the process's own policy."""
 
     def __post_init__(self) -> None:
-        allowed = HUGE_PAGE_SIZES if self.kind is BackendKind.HUGETLB else (PAGE_SIZE,)
+        what = f"{self.kind.value} memory"
+        # hugetlb: the page sizes of x86-64 (arch/x86/mm/hugetlbpage.c).
+        allowed = (2 * MIB, GIB) if self.kind is BackendKind.HUGETLB else (PAGE_SIZE,)
         if self.page_size not in allowed:
-            expected = " or ".join(f"{size:#x}" for size in allowed)
-            raise UsageError(
-                f"{self.kind.value} memory with pages of {self.page_size:#x} bytes, expected {expected}",
-                value=self.page_size,
-                expected=expected,
-            )
-        check_range(
-            0,
-            self.size,
-            limit=_SIZE_LIMIT,
-            align=self.page_size,
-            what=f"{self.kind.value} memory",
-        )
+            expected = " or ".join(map(hex, allowed))
+            text = f"{what} with pages of {self.page_size:#x} bytes, expected {expected}"
+            raise UsageError(text, value=self.page_size, expected=expected)
+        check_range(0, self.size, limit=_SIZE_LIMIT, align=self.page_size, what=what)
         if self.numa is not None and not isinstance(self.numa, NumaBinding):
-            raise UsageError(
-                f"{self.numa!r} is not a NUMA binding", value=self.numa, expected="a NumaBinding"
-            )
+            text = f"{self.numa!r} is not a NUMA binding"
+            raise UsageError(text, value=self.numa, expected="a NumaBinding")
 
     def allocate(self, name: str, *, progress: Progress | None = None) -> SharedBacking:
         """
-        Take the memory.
+        Take the memory. After an error nothing is held.
 
-        :param progress: With *prealloc*: called with the bytes that are there and the bytes in total, piece by piece.
-        :raises UsageError: This host has no memory on one of the nodes; nothing is held.
-        :raises OSError: The host does not have it; the text says what was asked for, what there is, and what can be done.
-            Nothing is held.
-        :raises BaseException: What *progress* raised, or Ctrl-C. Nothing is held.
+        :param progress: With *prealloc*: called piece by piece, with the bytes so far and in total.
+        :raises UsageError: This host has no memory on one of the nodes.
+        :raises OSError: The host does not have it; the text says how much it has, and the cure.
+        :raises BaseException: From *progress*, or Ctrl-C.
         """
+        # The nodes that all of it has to come from; None: any will do.
+        nodes: frozenset[int] | None = None
         if self.numa is not None:
             self.numa.check()
+            bound = self.numa.policy is NumaPolicy.BIND
+            nodes = self.numa.nodes if bound and self.numa.nodes != nodes_with_memory() else None
         what = f"{self.kind.value} memory {name!r} of {format_size(self.size)}"
-        self._check_available(what)
+        # A shortage would end in the OOM killer or in a SIGBUS, which nobody can handle. This looks
+        # at the host's memory, not at the limit of a control group, which may be less.
+        hint: Callable[[], str] = str
+        if self.kind is BackendKind.HUGETLB:
+            hint = partial(describe_shortage, self.size, self.page_size, nodes)
+            if nodes is not None and lacking_on(nodes, self.size, self.page_size):
+                raise OSError(errno.ENOMEM, f"{what}: {hint()}")
+        elif self.prealloc:
+            available = available_bytes() if nodes is None else available_on(nodes)
+            if available is not None and available < self.size:
+                where = "this host" if nodes is None else f"NUMA {list_nodes(nodes)}"
+                text = f"{what}: {where} has {format_size(available)} available at most"
+                raise OSError(errno.ENOMEM, text)
         backing: SharedBacking
         if self.kind is BackendKind.ANONYMOUS:
             backing = AnonymousBacking(self.size)
@@ -97,40 +99,8 @@ class HostMemoryBackend:
             if self.numa is not None:
                 self.numa.apply(backing.address, self.size)
             if self.prealloc:
-                preallocate(backing, what, progress, hint=self._hint)
+                preallocate(backing, what, progress, hint=hint)
         except BaseException:
             backing.close()
             raise
         return backing
-
-    @property
-    def _only_on(self) -> frozenset[int] | None:
-        """The nodes that all of it has to come from; None: any will do."""
-        if self.numa is None or self.numa.policy is not NumaPolicy.BIND:
-            return None
-        return None if self.numa.nodes == nodes_with_memory() else self.numa.nodes
-
-    def _check_available(self, what: str) -> None:
-        """
-        Refuse what could only end in the OOM killer or in a SIGBUS: neither is an error that anybody can handle.
-
-        It looks at the host's memory, not at the limit of a control group, which may be less.
-        """
-        nodes = self._only_on
-        if self.kind is BackendKind.HUGETLB:
-            if nodes is not None and lacking_on(nodes, self.size, self.page_size):
-                raise OSError(errno.ENOMEM, f"{what}: {self._hint()}")
-            return
-        if not self.prealloc:
-            return
-        available = available_bytes() if nodes is None else available_on(nodes)
-        if available is not None and available < self.size:
-            where = "this host" if nodes is None else f"NUMA {list_nodes(nodes)}"
-            raise OSError(
-                errno.ENOMEM, f"{what}: {where} has {format_size(available)} available at most"
-            )
-
-    def _hint(self) -> str:
-        if self.kind is not BackendKind.HUGETLB:
-            return ""
-        return describe_shortage(self.size, self.page_size, self._only_on)

@@ -1,14 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The memory behind a block: its shared side, and the protocol of its private side.
-
-What really frees memory differs by kind, and the wrong call succeeds and frees nothing: MADV_DONTNEED on a mapping of a
-memfd drops page table entries, not pages (firecracker #6167). So each kind knows its own way.
-"""
+"""The memory behind a block: its shared side, and the protocol of its private side."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -16,34 +10,26 @@ import weakref
 from typing import Protocol
 
 from ramblock.errors import UsageError
-from ramblock.hostmem.host_calls import address_of, write_own_memory
+from ramblock.hostmem.host_calls import address_of, failure, libc, write_own_memory
 from ramblock.hostmem.hugetlb import describe_shortage
 from ramblock.process import OfOneProcess
 from ramblock.units import PAGE_SIZE, check_range, format_size
 
 __all__ = [
-    "AnonymousBacking",
-    "MemfdBacking",
-    "PrivateBacking",
-    "SharedBacking",
-    "StandInPrivate",
-    "check_private",
-    "punch_hole",
-    "read_fd",
-    "write_fd",
-]
+    "AnonymousBacking", "MemfdBacking", "PrivateBacking", "SharedBacking", "StandInPrivate",
+    "check_private", "punch_hole", "read_fd", "write_fd",
+]  # fmt: skip
 
 # include/uapi/linux/falloc.h: KEEP_SIZE and PUNCH_HOLE.
 _PUNCH_HOLE = 0x01 | 0x02
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
 # include/uapi/linux/memfd.h: the log2 of the page size sits in bits 26 and up.
 _MFD_HUGE_SHIFT = 26
 # include/uapi/asm-generic/mman-common.h; the mmap module has it only from Python 3.13 on.
 _MAP_NORESERVE = 0x4000
 # Linux moves at most this many bytes in one read or write (MAX_RW_COUNT, include/linux/fs.h).
 _MAX_TRANSFER = 0x7FFF_F000
+# The answer of memfd_create(2) and mmap(2) where there is no such pool, or not enough in it.
+_ABOUT_THE_POOL = {errno.ENOMEM, errno.ENOENT, errno.EINVAL, errno.ENODEV, errno.ENOSPC}
 
 
 class PrivateBacking(Protocol):
@@ -78,7 +64,7 @@ class SharedBacking(Protocol):
 
     @property
     def page_size(self) -> int:
-        """What can be freed at once, in bytes."""
+        """The least that can be freed, in bytes."""
 
     def read(self, offset: int, size: int) -> bytes:
         """Copy bytes out; a hole reads as zeros and stays a hole."""
@@ -97,31 +83,20 @@ class SharedBacking(Protocol):
 
 
 def punch_hole(fd: int, offset: int, size: int) -> None:
-    """
-    Free ``[offset, offset + size)`` of the file behind *fd*; it reads as zeros afterwards (fallocate(2)).
-
-    :raises OSError: The kernel refused. Part of the range may be freed.
-    """
-    if _libc.fallocate(fd, _PUNCH_HOLE, offset, size) != 0:
-        number = ctypes.get_errno()
-        raise OSError(
-            number, f"fallocate(PUNCH_HOLE, {offset:#x}, {size:#x}): {os.strerror(number)}"
-        )
+    """Free a range of the file, which reads as zeros then; OSError: part of it may be freed."""
+    if libc.fallocate(fd, _PUNCH_HOLE, offset, size) != 0:
+        raise failure(f"fallocate(PUNCH_HOLE, {offset:#x}, {size:#x})")
 
 
 def read_fd(fd: int, offset: int, size: int) -> bytes:
-    """Read exactly *size* bytes; what lies past the end of the file is an EOFError."""
-    data = os.pread(fd, min(size, _MAX_TRANSFER), offset)
-    if len(data) == size:
-        return data
-    parts = [data]
-    done = len(data)
+    """Read exactly *size* bytes; beyond the end of the file is an EOFError."""
+    parts = []
+    done = 0
     while done < size:
         data = os.pread(fd, min(size - done, _MAX_TRANSFER), offset + done)
         if not data:
-            raise EOFError(
-                f"descriptor {fd} ends at {offset + done:#x}, {size - done:#x} bytes short"
-            )
+            end = offset + done
+            raise EOFError(f"descriptor {fd} ends at {end:#x}, {size - done:#x} bytes short")
         parts.append(data)
         done += len(data)
     return b"".join(parts)
@@ -135,54 +110,56 @@ def write_fd(fd: int, offset: int, data: bytes) -> None:
         done += os.pwrite(fd, view[done : done + _MAX_TRANSFER], offset + done)
 
 
-# What memfd_create(2) and mmap(2) say where there is no such pool, or not enough in it.
-_ABOUT_THE_POOL = frozenset({errno.ENOMEM, errno.ENOENT, errno.EINVAL, errno.ENODEV, errno.ENOSPC})
-
-
-class MemfdBacking(OfOneProcess):
-    """
-    A memfd, mapped shared; with a *page_size* above the host's, on hugetlbfs.
-
-    :raises OSError: The kernel has no memory, no such page size or no huge pages left; nothing is held.
-    """
-
-    def __init__(self, name: str, size: int, page_size: int = PAGE_SIZE) -> None:
+class _Memfd(OfOneProcess):
+    # The calls that need the descriptor alone.
+    def __init__(self, name: str, size: int, flags: int = 0) -> None:
         self.size = size
-        self.page_size = page_size
-        self._huge = page_size > PAGE_SIZE
-        flags = os.MFD_CLOEXEC
-        if self._huge:
-            flags |= os.MFD_HUGETLB | (page_size.bit_length() - 1) << _MFD_HUGE_SHIFT
-        try:
-            fd = os.memfd_create(name, flags)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"memfd {name!r} with pages of {format_size(page_size)}: {error.strerror}{self._hint(error)}",
-            ) from error
-        self._close_fd = weakref.finalize(self, os.close, fd)
-        try:
-            os.ftruncate(fd, size)
-            self._mapping = mmap.mmap(
-                fd, size, mmap.MAP_SHARED | (0 if self._huge else _MAP_NORESERVE)
-            )
-        except OSError as error:
-            self._close_fd()
-            raise OSError(
-                error.errno,
-                f"memfd {name!r} of {format_size(size)}: {error.strerror}{self._hint(error)}",
-            ) from error
-        self.fd = fd
-        self.address = address_of(self._mapping)
-
-    def _hint(self, error: OSError) -> str:
-        if not self._huge or error.errno not in _ABOUT_THE_POOL:
-            return ""
-        return f"; {describe_shortage(self.size, self.page_size)}"
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | flags)
+        self._close_fd = weakref.finalize(self, os.close, self.fd)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Copy bytes out; pread does not allocate, where a load through the mapping would."""
+        # pread does not allocate, where a load through a mapping would.
         return read_fd(self.fd, offset, size)
+
+    def write(self, offset: int, data: bytes) -> None:
+        write_fd(self.fd, offset, data)
+
+    def discard(self, offset: int, size: int) -> None:
+        # Frees pages in the file and in every mapping of it. MADV_DONTNEED would succeed and free
+        # nothing: it drops page table entries, not pages (firecracker #6167).
+        punch_hole(self.fd, offset, size)
+
+    def allocated_bytes(self) -> int:
+        return os.fstat(self.fd).st_blocks * 512
+
+    def close(self) -> None:
+        self._close_fd()
+
+
+class MemfdBacking(_Memfd):
+    """A memfd, mapped shared; hugetlbfs for a *page_size* above the host's. OSError: holds none."""
+
+    def __init__(self, name: str, size: int, page_size: int = PAGE_SIZE) -> None:
+        self.page_size = page_size
+        self._huge = page_size > PAGE_SIZE
+        made, mapped = 0, mmap.MAP_SHARED | _MAP_NORESERVE
+        if self._huge:
+            made = os.MFD_HUGETLB | (page_size.bit_length() - 1) << _MFD_HUGE_SHIFT
+            mapped = mmap.MAP_SHARED  # and so the pool's pages are reserved now
+        try:
+            super().__init__(name, size, made)
+            try:
+                os.ftruncate(self.fd, size)
+                self._mapping = mmap.mmap(self.fd, size, mapped)
+            except OSError:
+                self._close_fd()
+                raise
+        except OSError as error:
+            text = f"memfd {name!r} of {format_size(size)}: {error.strerror}"
+            if self._huge and error.errno in _ABOUT_THE_POOL:
+                text += f"; {describe_shortage(size, page_size)}"
+            raise OSError(error.errno, text) from error
+        self.address = address_of(self._mapping)
 
     def write(self, offset: int, data: bytes) -> None:
         """Copy bytes in."""
@@ -192,14 +169,6 @@ class MemfdBacking(OfOneProcess):
         else:
             write_fd(self.fd, offset, data)
 
-    def discard(self, offset: int, size: int) -> None:
-        """Punch a hole, which frees pages in the file and in every mapping of it."""
-        punch_hole(self.fd, offset, size)
-
-    def allocated_bytes(self) -> int:
-        """Bytes of memory in use: the block count of the file."""
-        return os.fstat(self.fd).st_blocks * 512
-
     def close(self) -> None:
         """Unmap and close."""
         self._mapping.close()
@@ -207,11 +176,7 @@ class MemfdBacking(OfOneProcess):
 
 
 class AnonymousBacking(OfOneProcess):
-    """
-    Private anonymous memory: no descriptor; reading an untouched page maps the zero page and costs nothing.
-
-    :raises OSError: The kernel has no room; nothing is held.
-    """
+    """Private anonymous memory, without a descriptor. OSError: the kernel has no room."""
 
     def __init__(self, size: int) -> None:
         self.fd: int | None = None
@@ -229,7 +194,7 @@ class AnonymousBacking(OfOneProcess):
         self._mapping[offset : offset + len(data)] = data
 
     def discard(self, offset: int, size: int) -> None:
-        """MADV_DONTNEED: on private anonymous memory, and only there, it frees the pages."""
+        """MADV_DONTNEED: on private anonymous memory, and only there, it frees pages."""
         self._mapping.madvise(mmap.MADV_DONTNEED, offset, size)
 
     def allocated_bytes(self) -> None:
@@ -240,21 +205,12 @@ class AnonymousBacking(OfOneProcess):
         self._mapping.close()
 
 
-class StandInPrivate(OfOneProcess):
-    """
-    A memfd in the role of guest_memfd, for hosts without KVM. ``read`` and ``write`` are the guest's accesses.
-
-    :raises OSError: The kernel has no room; nothing is held.
-    """
+class StandInPrivate(_Memfd):
+    """A memfd in the role of guest_memfd, for hosts without KVM. OSError: there is no room."""
 
     def __init__(self, name: str, size: int) -> None:
-        self.size = size
-        self.fd = os.memfd_create(f"{name}-private", os.MFD_CLOEXEC)
-        self._close_fd = weakref.finalize(self, os.close, self.fd)
+        super().__init__(f"{name}-private", size)
         os.ftruncate(self.fd, size)
-
-    def _check(self, offset: int, size: int, align: int) -> None:
-        check_range(offset, size, limit=self.size, align=align, what="private backing")
 
     def discard(self, offset: int, size: int) -> None:
         """Punch a hole; whole pages, as with guest_memfd."""
@@ -263,37 +219,22 @@ class StandInPrivate(OfOneProcess):
 
     def read(self, offset: int, size: int) -> bytes:
         """Read as the guest does; a hole reads as zeros."""
-        self._check(offset, size, 1)
+        check_range(offset, size, limit=self.size, align=1, what="private backing")
         return read_fd(self.fd, offset, size)
 
     def write(self, offset: int, data: bytes) -> None:
         """Write as the guest does."""
-        self._check(offset, len(data), 1)
+        check_range(offset, len(data), limit=self.size, align=1, what="private backing")
         write_fd(self.fd, offset, data)
-
-    def allocated_bytes(self) -> int:
-        """Bytes of memory in use."""
-        return os.fstat(self.fd).st_blocks * 512
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        self._close_fd()
 
 
 def check_private(private: object, size: int, name: str) -> None:
-    """Raise :class:`UsageError` unless *private* can be the private backing of a block of *size* bytes."""
-    if not callable(getattr(private, "discard", None)) or not isinstance(
-        getattr(private, "size", None), int
-    ):
-        raise UsageError(
-            f"block {name!r}: {private!r} is not a private backing",
-            value=private,
-            expected='None, "stand-in", or an object with fd, size and discard(offset, size)',
-        )
-    backing_size: int = private.size  # type: ignore[attr-defined]  # checked above
-    if backing_size < size:
-        raise UsageError(
-            f"block {name!r} has {size:#x} bytes, its private backing only {backing_size:#x}",
-            value=backing_size,
-            expected=f"at least {size:#x}",
-        )
+    """Raise :class:`UsageError` unless *private* can back a block of *size* bytes."""
+    there = getattr(private, "size", None)
+    if not callable(getattr(private, "discard", None)) or not isinstance(there, int):
+        text = f"block {name!r}: {private!r} is not a private backing"
+        expected = 'None, "stand-in", or an object with fd, size and discard(offset, size)'
+        raise UsageError(text, value=private, expected=expected)
+    if there < size:
+        text = f"block {name!r} has {size:#x} bytes, its private backing only {there:#x}"
+        raise UsageError(text, value=there, expected=f"at least {size:#x}")

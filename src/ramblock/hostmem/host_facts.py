@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the host says of its memory in /proc and /sys: nodes, what is available, pools of huge pages."""
+"""The host's own account of its memory in /proc and /sys: nodes, and available memory."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from ramblock.units import KIB
+
 __all__ = [
-    "NODES",
-    "allowed_nodes",
-    "available_bytes",
-    "available_on",
-    "nodes_with_memory",
-    "parse_list",
-]
+    "NODES", "allowed_nodes", "available_bytes", "available_on", "nodes_with_memory", "parse_list",
+]  # fmt: skip
 
 #: Documentation/ABI/stable/sysfs-devices-node
 NODES = Path("/sys/devices/system/node")
@@ -37,51 +34,39 @@ def nodes_with_memory() -> frozenset[int] | None:
 
 
 def allowed_nodes() -> frozenset[int] | None:
-    """Tell which nodes this process may take memory from (its cpuset); None where the kernel does not say."""
-    for line in _lines(_PROC / "self/status"):
-        name, _, value = line.partition(":")
-        if name == "Mems_allowed_list":
-            return parse_list(value)
-    return None
+    """Tell from which nodes this process may take memory (its cpuset); None: not told."""
+    allowed = _read(_PROC / "self/status").get("Mems_allowed_list")
+    return None if allowed is None else parse_list(allowed)
 
 
 def available_bytes() -> int | None:
-    """
-    Tell how much memory can be had at most without taking it from anybody's program; None where the kernel does not say.
-
-    Free, cached and reclaimable memory as the kernel estimates it, and free swap (Documentation/filesystems/proc.rst).
-    """
-    facts = _sizes(_PROC / "meminfo")
-    if "MemAvailable" not in facts:
-        return None
-    return facts["MemAvailable"] + facts.get("SwapFree", 0)
+    """Tell the most that can be had without harm to others, swap included; None: not told."""
+    facts = _read(_PROC / "meminfo")
+    # MemAvailable is the kernel's own estimate (Documentation/filesystems/proc.rst).
+    return _sum(facts, "MemAvailable", "SwapFree") if "MemAvailable" in facts else None
 
 
 def available_on(nodes: frozenset[int]) -> int | None:
-    """Tell the same of some nodes. The kernel has no estimate for one node, so this is the most that it could be."""
-    total = _sizes(_PROC / "meminfo").get("SwapFree", 0)
+    """Tell the same of some nodes; None: not told."""
+    total = _sum(_read(_PROC / "meminfo"), "SwapFree")
     for node in nodes:
-        facts = _sizes(NODES / f"node{node}/meminfo")
+        facts = _read(NODES / f"node{node}/meminfo")
         if "MemFree" not in facts:
             return None
-        reclaimable = ("Active(file)", "Inactive(file)", "SReclaimable")
-        total += facts["MemFree"] + sum(facts.get(name, 0) for name in reclaimable)
+        # The kernel estimates nothing for one node: this is the most that it could be.
+        total += _sum(facts, "MemFree", "Active(file)", "Inactive(file)", "SReclaimable")
     return total
 
 
-def _sizes(path: Path) -> dict[str, int]:
-    """Read a meminfo file, in bytes; a node's has ``Node 0`` in front of each name."""
-    facts = {}
-    for line in _lines(path):
-        name, _, value = line.partition(":")
-        number, _, unit = value.strip().partition(" ")
-        if unit == "kB":
-            facts[name.split()[-1]] = int(number) * 1024
-    return facts
+def _sum(facts: dict[str, str], *names: str) -> int:
+    # In bytes; the files write "123 kB".
+    return sum(int(facts[name].split()[0]) * KIB for name in names if name in facts)
 
 
-def _lines(path: Path) -> list[str]:
+def _read(path: Path) -> dict[str, str]:
+    # Lines of "name: value"; a node's have "Node 0" in front of the name.
     try:
-        return path.read_text().splitlines()
+        lines = [line.partition(":") for line in path.read_text().splitlines()]
     except OSError:
-        return []
+        return {}
+    return {name.split()[-1]: value.strip() for name, _, value in lines if value}

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-One memory for both states of a page: what a block is made of that converts in place.
+One memory for both states of a page: the stuff of a block that converts in place.
 
-A block with two sides holds each page once or twice, and a conversion frees the side that is no longer used. In place there
-is one memory, and the page stays where it is: nothing is copied, nothing is freed, and the attribute that says who may
-touch it belongs to the memory, by offset, and not to the VM. The kernel keeps a page shared as long as anybody else holds
-it: an IOMMU that still maps it, a read(2) under way. So to private every device lets go first, and even then the answer
-may be EAGAIN.
+A block with two sides holds each page once or twice, and a conversion frees the side that is left.
+In place there is one memory, and the page stays: nothing is copied or freed, and the attribute that
+says who may touch it belongs to the memory, by offset, not to the VM. The kernel keeps a page
+shared as long as anybody else holds it: an IOMMU that still maps it, a read(2) under way. So to
+private every device lets go first, and even then the answer may be EAGAIN.
 
-The kernel's interface is KVM_SET_MEMORY_ATTRIBUTES2 on a guest_memfd (offset, size, attributes, flags; error_offset comes
-back), posted for Linux and in no release up to 7.3; ``ramblock.kvm.in_place`` probes for it. A backing for it is a
-guest_memfd made with GUEST_MEMFD_FLAG_MMAP, mapped for ``address``, with that ioctl as :meth:`InPlaceBacking.set_attributes`.
-``ramblock.testing.SimulatedInPlace`` is one without a kernel.
+The kernel's interface is KVM_SET_MEMORY_ATTRIBUTES2 on a guest_memfd (offset, size, attributes,
+flags; error_offset comes back), posted for Linux and in no release up to 7.3;
+``ramblock.kvm.in_place`` probes for it. A backing for it is a guest_memfd made with
+GUEST_MEMFD_FLAG_MMAP, mapped for ``address``, with that ioctl as
+:meth:`InPlaceBacking.set_attributes`. ``ramblock.testing.SimulatedInPlace`` needs no kernel.
 """
 
 from __future__ import annotations
@@ -24,17 +25,12 @@ from ramblock.errors import UsageError
 from ramblock.hostmem.backing import PrivateBacking, SharedBacking
 
 __all__ = [
-    "TRIES",
-    "InPlaceBacking",
-    "check_in_place",
-    "is_in_place",
-    "set_attributes",
-    "take_in_place",
-]
+    "TRIES", "InPlaceBacking", "check_in_place", "is_in_place", "set_attributes", "take_in_place",
+]  # fmt: skip
 
-#: How often an attribute is set that is refused with EAGAIN. Nobody waits in between, because the memory's lock is held and
-#: the guest asks again anyway (KVM: TDG.VP.VMCALL<MapGPA> is answered with RETRY); what lets go meanwhile is what the kernel
-#: itself holds for a moment, such as its per-CPU lists of pages.
+#: Calls for an attribute that is refused with EAGAIN. Nobody waits in between: the memory's lock is
+#: held, and the guest asks again anyway (KVM answers TDG.VP.VMCALL<MapGPA> with RETRY). Meanwhile
+#: the kernel drops its own short holds, such as its per-CPU lists of pages.
 TRIES = 4
 
 
@@ -42,35 +38,27 @@ class InPlaceBacking(SharedBacking, PrivateBacking, Protocol):
     """
     Memory whose pages are private or shared, each by itself; all of it starts private.
 
-    It is both sides of its block, which closes it. ``read`` and ``write`` are the host's accesses, and a private page is
-    for the backing to refuse (OSError).
+    It is both sides of its block, which closes it. ``read`` and ``write`` are the host's accesses;
+    the backing refuses a private page (OSError).
     """
 
     @property
     def fd(self) -> int:
         """The descriptor, for the kernel and for devices."""
 
-    def set_attributes(self, offset: int, size: int, private: bool) -> None:  # noqa: FBT001 - as a VM's
+    def set_attributes(self, offset: int, size: int, private: bool) -> None:  # noqa: FBT001 - a VM's
         """
-        Make ``[offset, offset + size)`` private or shared. Setting what is set already changes nothing.
+        Make ``[offset, offset + size)`` private or shared; no change where it is already.
 
-        :raises OSError: Refused; pages before the one that it stopped at may be done. EAGAIN: a page is still held by
-            somebody else.
+        :raises OSError: Refused; pages in front of the refused one may be done. EAGAIN: somebody
+            else still holds a page.
         """
 
 
 _in_use: WeakSet[InPlaceBacking] = WeakSet()
 _MEMBERS = (
-    "fd",
-    "address",
-    "size",
-    "page_size",
-    "read",
-    "write",
-    "discard",
-    "allocated_bytes",
-    "close",
-)
+    "fd", "address", "size", "page_size", "read", "write", "discard", "allocated_bytes", "close",
+)  # fmt: skip
 
 
 def is_in_place(private: object) -> TypeGuard[InPlaceBacking]:
@@ -79,27 +67,21 @@ def is_in_place(private: object) -> TypeGuard[InPlaceBacking]:
 
 
 def check_in_place(private: InPlaceBacking, size: int, name: str) -> None:
-    """Raise :class:`UsageError` unless *private* can be all the memory of a block of *size* bytes."""
-    missing = [member for member in _MEMBERS if not hasattr(private, member)]
-    if missing:
-        raise UsageError(
-            f"block {name!r}: {private!r} sets attributes, but is no memory: it lacks {', '.join(missing)}",
-            value=private,
-            expected="an InPlaceBacking",
-        )
-    if private in _in_use:
+    """Raise :class:`UsageError` unless *private* can be all of a block of *size* bytes."""
+    value: object = private
+    if missing := [member for member in _MEMBERS if not hasattr(private, member)]:
+        expected = "an InPlaceBacking"
+        wrong = f"sets attributes, but is no memory: it lacks {', '.join(missing)}"
+    elif private in _in_use:
         # Two blocks would convert the same pages behind each other's back.
-        raise UsageError(
-            f"block {name!r}: {private!r} is all the memory of another block already",
-            value=private,
-            expected="an InPlaceBacking that no block has",
-        )
-    if private.size != size:
-        raise UsageError(
-            f"block {name!r} has {size:#x} bytes, the memory that is to be all of it {private.size:#x}",
-            value=private.size,
-            expected=f"{size:#x}",
-        )
+        expected = "an InPlaceBacking that no block has"
+        wrong = "is all the memory of another block already"
+    elif private.size != size:
+        value, expected = private.size, f"{size:#x}"
+        wrong = f"is to be all of its {size:#x} bytes, and has {private.size:#x}"
+    else:
+        return
+    raise UsageError(f"block {name!r}: {private!r} {wrong}", value=value, expected=expected)
 
 
 def take_in_place(private: InPlaceBacking) -> None:
@@ -108,11 +90,7 @@ def take_in_place(private: InPlaceBacking) -> None:
 
 
 def set_attributes(backing: InPlaceBacking, offset: int, size: int, *, private: bool) -> None:
-    """
-    Set attributes, and try again a few times while a page is held by somebody else.
-
-    :raises OSError: What the backing raised last; part of the range may be done.
-    """
+    """Set attributes, :data:`TRIES` times while a page is held; OSError: part of it may be done."""
     for _ in range(TRIES - 1):
         try:
             backing.set_attributes(offset, size, private)

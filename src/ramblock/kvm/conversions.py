@@ -75,9 +75,9 @@ class GuestConversions:
 
         :return: For :meth:`Vcpu.set_hypercall_result`.
         :raises PoisonedError: The memory is poisoned, or became so: the vCPU must not go on.
-        :raises KeyboardInterrupt: Nothing has changed
-            (:class:`~ramblock.errors.ConversionInterrupted`), or, while freeing, the conversion is
-            done. The call is not answered: :meth:`answer` it again, or the guest is told EINVAL.
+        :raises KeyboardInterrupt: It waited until the conversion was done, or put back. The call is
+            not answered: :meth:`answer` it again (a conversion that is done changes nothing the
+            second time), or the guest is told EINVAL.
         """
         try:
             request = MapGpaRange.decode(call)

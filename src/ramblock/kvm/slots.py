@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory slots of a VM: the place of each section, and changes that Ctrl-C interrupted."""
+"""The memory slots of a VM: the number of each section's."""
 
 from __future__ import annotations
 

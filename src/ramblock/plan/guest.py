@@ -167,15 +167,19 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
         return self.memory + (self.virtio_mem.size if self.virtio_mem else 0)
 
     def sections(self) -> list[int]:
-        """Sizes of the parts with memory: below 4 GiB, above it by node, virtio-mem's."""
+        """
+        Sizes of the parts of the guest's addresses that have RAM, in bytes, ascending.
+
+        Each node has a backend of its own, one after the other; the hole below 4 GiB divides one.
+        """
         low = self.memory if self.memory < _FITS_LOW else _LOW_MEMORY
-        high = self.memory - low
-        nodes = min(self.numa_nodes, max(high // PAGE_SIZE, 1))
-        share = high // nodes // PAGE_SIZE * PAGE_SIZE
-        parts = [low, *([share] * (nodes - 1)), high - share * (nodes - 1)]
+        share = self.memory // self.numa_nodes // PAGE_SIZE * PAGE_SIZE
+        nodes = {share * number for number in range(1, self.numa_nodes)}
+        ends = sorted({low, self.memory, *nodes} - {0})
+        parts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         if self.virtio_mem is not None:
             parts.append(self.virtio_mem.size)
-        return [part for part in parts if part]
+        return parts
 
 
 def _question(profile: OsProfile) -> str:

@@ -56,6 +56,8 @@ class Probe:
     :param scribble: Write to them as well. The guest's data is lost.
     :param trace: Where events go; they stay the caller's to close.
     :param seed: Of the choice of pages.
+    :param max_windows: Refuse a map with ENOSPC where there are so many windows already: a fault on
+        purpose, of which the client is told nothing before. None: as many as it is told.
     :raises UsageError: Somebody listens there, or it is no socket, or the path is too long for one.
     :raises OSError: The kernel refused the socket.
     """
@@ -69,6 +71,7 @@ class Probe:
         scribble: bool = False,
         trace: tuple[TraceWriter, ...] = (),
         seed: int = 1,
+        max_windows: int | None = None,
     ) -> None:
         self.path = Path(path)
         self.unmap = unmap
@@ -77,6 +80,7 @@ class Probe:
         self._scribble = scribble
         self._random = random.Random(seed)
         self._session: Session | None = None
+        self._max_windows = max_windows
         self._next_touch = monotonic()
         #: Why serving ended, where it was not told to.
         self.error: BaseException | None = None
@@ -100,6 +104,21 @@ class Probe:
         """The name of the client that is there now."""
         session = self._session
         return None if session is None else session.name
+
+    @property
+    def max_windows(self) -> int | None:
+        """How many windows a client may have; a change counts for one that is there as well."""
+        return self._max_windows
+
+    @max_windows.setter
+    def max_windows(self, limit: int | None) -> None:
+        self._max_windows = limit
+        if (session := self._session) is not None:
+            session.table.limit = self._limit
+
+    @property
+    def _limit(self) -> int:
+        return CAPABILITIES.max_dma_maps if self._max_windows is None else self._max_windows
 
     def wait_for(self, condition: Callable[[], object], timeout: float = 30.0) -> None:
         """
@@ -202,7 +221,8 @@ class Probe:
     def _accept(self) -> None:
         with suppress(BlockingIOError, ConnectionAbortedError):
             sock, _ = self._listener.accept()
-            self._session = Session(Link(sock, Role.SERVER, CAPABILITIES), self.record, self.unmap)
+            link = Link(sock, Role.SERVER, CAPABILITIES)
+            self._session = Session(link, self.record, self.unmap, self._limit)
 
     def _serve(self, session: Session) -> None:
         try:

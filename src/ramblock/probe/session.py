@@ -62,13 +62,21 @@ class Session:
 
     :param link: The connection; closed by :meth:`close`.
     :param rule: The rule for an unmap.
+    :param max_windows: How many windows there may be. The client is told its usual number, and
+        meets this one as a refusal.
     """
 
-    def __init__(self, link: Link, record: Record, rule: UnmapRule) -> None:
+    def __init__(
+        self,
+        link: Link,
+        record: Record,
+        rule: UnmapRule,
+        max_windows: int = CAPABILITIES.max_dma_maps,
+    ) -> None:
         self._link = link
         self._record = record
         self.name = record.connected()
-        self.table = WindowTable(rule, CAPABILITIES.max_dma_maps)
+        self.table = WindowTable(rule, max_windows)
         self._device = ProbeDevice(self)
         self._waiting: deque[Request] = deque()
 

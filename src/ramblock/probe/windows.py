@@ -110,7 +110,8 @@ class WindowTable:
 
     def __init__(self, rule: UnmapRule, limit: int) -> None:
         self._rule = rule
-        self._limit = limit
+        #: How many windows there may be. Lowering it removes none.
+        self.limit = limit
         self._starts: list[int] = []
         self._windows: list[Window] = []
         self.files = FileTable()
@@ -149,9 +150,11 @@ class WindowTable:
             raise RuleBroken(
                 Rule.OVERLAP, errno.EEXIST, f"{self._windows[first]} is mapped already"
             )
-        if len(self._windows) >= self._limit:
+        if len(self._windows) >= self.limit:
             raise RuleBroken(
-                Rule.TOO_MANY, errno.ENOSPC, f"there are {self._limit} windows, as many as may be"
+                Rule.TOO_MANY,
+                errno.ENOSPC,
+                f"there are {len(self._windows)} windows, as many as may be",
             )
         window = Window(address, size, writable, readable, file, offset)
         self._starts.insert(first, address)

@@ -23,7 +23,7 @@ from ramblock.guest.vm import Vm
 from ramblock.hostmem.backing import PrivateBacking
 from ramblock.run.guest_script import Action, Request
 from ramblock.run.tally import Outcome, Tally
-from ramblock.run.verifier import Verifier
+from ramblock.testing.verifier import Verifier
 from ramblock.trace.writer import TraceWriter
 from ramblock.units import PAGE_SIZE
 

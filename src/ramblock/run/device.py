@@ -17,8 +17,9 @@ from itertools import count
 from time import monotonic
 
 from ramblock.errors import IommuFault
-from ramblock.run.verifier import Verifier, ViolationKind
 from ramblock.run.watched import WatchedIommu
+from ramblock.testing.verifier import Verifier
+from ramblock.testing.violations import ViolationKind
 
 __all__ = ["Buffer", "Device", "DeviceCounts", "SoftDevice"]
 

@@ -26,8 +26,9 @@ from ramblock.dma.type1 import Type1Container
 from ramblock.errors import DmaError, UsageError
 from ramblock.run.device import ACCESS_BYTES, ACCESS_STEP, Buffer, Device
 from ramblock.run.ports import Ranges
-from ramblock.run.verifier import Verifier, ViolationKind
 from ramblock.run.watched import Watch, WatchedTarget
+from ramblock.testing.verifier import Verifier
+from ramblock.testing.violations import ViolationKind
 from ramblock.units import PAGE_SIZE
 from ramblock.vfio import (
     BouncePage,

@@ -37,7 +37,6 @@ from ramblock.run.report import GuestFacts, RunReport
 from ramblock.run.scenario import Scenario, load_workload, workload_names
 from ramblock.run.scripted import Guest, ScriptedGuest, is_converted
 from ramblock.run.tally import Outcome, Tally
-from ramblock.run.verifier import Region, Verifier
 from ramblock.run.watched import (
     FreeAccount,
     Watch,
@@ -46,6 +45,7 @@ from ramblock.run.watched import (
     WatchedTarget,
     WatchedVm,
 )
+from ramblock.testing.verifier import Region, Verifier
 from ramblock.trace.writer import TRACE_VERSION, TraceWriter
 from ramblock.units import PAGE_SIZE
 

@@ -11,8 +11,8 @@ from ramblock.guest_program import GuestProgram, choose_call
 from ramblock.kvm import Kvm, MemoryAttributes, VmType
 from ramblock.run.layout import BlockPlace, first_free
 from ramblock.run.report import GuestFacts
-from ramblock.run.watched import Watch, WatchedStandIn
-from ramblock.run.watched_kvm import WatchedGuestMemfd, WatchedKvm
+from ramblock.run.watched import Watch, WatchedStandIn, WatchedVm
+from ramblock.run.watched_kvm import WatchedGuestMemfd
 
 __all__ = ["Machine", "enforces_attributes", "open_kvm"]
 
@@ -72,8 +72,8 @@ class Machine:
             self._vm = resources.enter_context(
                 kvm.create_vm(VmType.SW_PROTECTED if self.enforced else VmType.DEFAULT)
             )
-            #: Arguments of the guest memory.
-            self.vm = WatchedKvm(self._vm, watch)
+            #: For the guest memory.
+            self.vm = WatchedVm(watch, self._vm)
             self._watch = watch
             self._call = choose_call(kvm)
             self._resources = resources.pop_all()

@@ -38,7 +38,8 @@ from ramblock.run.guest_script import Action, Request
 from ramblock.run.ram import GuestRam
 from ramblock.run.scripted import check_device_data, is_converted, reboot
 from ramblock.run.tally import Outcome
-from ramblock.run.verifier import Verifier, ViolationKind
+from ramblock.testing.verifier import Verifier
+from ramblock.testing.violations import ViolationKind
 from ramblock.uapi.kvm_para import MapGpaRangeBits
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE
 

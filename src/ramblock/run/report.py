@@ -10,7 +10,7 @@ from ramblock.run.device import DeviceCounts
 from ramblock.run.layout import BlockPlace
 from ramblock.run.scenario import Scenario
 from ramblock.run.tally import Outcome, Tally
-from ramblock.run.verifier import Verifier
+from ramblock.testing.verifier import Verifier
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["GuestFacts", "RunReport"]

@@ -12,7 +12,8 @@ from ramblock.run.device import Buffer, Device
 from ramblock.run.guest_script import Action, Request
 from ramblock.run.ram import GuestRam
 from ramblock.run.tally import Outcome
-from ramblock.run.verifier import Verifier, ViolationKind
+from ramblock.testing.verifier import Verifier
+from ramblock.testing.violations import ViolationKind
 
 __all__ = ["Guest", "ScriptedGuest", "check_device_data", "is_converted", "reboot"]
 

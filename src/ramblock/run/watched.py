@@ -1,26 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a run, wrapped: the verifier looks at each call before or after it is made, and the trace notes it."""
+"""
+The parts of a run: the watched edges, with the run's trace, accounts and faults around them.
+
+The verifier is told by :mod:`ramblock.testing.edges`; nothing here looks at a call.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
-from ramblock.dma.target import DmaCapabilities, DmaTarget, HostRange
-from ramblock.errors import DmaError, IommuFault
-from ramblock.hostmem.backing import SharedBacking, StandInPrivate
+from ramblock.dma.target import DmaTarget, HostRange
+from ramblock.errors import IommuFault
+from ramblock.guest.vm import Vm
+from ramblock.hostmem.backing import PrivateBacking, SharedBacking, StandInPrivate
 from ramblock.run.faults import FaultPlan
 from ramblock.run.pinned import PinnedIommu
-from ramblock.run.verifier import Verifier
+from ramblock.testing.edges import CheckedPrivate, CheckedShared, CheckedTarget, CheckedVm
+from ramblock.testing.verifier import Verifier
 from ramblock.trace.writer import TraceWriter
 
 __all__ = [
     "FreeAccount",
-    "PrivateFree",
     "ReachableTarget",
     "Watch",
     "WatchedIommu",
+    "WatchedPrivate",
     "WatchedShared",
     "WatchedStandIn",
     "WatchedTarget",
@@ -29,7 +33,7 @@ __all__ = [
 
 
 class FreeAccount:
-    """Bytes that really went back to the host: the kernel's block count before and after each free."""
+    """Bytes that really went back to the host, by the kernel's block count around each free."""
 
     def __init__(self) -> None:
         self.freed_bytes = 0
@@ -51,62 +55,30 @@ class Watch(NamedTuple):
     account: FreeAccount
 
 
-class WatchedTarget:
+class WatchedTarget(CheckedTarget):
     """
-    A DMA target whose real effects are watched. Fault injection goes around it, so the verifier sees what really happened.
+    A DMA target whose real effects are watched.
+
+    Fault injection goes around it, so the verifier sees only calls that were made.
 
     :param name: In reports and traces.
     :param inner: The target.
     """
 
     def __init__(self, name: str, inner: DmaTarget, watch: Watch) -> None:
-        self.name = name
-        self._target = inner
-        self._verifier = watch.verifier
+        super().__init__(watch.verifier, name, inner)
         self._trace = watch.trace
-
-    @property
-    def capabilities(self) -> DmaCapabilities:
-        """Those of the target."""
-        return self._target.capabilities
 
     def map(self, iova: int, memory: HostRange, *, writable: bool = True) -> None:
         """Map, watched."""
-        self._verifier.about_to_map(self.name, iova, memory.size)
-        with self._unless_refused(iova, memory.size):
-            self._target.map(iova, memory, writable=writable)
-            self._verifier.has_mapped(self.name, iova, memory.size)
+        super().map(iova, memory, writable=writable)
         self._trace.emit("map", target=self.name, iova=iova, size=memory.size, writable=writable)
 
     def unmap(self, iova: int, size: int) -> int:
         """Unmap, watched."""
-        with self._unless_refused(iova, size):
-            removed = self._target.unmap(iova, size)
-            self._verifier.has_unmapped(self.name, iova, size, removed)
+        removed = super().unmap(iova, size)
         self._trace.emit("unmap", target=self.name, iova=iova, size=size, unmapped=removed)
         return removed
-
-    @contextmanager
-    def _unless_refused(self, iova: int, size: int) -> Iterator[None]:
-        """After anything but success or a plain refusal, Ctrl-C for instance, nobody knows whether the call was carried out."""
-        try:
-            yield
-        except BaseException as error:
-            if not isinstance(error, DmaError) or error.in_doubt:
-                self._verifier.note_uncertain(self.name, iova, size)
-            raise
-
-    def close(self) -> None:
-        """Close the target."""
-        self._target.close()
-
-    def before_access(self) -> int:
-        """Take a time stamp before an access of the device behind it."""
-        return self._verifier.before_access()
-
-    def note_access(self, iova: int, size: int, since: int) -> None:
-        """Note an access that was let through; one that should have faulted is a violation."""
-        self._verifier.device_reached(self.name, iova, size, since)
 
     def note_fault(self, iova: int, size: int, *, write: bool) -> None:
         """Note an access that was refused."""
@@ -117,7 +89,7 @@ class WatchedTarget:
 
 
 class ReachableTarget(DmaTarget, Protocol):
-    """A target with a device behind it that reads and writes on command: :class:`~ramblock.dma.soft.SoftIommu`, for one."""
+    """A target with a device behind it that reads and writes on command, as a ``SoftIommu`` has."""
 
     def read(self, iova: int, size: int) -> bytes:
         """
@@ -133,9 +105,10 @@ class ReachableTarget(DmaTarget, Protocol):
 class WatchedIommu(WatchedTarget):
     """A target whose device is at hand, watched; and the accesses of that device."""
 
+    inner: ReachableTarget
+
     def __init__(self, name: str, inner: ReachableTarget, watch: Watch) -> None:
         super().__init__(name, inner, watch)
-        self.inner = inner
 
     def device_read(self, iova: int, size: int) -> bytes:
         """Read as the device behind it; an access that should have faulted is a violation."""
@@ -159,99 +132,94 @@ class WatchedIommu(WatchedTarget):
         self.note_access(iova, len(data), since)
 
 
-class WatchedVm:
-    """Page attributes that only the verifier and the trace keep: there is no kernel behind them."""
+class WatchedVm(CheckedVm):
+    """
+    The VM of a run; calls of it can be told to fail.
 
-    def __init__(self, watch: Watch) -> None:
+    :param inner: KVM's; None: the attributes are kept by the verifier and the trace alone.
+    """
+
+    def __init__(self, watch: Watch, inner: Vm | None = None) -> None:
+        super().__init__(watch.verifier, inner)
         self._watch = watch
 
     def set_memory_attributes(self, gpa: int, size: int, private: bool) -> None:  # noqa: FBT001 - a fixed name
         """Set, watched."""
         self._watch.faults.attribute()
-        self._watch.verifier.about_to_set_attribute(gpa, size, private=private)
-        self.set_for_guest(gpa, size, private=private)
+        super().set_memory_attributes(gpa, size, private)
         self._watch.trace.emit("attributes", gpa=gpa, size=size, private=private)
 
-    def set_for_guest(self, gpa: int, size: int, *, private: bool) -> None:
-        """Set them where the guest meets them: nowhere."""
 
-
-class WatchedShared:
-    """A block's shared backing; its frees are watched."""
+class WatchedShared(CheckedShared):
+    """A block's shared backing; its frees are watched, accounted, and can be told to fail."""
 
     def __init__(self, inner: SharedBacking, gpa: int, watch: Watch) -> None:
-        self._inner = inner
-        self._gpa = gpa
+        super().__init__(watch.verifier, inner, gpa)
         self._watch = watch
+        self._gpa = gpa
         #: IOMMUs that hold on to freed pages; only in a run without coordination.
         self.pinned: list[PinnedIommu] = []
-        self.fd = inner.fd
-        self.address = inner.address
-        self.size = inner.size
-        self.page_size = inner.page_size
-        self.read = inner.read
-        self.write = inner.write
-        self.allocated_bytes = inner.allocated_bytes
-        self.close = inner.close
 
     def discard(self, offset: int, size: int) -> None:
         """Free, watched."""
-        verifier, trace, faults, account = self._watch
+        _, trace, faults, account = self._watch
         faults.free()
         gpa = self._gpa + offset
-        verifier.about_to_free_shared(gpa, size)
         for iommu in self.pinned:
             iommu.about_to_free(gpa, size)
-        before = self._inner.allocated_bytes()
-        self._inner.discard(offset, size)
-        account.note(before, self._inner.allocated_bytes())
+        before = self.inner.allocated_bytes()
+        super().discard(offset, size)
+        account.note(before, self.inner.allocated_bytes())
         trace.emit("free", side="shared", gpa=gpa, size=size)
 
+    def close(self) -> None:
+        """Give everything back, unwatched: the report is made by then; targets may come later."""
+        self.inner.close()
 
-class WatchedStandIn(StandInPrivate):
-    """A block's private backing where no kernel has one; its frees are watched."""
 
-    def __init__(self, name: str, size: int, gpa: int, watch: Watch) -> None:
-        super().__init__(name, size)
-        self._free = PrivateFree(gpa, watch, super().discard, self.allocated_bytes)
+class CountedPrivate(PrivateBacking, Protocol):
+    """A private backing that may know how much of it is in use."""
+
+    def allocated_bytes(self) -> int | None:
+        """Bytes of memory in use; None where the kernel does not tell."""
+
+
+class WatchedPrivate(CheckedPrivate):
+    """A block's private backing; its frees are watched, accounted, and can be told to fail."""
+
+    inner: CountedPrivate
+
+    def __init__(self, inner: CountedPrivate, gpa: int, watch: Watch) -> None:
+        super().__init__(watch.verifier, inner, gpa)
+        self._watch = watch
+        self._gpa = gpa
 
     def discard(self, offset: int, size: int) -> None:
         """Free, watched."""
-        self._free(offset, size)
+        _, trace, faults, account = self._watch
+        faults.free()
+        before = self.inner.allocated_bytes()
+        super().discard(offset, size)
+        account.note(before, self.inner.allocated_bytes())
+        trace.emit("free", side="private", gpa=self._gpa + offset, size=size)
+
+
+class WatchedStandIn(WatchedPrivate):
+    """A block's private backing where no kernel has one."""
+
+    inner: StandInPrivate
+
+    def __init__(self, name: str, size: int, gpa: int, watch: Watch) -> None:
+        super().__init__(StandInPrivate(name, size), gpa, watch)
 
     def use(self, offset: int) -> None:
         """Use a page in the guest's name, so that there is something to free."""
-        self.write(offset, b"private")
+        self.inner.write(offset, b"private")
 
+    def allocated_bytes(self) -> int:
+        """Bytes of memory in use."""
+        return self.inner.allocated_bytes()
 
-class PrivateFree:
-    """
-    A free of private memory, watched.
-
-    :param gpa: Where the memory begins for the guest.
-    :param discard: What frees.
-    :param allocated: Bytes in use; None where the kernel does not tell.
-    """
-
-    def __init__(
-        self,
-        gpa: int,
-        watch: Watch,
-        discard: Callable[[int, int], None],
-        allocated: Callable[[], int | None],
-    ) -> None:
-        self._gpa = gpa
-        self._watch = watch
-        self._discard = discard
-        self._allocated = allocated
-
-    def __call__(self, offset: int, size: int) -> None:
-        """Free."""
-        verifier, trace, faults, account = self._watch
-        faults.free()
-        gpa = self._gpa + offset
-        verifier.about_to_free_private(gpa, size)
-        before = self._allocated()
-        self._discard(offset, size)
-        account.note(before, self._allocated())
-        trace.emit("free", side="private", gpa=gpa, size=size)
+    def close(self) -> None:
+        """Give it back."""
+        self.inner.close()

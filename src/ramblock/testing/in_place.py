@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A memory that converts in place, without a kernel that has one: real pages, a simulated attribute, and pins."""
+"""A memory that converts in place, without a kernel: real pages, a simulated attribute, pins."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ __all__ = ["SimulatedInPlace"]
 
 class SimulatedInPlace(MemfdBacking):
     """
-    A memfd in the role of a guest_memfd that serves both states; hand it to ``RamBlock.create`` as *private*.
+    A memfd in the role of a guest_memfd that serves both states.
 
-    It is as unhelpful as the interface allows. A page that somebody holds does not become private (EAGAIN), and the pages
-    in front of it are private by then. The host's accesses to a private page fail (EFAULT, where a load would be SIGBUS)::
+    Hand it to ``RamBlock.create`` as *private*. It is as unhelpful as the interface allows. A page
+    that somebody holds does not become private (EAGAIN), and the pages in front of it are private
+    by then. The host's accesses to a private page fail (EFAULT, where a load would be SIGBUS)::
 
         iommu = SoftIommu()
         ram = SimulatedInPlace("ram", 16 * MIB, pinned_by=[iommu])
@@ -37,20 +38,22 @@ class SimulatedInPlace(MemfdBacking):
         super().__init__(name, size)
         #: Targets whose mappings hold pages; may be changed.
         self.pinned_by = pinned_by
-        #: Called before each page that changes, with its offset and whether it becomes private. Raise to stop there.
+        #: Called before each page that changes, with its offset and whether it becomes private.
+        #: Raise to stop there.
         self.before_page: Callable[[int, bool], object] | None = None
         #: ``(offset, size, private)`` of each call, oldest first; refused ones too. May be cleared.
         self.calls: list[tuple[int, int, bool]] = []
         self._shared = SparseBitmap(size // PAGE_SIZE)
         self._pins: Counter[int] = Counter()
 
-    # -- the attribute --------------------------------------------------------------------------------------------
+    # -- the attribute -----------------------------------------------------------------------------
 
     def set_attributes(self, offset: int, size: int, private: bool) -> None:  # noqa: FBT001 - as a VM's
         """
         Make pages private or shared, one after the other.
 
-        :raises OSError: EAGAIN: a page that is to become private is held by somebody. Those before it are done.
+        :raises OSError: EAGAIN: a page that is to become private is held by somebody. Those before
+            it are done.
         """
         check_range(offset, size, limit=self.size, align=PAGE_SIZE, what="memory in place")
         self.calls.append((offset, size, private))
@@ -73,7 +76,7 @@ class SimulatedInPlace(MemfdBacking):
         for start, end in self._shared.runs(first, last, value=shared):
             yield from range(start * PAGE_SIZE, end * PAGE_SIZE, PAGE_SIZE)
 
-    # -- who holds pages ------------------------------------------------------------------------------------------
+    # -- who holds pages ---------------------------------------------------------------------------
 
     def pin(self, offset: int, size: int) -> None:
         """Hold pages, as a read(2) into them does while it lasts; as often as wanted."""
@@ -92,7 +95,7 @@ class SimulatedInPlace(MemfdBacking):
             for mapping in target.mappings()
         )
 
-    # -- accesses -------------------------------------------------------------------------------------------------
+    # -- accesses ----------------------------------------------------------------------------------
 
     def read(self, offset: int, size: int) -> bytes:
         """Read as the host does; OSError (EFAULT) if a page of it is private."""
@@ -100,7 +103,7 @@ class SimulatedInPlace(MemfdBacking):
         return super().read(offset, size)
 
     def write(self, offset: int, data: bytes) -> None:
-        """Write as the host does; OSError (EFAULT) if a page of it is private, and nothing is written."""
+        """Write as the host does; OSError (EFAULT) and nothing written if a page is private."""
         self._check_shared(offset, len(data))
         super().write(offset, data)
 

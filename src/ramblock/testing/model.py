@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A naive model of a guest: what devices ought to reach, as plain sets of pages.
+A naive model of a guest: what devices *ought* to reach, as plain sets of pages.
 
-It is slow, obvious, and shares no code with what it judges. Apply to it what you apply to your VMM, and compare::
+It knows what was asked for, and nothing of what was done: that is the verifier's half
+(:mod:`ramblock.testing.verifier`). It is slow, obvious, and shares no code with the library. Apply
+to it what you apply to your VMM, and compare::
 
     model = GuestModel()
     model.add_block("ram", 16 * KIB)
@@ -10,8 +12,8 @@ It is slow, obvious, and shares no code with what it judges. Apply to it what yo
     model.convert(0, 8 * KIB, PageState.SHARED)
     assert pages_of(iommu.mappings()) == model.populated()
 
-A page is named by the address of its first byte: a guest address where the guest is meant, an offset where a block is. The
-model checks nothing; what is not allowed is not to be applied to it.
+A page is named by the address of its first byte: a guest address where the guest is meant, an
+offset where a block is. The model checks nothing: apply no operation that is not allowed.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class _Extent(Protocol):
 
 
 def pages_of(mappings: Iterable[_Extent], page_size: int = PAGE_SIZE) -> set[int]:
-    """Name the pages that *mappings* (anything with ``iova`` and ``size``) cover, by the address of the first byte."""
+    """Name the pages of *mappings* (anything with ``iova`` and ``size``) by their first bytes."""
     return {
         page
         for mapping in mappings
@@ -71,7 +73,7 @@ class ModelSection:
 
 class GuestModel:
     """
-    Blocks, sections, and per block which pages are shared, plugged, and populated by further sources.
+    Blocks, sections, and the pages of each block that are shared, plugged, and populated by others.
 
     :param page_size: In bytes; every address and size is a multiple of it.
     """
@@ -89,7 +91,7 @@ class GuestModel:
     def _pages(self, offset: int, size: int) -> set[int]:
         return set(range(offset, offset + size, self.page_size))
 
-    # -- what happens ---------------------------------------------------------------------------------------------
+    # -- what happens ------------------------------------------------------------------------------
 
     def add_block(self, name: str, size: int, *, confidential: bool = True) -> None:
         """Make a block; everything private, or (not *confidential*) shared."""
@@ -137,7 +139,7 @@ class GuestModel:
         assert plugged is not None, f"block {name!r} has no virtio-mem"
         plugged -= self._pages(offset, size)
 
-    # -- what ought to be -----------------------------------------------------------------------------------------
+    # -- what ought to be --------------------------------------------------------------------------
 
     def _at(self, gpa: int) -> tuple[str, int]:
         for section in self.sections:
@@ -165,7 +167,7 @@ class GuestModel:
         return self.pages() - self.shared()
 
     def populated(self) -> set[int]:
-        """Guest pages that devices ought to reach: shared, plugged, and populated in every further source."""
+        """Guest pages that devices ought to reach: shared, plugged, populated in every source."""
         return {page for page in self.pages() if self._is_populated(*self._at(page))}
 
     def populated_in(self, name: str) -> set[int]:

@@ -15,7 +15,8 @@ In a test::
         probe.assert_mapped(0, 512 << 20)
         probe.assert_not_mapped(1 << 32, 1 << 30)
 
-When the test ends the VMM is ended too, and a rule that it broke, or a window that it left behind, is an error of the test.
+When the test ends the VMM is ended too, and a rule that it broke, or a window that it left behind,
+is an error of the test.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ class Vmm:
         """
         if self.process.poll() is not None and not self._stopped:
             raise VmmEndedError(
-                f"{self._command[0]} has ended with exit code {self.process.returncode}:\n{self._tail()}"
+                f"{self._command[0]} has ended with exit code {self.process.returncode}:\n"
+                f"{self._tail()}"
             )
 
     def stop(self) -> int:
@@ -112,7 +114,7 @@ class VmmProbe(Probe):
     """
     A probe with what a test wants of it. Made by the fixture :func:`ramblock_probe`.
 
-    Addresses are those of the device, in bytes; with no IOMMU in the guest they are guest addresses.
+    Addresses are those of the device, in bytes; without an IOMMU in the guest they are the guest's.
 
     :param folder: For the socket, and the output of VMMs.
     :param trace: Where to write the events; whole once the probe has stopped.
@@ -164,7 +166,9 @@ class VmmProbe(Probe):
 
     def settle(self, quiet: float = 0.5, timeout: float = 30.0) -> None:
         """
-        Wait until a client is there and has left its windows alone for *quiet* seconds. One at least has to be there.
+        Wait until a client is there and has left its windows alone for *quiet* seconds.
+
+        One window at least has to be there.
 
         :raises TimeoutError: It does not within *timeout* seconds.
         """
@@ -258,7 +262,11 @@ class ProbeFactory(Protocol):
 
 @pytest.fixture
 def ramblock_probe() -> Iterator[ProbeFactory]:
-    """Give a function that starts probes; see :class:`ProbeFactory`. All of them, and their VMMs, end with the test."""
+    """
+    Give a function that starts probes; see :class:`ProbeFactory`.
+
+    All of them, and their VMMs, end with the test.
+    """
     with ExitStack() as stack:
         # Not pytest's folder: the path of a socket may have no more than 107 bytes.
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ramblock-")))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Hypothesis strategies: ranges of pages, page states, targets, what a guest and its device do. For users and our own tests.
+Hypothesis strategies: ranges of pages, page states, targets, operations of a guest and a device.
 
-The one module of the package that imports hypothesis (``pip install ramblock[testing]``)::
+Like :mod:`ramblock.testing.conformance` it imports hypothesis (``pip install ramblock[testing]``)::
 
     @given(st.lists(operations(64 * KIB)))
     def test_my_vmm(sequence: list[Operation]) -> None:
@@ -47,8 +47,8 @@ def page_ranges(
     """
     Give non-empty ranges inside ``[start, start + size)``, as (offset, size) in bytes.
 
-    Both ends are drawn alike, so that ranges that touch an end, or are all of it, turn up often; the simplest is the first
-    granule.
+    Both ends are drawn alike, so that ranges that touch an end, or are all of it, turn up often;
+    the simplest is the first granule.
 
     :param size: In bytes; a multiple of *granularity*.
     :param start: In bytes; a multiple of *granularity*.
@@ -71,7 +71,9 @@ def hostile_ranges(
     size: int, *, start: int = 0, granularity: int = PAGE_SIZE
 ) -> st.SearchStrategy[tuple[int, int]]:
     """
-    Give what a guest can send as (address, size) and must not get: unaligned, empty, outside, past 2**64.
+    Give (address, size) that a guest can send and must not get.
+
+    Unaligned, empty, outside, past 2**64.
 
     :param size: Of the range that is there, in bytes; see :func:`page_ranges`.
     :param start: Where it begins.
@@ -133,7 +135,7 @@ def target_kinds(*, max_limit: int | None = None) -> st.SearchStrategy[TargetKin
     """
     Give kinds of targets that can be attached; the simplest cuts and has no limit.
 
-    :param max_limit: The largest limit on mappings, of the target or the operator; None: no limits at all.
+    :param max_limit: The largest limit on mappings, of the target or the operator; None: no limits.
     """
     limits = st.none() if max_limit is None else st.none() | st.integers(1, max_limit)
     cutting = st.builds(
@@ -182,8 +184,8 @@ def operations(
     """
     Give operations on ``[start, start + size)``.
 
-    A device's reads and writes have any alignment and may lie where nothing is shared; plugging comes in whole blocks and
-    may be refused because a part is plugged already.
+    A device's reads and writes have any alignment and may lie where nothing is shared; plugging
+    comes in whole blocks and may be refused because a part is plugged already.
 
     :param plug: virtio-mem's block size in bytes; None: nothing is plugged or unplugged.
     """

@@ -10,6 +10,7 @@ from typing import Literal
 from ramblock.dma.soft import SoftIommu
 from ramblock.dma.target import DmaCapabilities, DmaTarget, HostRange
 from ramblock.errors import DmaError
+from ramblock.units import PAGE_SIZE
 
 __all__ = ["FaultyTarget", "RecordingTarget"]
 
@@ -23,7 +24,8 @@ class RecordingTarget:
 
     def __init__(self, inner: DmaTarget | None = None) -> None:
         self.inner: DmaTarget = SoftIommu() if inner is None else inner
-        #: ``("map" | "unmap", iova, size)``, oldest first; calls that the inner target refused too. May be cleared.
+        #: ``("map" | "unmap", iova, size)``, oldest first, with the calls that the inner target
+        #: refused. May be cleared.
         self.calls: list[tuple[Literal["map", "unmap"], int, int]] = []
 
     @property
@@ -51,12 +53,15 @@ class RecordingTarget:
 
 class FaultyTarget:
     """
-    Fails chosen calls. A failing call does nothing and raises ``DmaError`` with EIO; a short unmap leaves the last page.
+    Fails chosen calls.
+
+    A failing call does nothing and raises ``DmaError`` with EIO; a short unmap leaves the last
+    page.
 
     :param inner: The target that does the rest.
     :param fail_map: 1-based numbers of map calls that fail.
     :param fail_unmap: 1-based numbers of unmap calls that fail.
-    :param short_unmap: 1-based numbers of unmap calls that remove less than was asked for, and say so.
+    :param short_unmap: 1-based numbers of unmap calls that remove too little, and say so.
     """
 
     def __init__(
@@ -104,7 +109,7 @@ class FaultyTarget:
         return self.inner.unmap(iova, size)
 
     def _unmap_all_but_last_page(self, iova: int, size: int) -> int:
-        kept = self.capabilities.page_size
+        kept = max(self.capabilities.page_size, PAGE_SIZE)
         if size <= kept:
             return 0
         try:

@@ -294,8 +294,9 @@ class OwnReader:
 
     def _reset(self, line: OwnReset, number: int) -> Event:
         # Whatever it unmapped and made private is over with it, as with a conversion of no range.
+        began = line.t - line.took
         return ConversionEnd(
-            line.t, self.source, number, 0, 0, True, line.t - line.took, line.result
+            line.t, self.source, number, 0, 0, private=True, began=began, result=line.result
         )
 
     def _connect(self, line: OwnConnect, number: int) -> Event:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 
+from ramblock.errors import TraceError
 from ramblock.trace.events import Event, Remark, Source
 from ramblock.trace.qemu_events import QemuEvents
 from ramblock.trace.qemu_formats import FORMATS, IGNORED
@@ -34,12 +35,15 @@ class QemuReader(LineReader):
 
     Lines that are no trace events are counted, since the log may have others.
 
+    An event with a word that is none of QEMU's ends the reading.
+
     :param virtio_mem_block_size: Bytes; the ``block-size`` of the guest's virtio-mem device.
     """
 
     def __init__(self, source: Source, *, virtio_mem_block_size: int | None = None) -> None:
         super().__init__(source)
         self._events = QemuEvents(source, virtio_mem_block_size)
+        self._error: TraceError | None = None
         self._second = b""
         self._second_ns = 0
 
@@ -47,6 +51,29 @@ class QemuReader(LineReader):
     def needs(self) -> dict[str, str]:
         """Further sources that would tell more, by a keyword."""
         return self._events.needs
+
+    def feed(self, data: bytes) -> list[Event]:
+        """
+        Take bytes; return the events of the lines that are complete.
+
+        :raises TraceError: A line before these bytes could not be read.
+        """
+        if self._error is not None:
+            raise self._error
+        return super().feed(data)
+
+    def finish(self) -> list[Event]:
+        """
+        Take the end of the input; a last line without its end counts like any other.
+
+        :raises TraceError: A line could not be read.
+        """
+        if self._error is not None:
+            raise self._error
+        found = super().finish()
+        if self._error is not None:
+            raise self._error
+        return found
 
     def _parse(self, lines: list[bytes]) -> list[Event]:
         found: list[Event] = []
@@ -62,8 +89,12 @@ class QemuReader(LineReader):
             if known is not None and match is not None:
                 values = known.from_text(match[6] or b"")
             if values is not None and match is not None:
+                try:
+                    found += self._events.translate(name, self._time(match), number, values)
+                except TraceError as error:
+                    self._error = error
+                    break
                 by_name[name] = by_name.get(name, 0) + 1
-                found += self._events.translate(name, self._time(match), number, values)
             elif name in IGNORED:
                 by_name[name] = by_name.get(name, 0) + 1
             elif raw.strip():

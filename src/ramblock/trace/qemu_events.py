@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What QEMU's trace events mean: one translation for the text log and the binary format.
+The meaning of QEMU's trace events: one translation for the text log and the binary format.
 
-Two of them are written *before* the thing they name is done, and tell no result: ``kvm_convert_memory`` and the vfio-user ones.
+Two of them are written *before* the thing they name is done, and tell no result:
+``kvm_convert_memory`` and the vfio-user ones.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ramblock.errors import TraceError
 from ramblock.trace.events import (
     Attach,
     Attributes,
@@ -26,13 +28,21 @@ from ramblock.trace.events import (
     StateChange,
     Unmap,
 )
+from ramblock.trace.reader import trace_error
 
 __all__ = ["QemuEvents"]
 
 _ACK = 0  # VIRTIO_MEM_RESP_ACK, linux/virtio_mem.h
 _WRITABLE = 2  # VFIO_USER_DMA_REGION_WRITE; bit 0 is read
 _VFIO_USER = "vfio-user"
-_NEEDS_BLOCK = "virtio-mem requests count in blocks whose size is not in the trace: what was plugged is not known (--virtio-mem-block)"
+# system/ram-block-attributes.c: populated is shared. Only the state before can be a mixture. QEMU
+# 11.1.3 prints these words (tests/qemu/test_steps.py holds them against the program).
+_STATES = {b"populated": False, b"discarded": True}
+_MIXTURE = b"mixture"
+_NEEDS_BLOCK = (
+    "virtio-mem requests count in blocks whose size is not in the trace: what was plugged is not"
+    " known (--virtio-mem-block)"
+)
 
 
 class QemuEvents:
@@ -77,14 +87,20 @@ class QemuEvents:
     def translate(
         self, name: str, time: int | None, line: int, values: tuple[Any, ...]
     ) -> list[Event]:
-        """Say what one event means; nothing, for many."""
+        """
+        Say what one event means; nothing, for many.
+
+        :raises TraceError: A word of it is none of QEMU's. Taking it for one of them could turn a
+            finding into its opposite.
+        """
         make = self._makers.get(name)
         return [] if make is None else make(time, line, *values)
 
     def _convert_memory(
         self, time: int | None, line: int, start: int, size: int, what: bytes
     ) -> list[Event]:
-        # accel/kvm/kvm-all.c, kvm_convert_memory(): traced at its entry; the attribute is the first thing that it changes.
+        # accel/kvm/kvm-all.c, kvm_convert_memory(): traced at its entry; the attribute is the first
+        # thing that it changes.
         private = what == b"shared_to_private"
         end = start + size
         return [
@@ -126,10 +142,22 @@ class QemuEvents:
         return events
 
     def _state_change(
-        self, time: int | None, line: int, offset: int, size: int, _before: bytes, after: bytes
+        self, time: int | None, line: int, offset: int, size: int, before: bytes, after: bytes
     ) -> list[Event]:
-        private = after == b"private"
+        if before not in _STATES and before != _MIXTURE:
+            raise self._unknown_word(line, before, "discarded, populated or mixture")
+        private = _STATES.get(after)
+        if private is None:
+            raise self._unknown_word(line, after, "discarded or populated")
         return [StateChange(time, self._source, line, None, offset, offset + size, private)]
+
+    def _unknown_word(self, line: int, word: bytes, expected: str) -> TraceError:
+        text = word.decode(errors="backslashreplace")
+        return trace_error(
+            self._source,
+            line,
+            f"ram_block_attributes_state_change: unknown state {text!r}, expected {expected}",
+        )
 
     def _discard(
         self,
@@ -214,7 +242,8 @@ class QemuEvents:
     def _unmap_dma_non_exist(
         self, time: int | None, line: int, fd: int, ioas: int, iova: int, size: int, _result: int
     ) -> list[Event]:
-        # backends/iommufd.c: written in place of the other when the kernel says ENOENT, which QEMU takes for success. The kernel says it
+        # backends/iommufd.c: written in place of the other when the kernel says ENOENT, which QEMU
+        # takes for success. The kernel says it
         # too when the range cuts a mapping in two, and that mapping stays (iopt_unmap_iova_range).
         self.last_target = target = _ioas(fd, ioas)
         return [Unmap(time, self._source, line, target, iova, iova + size, unmapped=0)]
@@ -246,7 +275,8 @@ class QemuEvents:
         self.last_target = _VFIO_USER
         return [Unmap(time, self._source, line, _VFIO_USER, iova, iova + size)]
 
-    # virtio-mem (hw/virtio/virtio-mem.c): the request is traced when it comes, the response when everything is done or refused.
+    # virtio-mem (hw/virtio/virtio-mem.c): the request is traced when it comes, the response when
+    # everything is done or refused.
 
     def _plug_request(self, time: int | None, line: int, start: int, blocks: int) -> list[Event]:
         return self._ask(time, line, start, blocks, plugged=True)
