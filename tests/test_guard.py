@@ -465,6 +465,16 @@ def test_a_block_that_leaves_a_poisoned_memory_stays_poisoned(guest: Guest) -> N
     assert guest.memory.poisoned
 
 
+def test_unmap_on_a_poisoned_memory_takes_everything_from_the_devices(guest: Guest) -> None:
+    guest.poison()
+    assert guest.iommu.mappings()
+    assert guest.mapper.entries
+    guest.memory.unmap(guest.placed)
+    assert guest.iommu.mappings() == []
+    assert (guest.mapper.entries, guest.mapper.mapped_bytes) == (0, 0)
+    assert guest.memory.in_doubt()  # it cannot be known
+
+
 def test_a_listener_leaves_a_poisoned_block_whatever_it_says(guest: Guest) -> None:
     guest.poison()
     guest.listener.refuse_all("discard")

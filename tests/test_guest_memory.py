@@ -414,6 +414,19 @@ def test_unmap_is_all_or_nothing_towards_the_targets(guest: Guest, which: int) -
 # -- devices ---------------------------------------------------------------------------------------
 
 
+def test_unmap_goes_targets_then_slot_then_attributes(guest: Guest) -> None:
+    guest.memory.convert(LOW, PAGE, SHARED)
+    order: list[tuple[str, bool]] = []
+
+    def note(call: tuple[str, int, int]) -> None:
+        there = any(entry.iova == LOW for iommu in guest.iommus for entry in iommu.mappings())
+        order.append((call[0], there))
+
+    guest.vm.then = note
+    guest.memory.unmap(guest.memory.sections[0])
+    assert order == [("remove", False), ("shared", False)]
+
+
 def test_attach_and_detach(guest: Guest) -> None:
     guest.memory.convert(LOW + PAGE, 2 * PAGE, SHARED)
     iommu = SoftIommu()

@@ -68,7 +68,7 @@ VIRTIO_MEM = "tests/test_virtio_mem.py"
 # Parts of the failure injection, which is minutes long as a whole.
 ONE_FAILURE = f"{INJECTION}::test_conversion_with_one_failure"
 TWO_FAILURES = f"{INJECTION}::test_conversion_with_two_failures"
-IN_PLACE_TWO = f"{INJECTION}::test_conversion_in_place_with_two_failures"
+BY_PAGE_TWO = f"{INJECTION}::test_conversion_by_page_with_two_failures"
 OTHER_LISTENER = f"{INJECTION}::test_conversion_with_a_listener_of_somebody_elses"
 OTHER_SOURCE = f"{INJECTION}::test_conversion_with_a_source_of_somebody_elses"
 BUDGETS = f"{INJECTION}::test_budget_of_a_conversion"
@@ -379,7 +379,7 @@ _in(
         drop("self._guard.doubt(section, ...)"),
         (MANAGER, OTHER_LISTENER),
     ),
-    ("one that fails stops the undo", narrow("notify(section)"), OTHER_LISTENER),
+    ("one that fails stops the undo", narrow("notify(section)"), MANAGER),
     (
         "a source that does not answer in an undo leaves no doubt",
         drop("self._doubt_all(...)"),
@@ -1208,7 +1208,7 @@ _in(
 )
 _in(
     "dma.mapper:Mapper.remove",
-    ("entries of a section that went stay counted", drop("self.entries -= ..."), MAPPER),
+    ("entries of a section that went stay counted", drop("self.entries -= ..."), GUARD),
 )
 _in(
     f"{_SECTION_MAPPER}._unmap",
@@ -1235,7 +1235,7 @@ _in(
     (
         "no second witness",
         insert("return None", before="try: ...\nfinally: ..."),
-        f"{INJECTION}::test_conversion_by_page_with_two_failures",
+        BY_PAGE_TWO,
     ),
 )
 _in(
@@ -1272,7 +1272,7 @@ _in(
     (
         "an exact target: what was mapped is unmapped in one call",
         drop("if self.mapper.exact and self._step: ..."),
-        f"{INJECTION}::test_conversion_by_page_with_two_failures",
+        ONE_FAILURE,
     ),
     (
         "a map that may have happened is not unmapped",
@@ -1295,7 +1295,7 @@ _in(
 )
 _in(
     f"{_SECTION_MAPPER}._report",
-    ("pages in doubt are off the books", drop("self._record(start, end)"), TWO_FAILURES),
+    ("pages in doubt are off the books", drop("self._record(start, end)"), BY_PAGE_TWO),
     (
         "pages in doubt are like any others",
         drop("self.uncertain.set(start, end)"),
