@@ -126,11 +126,16 @@ def test_the_rest_is_put_back_whatever_stuck_raises(
 
 def test_a_step_that_is_certain_not_to_have_happened_can_be_dropped(world: World) -> None:
     world.raises["do two"] = RuntimeError("refused")
-    with pytest.raises(RuntimeError), UndoLog(Guard(), "operate") as undo:
-        undo.do("one", world.do, world.undo, "one")
-        try:
-            undo.do("two", world.do, world.undo, "two")
-        except RuntimeError:
-            undo.drop_last()
-            raise
+
+    def operate() -> None:
+        with UndoLog(Guard(), "operate") as undo:
+            undo.do("one", world.do, world.undo, "one")
+            try:
+                undo.do("two", world.do, world.undo, "two")
+            except RuntimeError:
+                undo.drop_last()
+                raise
+
+    with pytest.raises(RuntimeError):
+        operate()
     assert world.since("do two") == ["undo one"]
