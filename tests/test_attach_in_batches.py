@@ -18,6 +18,7 @@ from ramblock.errors import (
     PoisonedError,
     UsageError,
 )
+from ramblock.guest import devices
 from ramblock.guest import memory as module
 from ramblock.guest.devices import _BATCH
 from ramblock.testing import FaultyTarget, pages_of
@@ -203,6 +204,17 @@ def test_the_budget_is_checked_before_anything_is_mapped(
     assert (refused.value.needed, refused.value.limit) == (needed, needed - 1)
     assert target.map_calls == 0
     assert guest.memory.attach(target, policy, max_mappings=needed).entries == needed
+
+
+def test_the_budget_counts_more_runs_than_are_looked_at_in_one_go(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_COUNTED", RUNS // 3 + 1)
+    target = FaultyTarget(SoftIommu())
+    with pytest.raises(MappingLimitError) as refused:
+        guest.memory.attach(target, max_mappings=RUNS)
+    assert refused.value.needed == RUNS + 1
+    assert target.map_calls == 0
 
 
 def test_a_budget_that_is_used_up_between_batches(guest: Guest) -> None:

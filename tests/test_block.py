@@ -373,6 +373,49 @@ def test_closing_does_not_refuse_whatever_a_listener_raises() -> None:
     assert (first.held, second.held) == (set(), set())
 
 
+def test_closing_does_not_stop_at_a_listener_that_raises_each_time(forget_kept: None) -> None:
+    block = RamBlock.create("ram", 2 * PAGE)
+    first, second = RecordingListener("first"), RecordingListener("second")
+    for listener in (first, second):
+        block.discard_manager.register_listener(listener, section(block))
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    first.then = interrupt
+    block.close()
+    assert block.closed
+    assert second.held == set()
+    assert [doubt.target for doubt in block.guard.in_doubt()] == [first]
+
+
+def test_a_vm_that_resets_no_attribute_does_no_harm_to_a_close() -> None:
+    """Nothing is there any more that could be seen with the wrong one."""
+    vm, iommu = RecordingVm(), SoftIommu()
+    memory = GuestMemory(vm)
+    memory.attach(iommu)
+    block = RamBlock.create("not-kept", 2 * PAGE, private="stand-in")
+    memory.map(block, 0)
+    memory.convert(0, PAGE, SHARED)
+    vm.refuse = lambda call: call[0] in {"private", "shared"}
+    block.close()
+    assert not memory.poisoned
+    assert (memory.sections, iommu.mappings(), vm.slots) == ((), [], [])
+    assert not is_mapped("not-kept")
+
+
+def test_a_block_that_the_vm_does_not_let_go_of_keeps_its_pages(forget_kept: None) -> None:
+    vm = RecordingVm()
+    memory = GuestMemory(vm)
+    block = RamBlock.create("kept-by-the-vm", 2 * PAGE, private="stand-in")
+    memory.map(block, 0)
+    vm.refuse = lambda call: call[0] == "remove"
+    block.close()
+    assert block.closed
+    assert [tuple(doubt) for doubt in memory.in_doubt()] == [(0, 2 * PAGE, vm)]
+    assert is_mapped("kept-by-the-vm")
+
+
 # -- what a poisoned block keeps -------------------------------------------------------------------
 
 
@@ -438,6 +481,17 @@ def test_a_closed_poisoned_block_keeps_its_pages_as_long_as_a_target_may_reach_t
     assert os.fstat(fd).st_blocks * 512 == PAGE
     assert os.pread(fd, 9, PAGE) == b"xeachable"
     assert is_mapped("kept-block")
+
+
+def test_a_poisoned_block_that_has_left_its_guest_keeps_its_pages_too(
+    poisoned: tuple[GuestMemory, RamBlock, SoftIommu],
+) -> None:
+    memory, block, iommu = poisoned
+    memory.unmap(memory.sections[0])
+    assert block.placement is None
+    assert block.guard.in_doubt() == memory.in_doubt() != []
+    block.close()
+    assert iommu.read(PAGE, 9) == b"reachable"
 
 
 def test_a_block_that_is_closed_in_good_order_keeps_nothing() -> None:

@@ -497,6 +497,43 @@ def test_if_putting_back_fails_the_block_is_poisoned(
         listener.refuse_nothing()
 
 
+def test_the_latest_that_was_told_is_the_first_to_be_put_back(
+    block: RamBlock, manager: RamDiscardManager
+) -> None:
+    source = PageSource()
+    manager.add_source(source)
+    listeners, journal = three_listeners(block)
+    listeners[2].refuse = lambda _: True
+    source.populated = set(range(COUNT))
+    with pytest.raises(RefusalError):
+        manager.notify_populate(source, 0, block.size)
+    told = populate(0, COUNT)
+    back = discard(0, COUNT)
+    assert journal == [("one", told), ("two", told), ("two", back), ("one", back)]
+
+
+def test_all_of_a_listener_is_put_back_whatever_it_raises(
+    block: RamBlock, manager: RamDiscardManager
+) -> None:
+    source, other = PageSource(), PageSource({1, 2, 5, 9})
+    manager.add_source(source)
+    manager.add_source(other)
+    listeners, journal = three_listeners(block)
+
+    def interrupt(call: Heard) -> None:
+        if call == discard(1, 2):
+            raise KeyboardInterrupt
+
+    listeners[0].then = interrupt
+    listeners[1].refuse_all("populate")
+    source.populated = set(range(COUNT))
+    with pytest.raises(PoisonedError):
+        manager.notify_populate(source, 0, block.size)
+    assert journal[3:] == [("one", call) for call in (discard(1, 2), discard(5, 1), discard(9, 1))]
+    # Only where it raised it is not known what it holds.
+    assert [tuple(doubt) for doubt in block.guard.in_doubt()] == [(PAGE, 2 * PAGE, listeners[0])]
+
+
 # -- listeners that come and go --------------------------------------------------------------------
 
 

@@ -1,4 +1,6 @@
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -273,6 +275,88 @@ def test_other_threads_wait_for_the_lock(guest: Guest) -> None:
     assert list(guest.memory.ranges(SHARED)) == [(0, 4 * PAGE)]
 
 
+def _wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_whoever_waits_has_the_lock_in_turn_and_before_whoever_comes_later() -> None:
+    guard = Guard()
+    order: list[str] = []
+    threads = [
+        threading.Thread(target=guard.run, args=(name, order.append, name), daemon=True)
+        for name in ("first", "second", "third")
+    ]
+
+    def hold() -> None:
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            _wait_until(lambda number=number: len(guard._gates) == number)  # type: ignore[misc]
+
+    guard.run("hold", hold)
+    guard.run("later", order.append, "later")
+    for thread in threads:
+        thread.join(60)
+    assert order == ["first", "second", "third", "later"]
+    assert guard.run("last", lambda: "is free") == "is free"
+
+
+class JustGivenBack:
+    """A lock that is given back between a look at it and what follows from that look."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+        self._lock = threading.Lock()
+
+    def acquire(self, blocking: bool = True) -> bool:
+        self.looks += 1
+        return self.looks > 1 and self._lock.acquire(blocking)
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def test_nobody_waits_for_an_owner_who_has_just_left() -> None:
+    guard = Guard()
+    guard._lock = JustGivenBack()  # type: ignore[assignment]
+    done: list[str] = []
+    thread = threading.Thread(target=guard.run, args=("wait", done.append, "done"), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert done == ["done"]
+
+
+class StaleGates(deque[Any]):
+    """Says that nobody waits, and then somebody does."""
+
+    then: Callable[[], object] | None = None
+
+    def __bool__(self) -> bool:
+        answer = len(self) > 0
+        then, self.then = self.then, None
+        if then is not None:
+            then()
+        return answer
+
+
+def test_nobody_who_comes_while_the_lock_is_given_back_waits_forever() -> None:
+    guard = Guard()
+    guard._gates = gates = StaleGates()
+    done: list[str] = []
+    thread = threading.Thread(target=guard.run, args=("late", done.append, "done"), daemon=True)
+
+    def come() -> None:
+        thread.start()
+        _wait_until(lambda: len(gates) == 1)
+
+    guard.run("hold", lambda: setattr(gates, "then", come))
+    thread.join(20)
+    assert done == ["done"]
+    assert guard.run("last", lambda: "is free") == "is free"
+
+
 def test_whoever_waits_follows_a_block_to_its_new_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = GuestMemory()
     with RamBlock.create("ram", 2 * PAGE, private="stand-in") as block:
@@ -300,6 +384,34 @@ def test_whoever_waits_follows_a_block_to_its_new_lock(monkeypatch: pytest.Monke
         attributes_of(block).state_change(0, PAGE, SHARED)
         assert inside
         assert before.run("something", lambda: "is free") == "is free"
+
+
+def test_nothing_is_done_under_a_lock_that_the_block_has_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = GuestMemory()
+    with RamBlock.create("ram", 2 * PAGE, private="stand-in") as block:
+        attributes_of(block).state_change(0, PAGE, SHARED)
+        run = block.guard.run
+
+        def placed_meanwhile(*args: Any, **kwargs: Any) -> object:
+            monkeypatch.undo()
+            memory.map(block, 0)
+            return run(*args, **kwargs)
+
+        refused: list[BusyError] = []
+
+        def look(_: object) -> None:
+            with pytest.raises(BusyError) as caught:
+                memory.convert(PAGE, PAGE, SHARED)
+            refused.append(caught.value)
+
+        monkeypatch.setattr(block.guard, "run", placed_meanwhile)
+        listener = RecordingListener()
+        listener.then = look
+        block.discard_manager.register_listener(listener, section(block))
+        assert len(refused) == 1
+        listener.then = _nothing
 
 
 # -- poison ----------------------------------------------------------------------------------------
@@ -351,6 +463,26 @@ def test_a_block_that_leaves_a_poisoned_memory_stays_poisoned(guest: Guest) -> N
     with pytest.raises(PoisonedError):
         attributes_of(guest.block).state_change(0, PAGE, SHARED)
     assert guest.memory.poisoned
+
+
+def test_unmap_on_a_poisoned_memory_takes_everything_from_the_devices(guest: Guest) -> None:
+    guest.poison()
+    assert guest.iommu.mappings()
+    assert guest.mapper.entries
+    guest.memory.unmap(guest.placed)
+    assert guest.iommu.mappings() == []
+    assert (guest.mapper.entries, guest.mapper.mapped_bytes) == (0, 0)
+    assert guest.memory.in_doubt()  # it cannot be known
+
+
+def test_a_listener_leaves_a_poisoned_block_whatever_it_says(guest: Guest) -> None:
+    guest.poison()
+    guest.listener.refuse_all("discard")
+    manager = guest.block.discard_manager
+    manager.unregister_listener(guest.listener)
+    assert guest.listener not in [entry.listener for entry in manager.registrations]
+    doubted = [doubt for doubt in guest.memory.in_doubt() if doubt.target is guest.listener]
+    assert [(doubt.gpa, doubt.size) for doubt in doubted] == [(0, 2 * PAGE)]
 
 
 def test_a_transaction_under_way_is_no_poison(guest: Guest) -> None:

@@ -414,6 +414,19 @@ def test_unmap_is_all_or_nothing_towards_the_targets(guest: Guest, which: int) -
 # -- devices ---------------------------------------------------------------------------------------
 
 
+def test_unmap_goes_targets_then_slot_then_attributes(guest: Guest) -> None:
+    guest.memory.convert(LOW, PAGE, SHARED)
+    order: list[tuple[str, bool]] = []
+
+    def note(call: tuple[str, int, int]) -> None:
+        there = any(entry.iova == LOW for iommu in guest.iommus for entry in iommu.mappings())
+        order.append((call[0], there))
+
+    guest.vm.then = note
+    guest.memory.unmap(guest.memory.sections[0])
+    assert order == [("remove", False), ("shared", False)]
+
+
 def test_attach_and_detach(guest: Guest) -> None:
     guest.memory.convert(LOW + PAGE, 2 * PAGE, SHARED)
     iommu = SoftIommu()
@@ -800,6 +813,24 @@ def test_a_short_unmap_poisons_and_the_other_target_is_put_back(
     assert [iommu.mappings() for iommu in guest.iommus] == [[], []]
     assert guest.memory.poisoned
     assert guest.memory.in_doubt()
+
+
+def test_pages_that_stay_mapped_stay_shared(guest: Guest, caplog: pytest.LogCaptureFixture) -> None:
+    """The one target cannot let go of pages that the other refuses: a device may reach them."""
+    caplog.set_level(logging.CRITICAL + 1)
+    first, second = guest.targets
+    second.fail_map = {second.map_calls + 1}
+    first.short_unmap = {first.unmap_calls + 1}
+    with pytest.raises(PoisonedError) as caught:
+        guest.memory.convert(LOW, 4 * PAGE, SHARED)
+    assert caught.value.target is second
+    assert guest.memory.state(LOW) is SHARED
+    assert LOW // PAGE not in guest.vm.private
+    assert {tuple(doubt) for doubt in guest.memory.in_doubt()} == {
+        (LOW, 4 * PAGE, first),
+        (LOW, 4 * PAGE, second),
+    }
+    assert next(iter(guest.memory.ranges(SHARED))) == (LOW, 4 * PAGE)
 
 
 # -- asking ----------------------------------------------------------------------------------------

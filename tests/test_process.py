@@ -17,6 +17,7 @@ import pytest
 from doubles import PAGE, RecordingListener, section
 from ramblock import GuestMemory, PageState, RamBlock, RamSection, VirtioMem
 from ramblock.dma import HostRange, SoftIommu
+from ramblock.interrupts import uninterrupted
 
 SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -143,6 +144,20 @@ def test_a_fork_while_another_thread_converts_does_not_hang(guest: Guest) -> Non
     assert guest.iommu.read(0, 6) == b"parent"
 
 
+def test_a_fork_of_another_thread_has_a_main_thread_too(guest: Guest) -> None:
+    """Interrupts wait on the one thread that the fork has, whichever it was before."""
+
+    def work() -> object:
+        return uninterrupted(lambda: signal.getsignal(signal.SIGINT) is before)
+
+    before = signal.getsignal(signal.SIGINT)
+    told: list[str] = []
+    thread = threading.Thread(target=lambda: told.append(in_child(work)))
+    thread.start()
+    thread.join()
+    assert told == ["False"]
+
+
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_nothing_that_holds_memory_is_copied(guest: Guest, how: Callable[[object], object]) -> None:
     things = [
@@ -165,6 +180,7 @@ def test_nothing_that_holds_memory_is_copied(guest: Guest, how: Callable[[object
 
 def test_targets_and_vms_outside_are_not_copied_either() -> None:
     from ramblock.dma import IommufdIoas, Type1Container, VfioUserTarget
+    from ramblock.dma.mapper import Mapper
     from ramblock.kvm import GuestMemfd, Kvm, KvmVm, Vcpu
     from ramblock.process import OfOneProcess
     from ramblock.testing import SimulatedInPlace
@@ -182,6 +198,7 @@ def test_targets_and_vms_outside_are_not_copied_either() -> None:
         OwnedDescriptor,
         VfioDevice,
         SimulatedInPlace,
+        Mapper,
     ):
         assert issubclass(kind, OfOneProcess), kind
 

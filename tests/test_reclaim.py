@@ -334,6 +334,47 @@ def test_a_failure_is_not_tried_again_at_once() -> None:
     assert memory.calls == [(0, 1)]
 
 
+def test_no_failure_waits_behind_one_that_fails_again() -> None:
+    memory = Memory(1)
+    memory.use(0, 16)
+    memory.fails = True
+    failed = range(0, 12, 2)
+    for number in failed:
+        memory.free(number, 1)
+    memory.calls.clear()
+    memory.free(14, 1)
+    memory.free(15, 1)
+    assert {first for first, _ in memory.calls} >= set(failed)
+
+
+def test_all_parts_of_a_failure_have_their_turn() -> None:
+    memory = Memory(1)
+    memory.use(0, 16)
+    memory.fails = True
+    memory.free(0, 7)
+    memory.use(2, 1)
+    memory.use(5, 1)
+    memory.fails = False
+    for number in (13, 14, 15):
+        memory.free(number, 1)
+    assert memory.waiting == set()
+    assert memory.dirty & set(range(7)) == {2, 5}
+
+
+def test_what_is_used_again_without_a_word_is_kept() -> None:
+    """A source may change its mind and tell nobody: it is asked before anything is freed."""
+    memory = Memory(1)
+    memory.use(0, 16)
+    memory.fails = True
+    memory.free(0, 3)
+    memory.used.add(1)
+    memory.fails = False
+    memory.free(15, 1)
+    memory.reclaimer.free_pending()
+    assert 1 in memory.dirty
+    assert {0, 2} & memory.dirty == set()
+
+
 def test_every_failure_has_its_turn() -> None:
     memory = Memory(1)
     memory.use(0, 16)

@@ -268,6 +268,119 @@ def test_a_new_vm_that_refuses_is_not_taken(guest: Guest, number: int) -> None:
     check_reset(guest, guest.vm)
 
 
+@pytest.mark.parametrize("number", range(1, 6))
+def test_a_new_vm_that_cannot_be_put_back_does_no_harm(guest: Guest, number: int) -> None:
+    """It is not taken, so that whatever it has been told is of no account."""
+    before = guest.picture()
+    vm = RecordingVm()
+    left = number
+
+    def refuse(call: tuple[str, int, int]) -> bool:
+        nonlocal left
+        left -= 1
+        return left <= 0
+
+    vm.refuse = refuse
+    with StandInLike(SIZE) as new:
+        with pytest.raises(OSError, match="the VM refuses"):
+            guest.memory.reset(vm, {guest.ram: new.backing})
+        assert not guest.memory.poisoned
+        assert guest.picture() == before
+        guest.memory.reset()
+        check_reset(guest, guest.vm)
+
+
+@pytest.mark.parametrize("verb", ["add", "remove"])
+def test_a_slot_that_was_refused_is_not_put_back(
+    guest: Guest, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was done, and a VM may refuse to undo that."""
+    before = guest.picture()
+    refused: list[str] = []
+
+    def refuse(call: tuple[str, int, int]) -> bool:
+        if call[0] == verb and not refused:
+            refused.append(verb)
+            return True
+        there = any(part.gpa == call[1] * PAGE for part in guest.vm.slots)
+        return (call[0] == "add" and there) or (call[0] == "remove" and not there)
+
+    def remove(part: RamSection) -> None:
+        guest.vm._hear("remove", part.gpa, part.size)
+        guest.vm.slots.remove(part)
+
+    guest.vm.refuse = refuse
+    monkeypatch.setattr(guest.vm, "remove_memory_slot", remove)
+    with StandInLike(SIZE) as new:
+        with pytest.raises(OSError, match="the VM refuses"):
+            guest.memory.reset(private={guest.ram: new.backing})
+        assert refused
+        assert not guest.memory.poisoned
+        assert guest.picture() == before
+        guest.memory.reset()
+    check_reset(guest, guest.vm)
+
+
+def wrong(guest: Guest) -> list[set[int]]:
+    """Per IOMMU: guest pages that are mapped and not populated, or populated and not mapped."""
+    populated = {
+        page
+        for block in (guest.ram, guest.hotplug, guest.rom)
+        for part in guest.memory.sections
+        if part.block is block
+        for run in block.discard_manager.populated(part)
+        for page in range(run.gpa // PAGE, run.gpa_end // PAGE)
+    }
+    return [mapped ^ populated for mapped in guest.mapped]
+
+
+def in_doubt(guest: Guest) -> list[set[int]]:
+    return [
+        {
+            page
+            for gpa, size, who in guest.memory.in_doubt()
+            for page in range(gpa // PAGE, (gpa + size) // PAGE)
+            if who is target
+        }
+        for target in guest.targets
+    ]
+
+
+def test_a_slot_that_does_not_come_back_leaves_its_block_unmapped_and_in_doubt(
+    guest: Guest, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL + 1)
+    guest.vm.refuse = lambda call: call[0] == "add"
+    with StandInLike(SIZE) as new:
+        with pytest.raises(PoisonedError, match="reset: the memory is poisoned"):
+            guest.memory.reset(private={guest.ram: new.backing})
+        assert guest.ram.private is not new.backing
+        shared = {1, 2, 3}
+        assert wrong(guest) == [shared, shared]
+        assert in_doubt(guest) == [shared, shared]
+        # The other block had nothing to do with it.
+        assert 2 * COUNT in guest.mapped[0]
+        assert guest.private(guest.ram).read(0, 6) == b"secret"
+
+
+def test_a_slot_that_stays_with_a_new_side_leaves_its_block_private(
+    guest: Guest, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL + 1)
+    guest.vm.refuse = lambda call: (
+        call[:2] == ("add", 2 * COUNT) or (call[0] == "remove" and guest.ram.private is new.backing)
+    )
+    with StandInLike(SIZE) as new, StandInLike(SIZE) as other:
+        with pytest.raises(PoisonedError, match="reset: the memory is poisoned"):
+            guest.memory.reset(private={guest.ram: new.backing, guest.hotplug: other.backing})
+        # The guest sees the new side, so that nothing of the block is mapped or called shared.
+        assert guest.ram.private is new.backing
+        assert guest.memory.state(PAGE) is PRIVATE
+        assert [pages & set(range(COUNT)) for pages in guest.mapped] == [set(), set()]
+        for pages, doubted in zip(wrong(guest), in_doubt(guest), strict=True):
+            assert pages <= doubted
+
+
 def test_a_short_unmap_poisons_and_nothing_is_freed(
     guest: Guest, caplog: pytest.LogCaptureFixture
 ) -> None:

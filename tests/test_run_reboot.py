@@ -77,7 +77,7 @@ def test_a_reset_that_frees_and_leaves_mappings_is_noticed(
         for section in memory.sections:
             attributes = section.block.attributes  # type: ignore[attr-defined]
             if attributes is not None:
-                memory._placer.vm.set_memory_attributes(section.gpa, section.size, True)  # type: ignore[union-attr]
+                memory._vm.set_memory_attributes(section.gpa, section.size, True)  # type: ignore[union-attr]
         return 0
 
     monkeypatch.setattr(GuestMemory, "reset", reset)

@@ -1,454 +1,1471 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Break the core on purpose, one line at a time, and see that the tests notice.
+Break the core on purpose, one step at a time, and see that the tests notice.
 
-    python tools/mutants.py [NAME ...]
+    python -m tools.mutants [--jobs N] [--timeout SECONDS] [--list] [NAME ...]
 
-Each mutant is a textual change in a copy of ``src/``; the tests that should kill it run against the
-copy. Exit code 1 if one survives, or if the text to change is not in the source any more (then the
-list here has to follow the code).
+Each mutant (tools/mutation.py) is one change in a copy of ``src/``; the tests named beside it run
+against the copy, after they have passed against the code as it is. A NAME chooses the mutants whose
+name contains it. Exit code 1 if one survives, or if the place that one changes is not there exactly
+once any more: then the list here has to follow the code.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+
+from tools.mutation import (
+    Change,
+    MovedError,
+    Mutant,
+    changed_tree,
+    copy_source,
+    drop,
+    drop_keyword,
+    insert,
+    is_imported_from,
+    narrow,
+    negate,
+    prepend,
+    replace,
+    run_all,
+    run_tests,
+    swap,
+    unwrap,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "ramblock"
 
-INJECTION = "tests/test_failure_injection.py"
-INTERRUPTS = "tests/test_interrupts.py"
+ATTACHMENT = "tests/test_attachment.py"
+ATTRIBUTES = "tests/test_attributes.py"
+BATCHES = "tests/test_attach_in_batches.py"
 BLOCK = "tests/test_block.py"
+COORDINATION = "tests/test_coordination.py"
+GUARD = "tests/test_guard.py"
 GUEST = "tests/test_guest_memory.py"
 IN_PLACE = "tests/test_in_place.py"
+INJECTION = "tests/test_failure_injection.py"
+INTERRUPTS = "tests/test_interrupts.py"
 MANAGER = "tests/test_discard_manager.py"
 MAPPER = "tests/test_mapper.py"
+PROCESS = "tests/test_process.py"
 RECLAIM = "tests/test_reclaim.py"
+REGISTRY = "tests/test_registry.py"
+RESET = "tests/test_reset.py"
+RUNS = "tests/test_runs.py"
+SECTION = "tests/test_section.py"
 SOFT = "tests/test_soft_iommu.py"
-THREADS = "tests/test_threads.py"
+UNDO = "tests/test_undo.py"
+VIRTIO_MEM = "tests/test_virtio_mem.py"
+
+# Parts of the failure injection, which is minutes long as a whole.
+ONE_FAILURE = f"{INJECTION}::test_conversion_with_one_failure"
+TWO_FAILURES = f"{INJECTION}::test_conversion_with_two_failures"
+BY_PAGE_TWO = f"{INJECTION}::test_conversion_by_page_with_two_failures"
+OTHER_LISTENER = f"{INJECTION}::test_conversion_with_a_listener_of_somebody_elses"
+OTHER_SOURCE = f"{INJECTION}::test_conversion_with_a_source_of_somebody_elses"
+BUDGETS = f"{INJECTION}::test_budget_of_a_conversion"
+MAP = f"{INJECTION}::test_map"
+UNMAP = f"{INJECTION}::test_unmap"
+ATTACH = f"{INJECTION}::test_attach"
+DETACH = f"{INJECTION}::test_detach"
+INJECTED_RESET = f"{INJECTION}::test_reset"
+REGISTER = f"{INJECTION}::test_register_listener"
+UNREGISTER = f"{INJECTION}::test_unregister_listener"
+ADD_SOURCE = f"{INJECTION}::test_add_source"
+
+MUTANTS: list[Mutant] = []
 
 
-class Mutant(NamedTuple):
-    """One way to break the core."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
+def _in(where: str, *mutants: tuple[str, Change, Sequence[str] | str]) -> None:
+    """Add *mutants* of one place, as (name, change, tests)."""
+    for name, change, tests in mutants:
+        MUTANTS.append(Mutant(name, where, change, (tests,) if isinstance(tests, str) else tests))
 
 
-MUTANTS = [
-    # -- order -------------------------------------------------------------------------------------
-    Mutant(
-        "to private: attribute before unmap",
-        "guest/conversion.py",
-        "(_UNMAP, _PRIVATE, _ACCOUNT, _STATE)",
-        "(_PRIVATE, _UNMAP, _ACCOUNT, _STATE)",
-        (GUEST, INJECTION),
+# -- conversions: the tables, and what their steps do ----------------------------------------------
+
+_UNMAP, _ATTRIBUTE, _STATE = (f"_Step({step!r}, ...)" for step in ("unmap", "attribute", "state"))
+_MAP = "_Step('map', ...)"
+
+_in(
+    "guest.conversion:TO_PRIVATE",
+    ("to private: attribute before unmap", swap(_UNMAP, _ATTRIBUTE), (GUEST, ONE_FAILURE)),
+    ("to private: state before attribute", swap(_ATTRIBUTE, _STATE), ONE_FAILURE),
+    ("to private: unmap left out", drop(_UNMAP), GUEST),
+    ("to private: attribute left out", drop(_ATTRIBUTE), GUEST),
+    ("to private: state left out", drop(_STATE), GUEST),
+    (
+        "to private: a stuck attribute does not make the state private",
+        drop_keyword("stuck", of=_ATTRIBUTE),
+        (IN_PLACE, TWO_FAILURES),
     ),
-    Mutant(
-        "to shared: map before attribute",
-        "guest/conversion.py",
-        "(_SHARED, _MAP, _ACCOUNT, _STATE)",
-        "(_MAP, _SHARED, _ACCOUNT, _STATE)",
-        (GUEST, INJECTION),
-    ),
-    Mutant(
-        "to private: state before unmap",
-        "guest/conversion.py",
-        "(_UNMAP, _PRIVATE, _ACCOUNT, _STATE)",
-        "(_STATE, _UNMAP, _PRIVATE, _ACCOUNT)",
-        (GUEST, INJECTION),
-    ),
-    Mutant(
-        "to private: attribute left out",
-        "guest/conversion.py",
-        "(_UNMAP, _PRIVATE, _ACCOUNT, _STATE)",
-        "(_UNMAP, _ACCOUNT, _STATE)",
-        (GUEST, INJECTION),
-    ),
-    Mutant(
-        "free before the commit",
-        "guest/conversion.py",
-        "        self.change.tell()\n",
-        "        self.free()\n        self.change.tell()\n",
-        (GUEST, INJECTION),
-    ),
-    Mutant(
-        "placing: slot before attributes",
-        "guest/placement.py",
-        '    Step("attribute", PlacedSection.set_attributes, PlacedSection.unset_attributes),\n'
-        '    Step("slot", PlacedSection.add_slot, PlacedSection.unadd_slot),\n',
-        '    Step("slot", PlacedSection.add_slot, PlacedSection.unadd_slot),\n'
-        '    Step("attribute", PlacedSection.set_attributes, PlacedSection.unset_attributes),\n',
-        (GUEST, INJECTION),
-    ),
-    # -- in place ----------------------------------------------------------------------------------
-    Mutant(
+    (
         "in place, to private: attribute before unmap",
-        "guest/conversion.py",
-        "(_UNMAP, _PRIVATE, _ACCOUNT, _STATE)",
-        "(_PRIVATE, _UNMAP, _ACCOUNT, _STATE)",
-        (IN_PLACE,),
+        swap(_UNMAP, _ATTRIBUTE),
+        f"{IN_PLACE}::test_to_private_unmap_comes_first_and_to_shared_map_comes_last",
     ),
-    Mutant(
+)
+_in(
+    "guest.conversion:TO_SHARED",
+    ("to shared: map before attribute", swap(_ATTRIBUTE, _MAP), (GUEST, ONE_FAILURE)),
+    ("to shared: attribute left out", drop(_ATTRIBUTE), GUEST),
+    ("to shared: map left out", drop(_MAP), GUEST),
+    (
+        "to shared: a stuck map does not leave the state shared",
+        drop_keyword("stuck", of=_MAP),
+        (GUEST, TWO_FAILURES),
+    ),
+    (
         "in place, to shared: map before attribute",
-        "guest/conversion.py",
-        "(_SHARED, _MAP, _ACCOUNT, _STATE)",
-        "(_MAP, _SHARED, _ACCOUNT, _STATE)",
-        (IN_PLACE,),
+        swap(_ATTRIBUTE, _MAP),
+        f"{IN_PLACE}::test_to_private_unmap_comes_first_and_to_shared_map_comes_last",
     ),
-    Mutant(
-        "in place, undo of the attribute left out",
-        "guest/conversion.py",
-        "        for offset, size in self.change.changed_runs():\n",
-        "        for offset, size in ():\n",
-        (IN_PLACE,),
-    ),
-    Mutant(
-        "in place, a conversion frees",
-        "memory/sides.py",
-        "        if block.in_place is not None:\n",
-        "        if False:\n",
-        (IN_PLACE,),
-    ),
-    Mutant(
-        "in place, unplugging frees nothing",
-        "memory/sides.py",
-        "            self.both = Side(Reclaimer(name, size, unit, shared.discard,"
-        " self._plugged))\n",
-        "            self.both = Side()\n",
-        (IN_PLACE, INJECTION),
-    ),
-    Mutant(
-        "in place, what is plugged counts as unused",
-        "memory/sides.py",
-        "        return self._plugged_of(iter(((start, end),)))\n",
-        "        return iter(())\n",
-        (IN_PLACE, INJECTION),
-    ),
-    Mutant(
-        "in place, a pin is tried once",
-        "memory/in_place.py",
-        "TRIES = 4\n",
-        "TRIES = 1\n",
-        (IN_PLACE,),
-    ),
-    Mutant(
-        "in place, a pin that stays is ignored",
-        "memory/in_place.py",
-        "            return\n    backing.set_attributes(offset, size, private)\n",
-        "            return\n",
-        (IN_PLACE,),
-    ),
-    Mutant(
-        "in place, any error is tried again",
-        "memory/in_place.py",
-        "            if error.errno != errno.EAGAIN:\n                raise\n",
-        "            pass\n",
-        (IN_PLACE,),
-    ),
-    Mutant(
-        "in place, the VM is asked",
-        "guest/page_attributes.py",
-        "    if memory is None:\n",
-        "    if True:\n",
-        (IN_PLACE,),
-    ),
-    Mutant(
-        "in place, placing makes all private first",
-        "guest/page_attributes.py",
-        "        private = complement(iter(shared), section.offset, section.end)\n",
-        "        pass\n",
-        (IN_PLACE,),
-    ),
-    Mutant(
-        "in place, unmapping makes all shared",
-        "guest/page_attributes.py",
-        "    if section.block.in_place is None:\n        set_attribute(vm, section, section.offset,"
-        " section.size, private=MAKE_SHARED)\n",
-        "    if True:\n        set_attribute(vm, section, section.offset, section.size,"
-        " private=MAKE_SHARED)\n",
-        (IN_PLACE,),
-    ),
-    # -- closing -----------------------------------------------------------------------------------
-    Mutant(
-        "closing goes on by force after Ctrl-C",
-        "guest/memory.py",
-        "            elif not isinstance(failure.cause, Exception) and not guard.poisoned:\n",
-        "            elif False:\n",
-        (BLOCK, INTERRUPTS),
-    ),
-    Mutant(
-        "closing by force does not poison when it is interrupted",
-        "memory/guard.py",
-        '            self.poison(f"{operation} did not come to its end: {error!r}")\n',
-        "",
-        (BLOCK,),
-    ),
-    # -- undo --------------------------------------------------------------------------------------
-    Mutant(
-        "undo of unmap and map left out",
-        "guest/conversion.py",
-        "        self.change.take_back()\n",
-        "        return\n",
-        (INJECTION,),
-    ),
-    Mutant(
-        "undo of the attribute left out",
-        "guest/conversion.py",
-        "        for offset, size in self.change.changed_runs():\n",
-        "        for offset, size in ():\n",
-        (INJECTION,),
-    ),
-    Mutant(
+)
+_in(
+    "guest.conversion:ConversionPiece.put_attribute_back",
+    ("undo of the attribute left out", prepend("return"), ONE_FAILURE),
+    ("in place: undo of the attribute left out", prepend("return"), IN_PLACE),
+    (
         "undo of the attribute for all of the range",
-        "guest/conversion.py",
-        "        for offset, size in self.change.changed_runs():\n",
-        "        for offset, size in ((self.section.offset, self.section.size),):\n",
-        (INJECTION, GUEST),
+        replace("self.change.changed_runs()", "((self.section.offset, self.section.end),)"),
+        ONE_FAILURE,
     ),
-    Mutant(
-        "undo of the state left out",
-        "guest/conversion.py",
-        "        self.change.flip_back()\n",
-        "        return\n",
-        (INJECTION, INTERRUPTS),
+)
+_in(
+    "guest.conversion:_take_back",
+    ("undo of map and unmap left out", prepend("return"), ONE_FAILURE),
+)
+_in("guest.conversion:_flip_back", ("undo of the state left out", prepend("return"), ONE_FAILURE))
+_in(
+    "guest.conversion:ConversionPiece.settle_in_doubt",
+    (
+        "what is stuck mapped is not in doubt",
+        drop("self.change.notification.doubt(...)"),
+        TWO_FAILURES,
     ),
-    Mutant(
-        "an undo goes on after it failed for a piece",
-        "memory/transaction.py",
-        "            stuck.append(piece)\n",
-        "            pass\n",
-        (INJECTION,),
+)
+_in(
+    "guest.conversion:ConversionPiece.free",
+    (
+        "the shared side is kept when it is used again: not noted",
+        drop("sides.shared.keep_used(offset, size)"),
+        f"{INJECTION}::test_what_waits_to_be_freed_is_kept_when_it_is_used_again",
     ),
-    Mutant(
-        "a failed undo does not poison",
-        "memory/transaction.py",
-        '            guard.poison(f"step {step.name!r} could not be put back: {error!r}")\n',
-        "",
-        (INJECTION,),
+    (
+        "to private: the private side is freed",
+        replace("sides.shared.free(offset, size)", "sides.private.free(offset, size)"),
+        BLOCK,
     ),
-    Mutant(
-        "the undo runs forwards",
-        "memory/transaction.py",
-        "    for step, piece in reversed(started):\n",
-        "    for step, piece in started:\n",
-        (INJECTION,),
+    (
+        "to shared: the shared side is freed",
+        replace("sides.private.free(offset, size)", "sides.shared.free(offset, size)"),
+        BLOCK,
     ),
-    Mutant(
-        "the intent is noted after the step",
-        "memory/transaction.py",
-        "                started.append((step, piece))\n                step.do(piece)\n",
-        "                step.do(piece)\n                started.append((step, piece))\n",
-        (INJECTION,),
+)
+_in(
+    "guest.conversion:convert_pieces",
+    (
+        "conversion: the intent is noted after the step",
+        swap("begun.append(...)", "do(piece)"),
+        ONE_FAILURE,
     ),
-    Mutant(
-        "only Exception is a failure",
-        "memory/transaction.py",
-        "    except BaseException as cause:\n",
-        "    except Exception as cause:\n",
-        (INJECTION, INTERRUPTS),
+    (
+        "conversion: only Exception is a failure",
+        narrow("for step, do, undo, stuck in ...: ..."),
+        (GUEST, ONE_FAILURE),
     ),
-    # -- telling listeners -------------------------------------------------------------------------
-    Mutant(
-        "an interrupted listener counts as one that refused",
-        "memory/notification.py",
-        "self._refused = isinstance(error, Exception)",
-        "self._refused = True",
-        (INTERRUPTS, INJECTION, MANAGER),
+    ("conversion: nothing is put back", drop("put_back(guard, begun)"), (GUEST, ONE_FAILURE)),
+    (
+        "conversion: a failed undo is called a failure like any other",
+        drop("if guard.poisoned: ..."),
+        (GUEST, TWO_FAILURES),
     ),
-    Mutant(
-        "the call in flight is never reversed",
-        "memory/notification.py",
-        "until = in_flight.offset if self._refused else in_flight.end",
-        "until = in_flight.offset",
-        (INTERRUPTS, INJECTION),
+)
+_in(
+    "guest.memory:GuestMemory._convert",
+    (
+        "conversion: freed before the commit",
+        insert("free_each(p.free for p in pieces)", before="try: ...\nfinally: ..."),
+        (GUEST, ONE_FAILURE),
     ),
-    Mutant(
+    ("conversion: the budget is not asked", drop("reserve(...)"), (GUEST, BUDGETS)),
+)
+
+# -- the undo log ----------------------------------------------------------------------------------
+
+_in(
+    "discard.undo:UndoLog.do",
+    (
+        "undo log: the intent is noted after the step",
+        swap("self._entries.append(...)", "do(*arguments)"),
+        UNDO,
+    ),
+    (
+        "map: the intent is noted after the step",
+        swap("self._entries.append(...)", "do(*arguments)"),
+        MAP,
+    ),
+)
+_in(
+    "discard.undo:UndoLog.drop_last",
+    ("undo log: a refused step is put back", drop("self._entries.pop()"), UNDO),
+)
+_in(
+    "discard.undo:UndoLog.__exit__",
+    ("undo log: nothing is put back", drop("self.put_back()"), UNDO),
+    ("undo log: a failed undo is not said", drop("if self._guard.poisoned: ..."), UNDO),
+)
+_STUCK_PIECE = "piece is other and step != name"
+_in(
+    "discard.undo:put_back",
+    ("undo log: earliest first", replace("reversed(entries)", "entries"), UNDO),
+    ("conversion: put back from the front", replace("reversed(entries)", "entries"), ONE_FAILURE),
+    ("undo log: the piece goes on after a stuck step", drop("if any(...): ..."), UNDO),
+    (
+        "in place: pages are mapped whose attribute is stuck",
+        drop("if any(...): ..."),
+        f"{IN_PLACE}::test_if_it_cannot_be_put_back_the_memory_is_poisoned_and_nothing_is_mapped",
+    ),
+    (
+        "undo log: siblings of a stuck step are left alone",
+        replace(_STUCK_PIECE, "piece is other"),
+        UNDO,
+    ),
+    ("undo log: other pieces are left alone", replace(_STUCK_PIECE, "step != name"), UNDO),
+    ("undo log: stuck is not called", replace("stuck is None", "True"), UNDO),
+    (
+        "undo log: a failed undo does not poison",
+        drop("guard.poison(f'step {step!r} could not be put back: {error!r}')"),
+        UNDO,
+    ),
+    ("undo log: only Exception stops an undo", narrow("undo(*arguments)"), UNDO),
+    ("undo log: what stuck raises leaves the rest", narrow("stuck(*arguments)"), UNDO),
+    # Not here: the poison of a stuck function that fails. The undo before it has poisoned already,
+    # and the first reason is the one that is kept.
+)
+_in(
+    "discard.bitmap_source:BitmapSource.change",
+    (
+        "a source's change: nothing is put back",
+        drop("put_back(manager.guard, begun)"),
+        (ATTRIBUTES, VIRTIO_MEM),
+    ),
+    (
+        "a source's change: bits before listeners",
+        swap("notification.tell()", "change.flip()"),
+        (ATTRIBUTES, VIRTIO_MEM),
+    ),
+    ("a source's change: no budget", replace("manager.registry.limited", "False"), VIRTIO_MEM),
+    (
+        "a source's change: the undo of the bits is not noted",
+        drop("begun.append(...)"),
+        f"{INJECTION}::test_plug",
+    ),
+)
+_in(
+    "discard.bitmap_source:BitmapChange.flip",
+    ("bits change the other way", negate("self.populate"), ATTRIBUTES),
+)
+_in(
+    "discard.bitmap_source:BitmapChange.flip_back",
+    (
+        "a mixture is put back as if it were uniform",
+        replace("self._saved is not None", "False"),
+        ONE_FAILURE,
+    ),
+)
+
+# -- telling listeners, and taking it back ---------------------------------------------------------
+
+_NOTIFICATION = "discard.notification:Notification"
+
+_in(
+    f"{_NOTIFICATION}._exact",
+    (
+        "runs of a source leave the section",
+        replace("clip(self._runs(start, end), start, end)", "self._runs(start, end)"),
+        VIRTIO_MEM,
+    ),
+    (
+        "runs begin in front of the section",
+        replace("max(self._start, section.offset)", "self._start"),
+        (MANAGER, VIRTIO_MEM),
+    ),
+    (
+        "runs end behind the section",
+        replace("min(self._end, section.offset + section.size)", "self._end"),
+        (MANAGER, VIRTIO_MEM),
+    ),
+    (
         "the other sources are not asked",
-        "memory/notification.py",
-        "        for source in self._others:\n            runs = intersect(runs, source)\n",
-        "",
-        (MANAGER, INJECTION),
+        replace("joint_runs(runs, self._others)", "runs"),
+        (MANAGER, VIRTIO_MEM),
     ),
-    Mutant(
+)
+_in(
+    f"{_NOTIFICATION}._discards",
+    (
         "a sparse discard over what stays populated",
-        "memory/notification.py",
-        "        if not (registration.sparse and self._change.hollow):\n",
-        "        if not registration.sparse:\n",
-        (INJECTION, MANAGER, GUEST),
+        replace("self._hollow", "True"),
+        (MANAGER, GUEST),
     ),
-    # -- the mapper --------------------------------------------------------------------------------
-    Mutant(
-        "a short unmap believed",
-        "dma/mapper.py",
-        "                if removed < expected:\n",
-        "                if removed < 0:\n",
-        (MAPPER, INJECTION),
+)
+_in(
+    f"{_NOTIFICATION}.tell",
+    (
+        "one run begins in front of the section",
+        replace("max(self._start, whole.offset)", "self._start"),
+        (ATTRIBUTES, MANAGER),
     ),
-    Mutant(
-        "a short unmap believed in the undo",
-        "dma/mapper.py",
-        "        return None if removed >= size else",
-        "        return None if removed >= 0 else",
-        (INJECTION,),
+    (
+        "one run ends behind the section",
+        replace("min(self._end, whole.offset + whole.size)", "self._end"),
+        (ATTRIBUTES, MANAGER),
     ),
-    Mutant(
-        "no second witness",
-        "dma/mapper.py",
-        "        if removed:\n            return f",
-        "        if not removed:\n            return None\n        if removed:\n            return"
-        " f",
-        (INJECTION,),
+    (
+        "an interrupted listener counts as one that refused",
+        replace("isinstance(error, Exception)", "True"),
+        (OTHER_LISTENER, REGISTER),
     ),
-    Mutant(
-        "an error in doubt taken for a refusal",
-        "dma/mapper.py",
-        "    return isinstance(error, DmaError) and not error.in_doubt\n",
-        "    return isinstance(error, DmaError)\n",
-        (INJECTION,),
+    ("who was told is not counted", drop("self._told += 1"), (MANAGER, ONE_FAILURE)),
+    (
+        "the call in flight is not noted",
+        drop("self._in_flight = section"),
+        (MANAGER, OTHER_LISTENER),
     ),
-    Mutant(
-        "the budget not checked",
-        "dma/mapper.py",
-        "        if needed > limit:\n",
-        "        if needed > 2 * limit + 99:\n",
-        (MAPPER, INJECTION),
+    (
+        "the call in flight is noted for the next listener",
+        drop("self._in_flight = None"),
+        (OTHER_LISTENER, OTHER_SOURCE),
     ),
-    Mutant(
-        "the budget not checked for the undo",
-        "dma/mapper.py",
-        "        return int(self._continues(start)) + int(self._continues(end))\n",
-        "        return int(self._continues(end))\n",
-        (INJECTION,),
+)
+_IN_FLIGHT = "at.offset if self._refused else at.offset + at.size"
+_in(
+    f"{_NOTIFICATION}.take_back",
+    ("the call in flight is never reversed", replace(_IN_FLIGHT, "at.offset"), OTHER_LISTENER),
+    (
+        "a call that was refused is reversed",
+        replace(_IN_FLIGHT, "at.offset + at.size"),
+        (MANAGER, OTHER_LISTENER),
     ),
-    Mutant(
-        "the rest behind a cut is not an entry",
-        "dma/mapper.py",
-        "        new_start = self.starts.set(end, end + 1) if self._continues(end) else 0\n",
-        "        new_start = 0\n",
-        (MAPPER, GUEST),
+    (
+        "those told before keep what they were told",
+        drop("for registration in reversed(...): ..."),
+        (MANAGER, ONE_FAILURE),
     ),
-    Mutant(
-        "an exact target gets one call for all",
-        "dma/mapper.py",
-        "        if not self.budget.exact:\n",
-        "        if True:\n",
-        (MAPPER, INJECTION),
+    (
+        "told in front, put back in front",
+        replace("reversed(self._registrations[:self._told])", "self._registrations[:self._told]"),
+        MANAGER,
     ),
-    # -- lock and poison ---------------------------------------------------------------------------
-    Mutant(
-        "the lock removed",
-        "memory/guard.py",
-        "        with self._lock:\n            self._owner = me\n",
-        "        if True:\n            self._owner = me\n",
-        (THREADS,),
+    (
+        "a doubt that came while telling lets the undo go on",
+        drop("if self._guard.doubt_count > self._doubts_before and self._registrations: ..."),
+        TWO_FAILURES,
     ),
-    Mutant(
+)
+_in(
+    f"{_NOTIFICATION}._reverse",
+    (
+        "what cannot be put back is not in doubt",
+        drop("self._guard.doubt(section, ...)"),
+        (MANAGER, OTHER_LISTENER),
+    ),
+    ("one that fails stops the undo", narrow("notify(section)"), MANAGER),
+    (
+        "a source that does not answer in an undo leaves no doubt",
+        drop("self._doubt_all(...)"),
+        (OTHER_SOURCE, f"{INJECTION}::test_conversion_with_three_failures"),
+    ),
+)
+_in(
+    f"{_NOTIFICATION}.tell_regardless",
+    ("by force: nothing is let go", drop("registration.budgeted.let_go()"), (BLOCK, DETACH)),
+    ("by force: what is not let go is not in doubt", drop("self._guard.doubt(...)"), BLOCK),
+    (
+        "by force: one that fails stops it",
+        narrow("registration.listener.notify_discard(part)"),
+        BLOCK,
+    ),
+)
+_in(
+    f"{_NOTIFICATION}.needs",
+    (
+        "budget: what a discard needs is not counted",
+        replace("sum(map(...))", "0"),
+        (MAPPER, BUDGETS),
+    ),
+    (
+        "budget: only the last section counts",
+        replace("total.get(listener.mapper, 0) + extra", "extra"),
+        f"{INJECTION}::test_budget_of_a_conversion_across_blocks",
+    ),
+)
+
+# -- ranges, sources, sections ---------------------------------------------------------------------
+
+_in(
+    "ranges:clip",
+    ("clip: not at the start", replace("max(run_start, start)", "run_start"), (RUNS, VIRTIO_MEM)),
+    ("clip: not at the end", replace("min(run_end, end)", "run_end"), (RUNS, VIRTIO_MEM)),
+    ("clip: empty runs", replace("low < high", "low <= high"), RUNS),
+)
+_in("ranges:complement", ("complement: without its last run", drop("if position < end: ..."), RUNS))
+_in(
+    "ranges:merge_adjacent",
+    ("runs that touch are not joined", replace("run_start == end", "False"), RUNS),
+)
+_in(
+    "discard.sources:populated_in",
+    ("a source's answer: not clipped at the start", replace("max(offset, start)", "offset"), RUNS),
+    (
+        "a source's answer: not clipped at the end",
+        replace("min(offset + size, end)", "offset + size"),
+        RUNS,
+    ),
+    (
+        "a source's answer: overlaps are believed",
+        replace("low < position or size <= 0", "size <= 0"),
+        RUNS,
+    ),
+    (
+        "a source's answer: empty runs are believed",
+        replace("low < position or size <= 0", "low < position"),
+        RUNS,
+    ),
+    ("a source's answer: any order is believed", drop("position = high"), RUNS),
+)
+_in(
+    "discard.sources:_granules",
+    (
+        "granules: the last one is not clipped",
+        replace(
+            "min(end, (start // granularity + 1) * granularity)",
+            "(start // granularity + 1) * granularity",
+        ),
+        (RUNS, MANAGER),
+    ),
+)
+_in(
+    "discard.section:RamSection.intersect",
+    ("intersect: not clipped at the start", replace("max(offset, self.offset)", "offset"), SECTION),
+    (
+        "intersect: not clipped at the end",
+        replace("min(offset + size, self.end)", "offset + size"),
+        SECTION,
+    ),
+    ("intersect: empty sections", replace("start < end", "start <= end"), SECTION),
+)
+_in(
+    "discard.section:RamSection.part",
+    (
+        "a part's guest address is not moved along",
+        replace("self.gpa + start - self.offset", "self.gpa"),
+        SECTION,
+    ),
+    ("a part of a ROM can be written", replace("self.readonly", "False"), SECTION),
+)
+
+# -- who listens where -----------------------------------------------------------------------------
+
+_in(
+    "discard.registry:Registry.overlapping",
+    ("overlapping: long sections are not found", replace("1 << shift", "1 << shift - 1"), REGISTRY),
+    (
+        "overlapping: the section behind",
+        replace("bisect_left(offsets, end, first)", "bisect_right(offsets, end, first)"),
+        REGISTRY,
+    ),
+    (
+        "overlapping: the section in front",
+        replace(
+            "offsets[index] + registration.section.size > start",
+            "offsets[index] + registration.section.size >= start",
+        ),
+        REGISTRY,
+    ),
+    ("overlapping: in any order", drop("if len(found) > 1: ..."), REGISTRY),
+    # Not here: one byte more or less in `start - (1 << shift)`. Sections are whole pages, so that
+    # no section begins there.
+)
+_in(
+    "discard.registry:_Shelf.find",
+    (
+        "registry: another section of the same offset goes",
+        replace("self.registrations[index] is not registration", "False"),
+        REGISTRY,
+    ),
+)
+_in(
+    "discard.registry:Registry.add",
+    ("registry: a listener is there twice", drop("self.discard(registration.listener)"), REGISTRY),
+    (
+        "registry: budgets are not counted",
+        drop("self.limited += _is_limited(registration)"),
+        (GUEST, MAPPER),
+    ),
+)
+
+# -- the discard manager ---------------------------------------------------------------------------
+
+_MANAGER = "discard.manager:RamDiscardManager"
+
+_in(
+    f"{_MANAGER}._add_source",
+    (
+        "virtio-mem that comes back frees nothing",
+        drop("if getattr(source, 'withholds', False): ..."),
+        VIRTIO_MEM,
+    ),
+    (
+        "virtio-mem that comes back frees all",
+        replace("complement(...)", "iter(((0, size),))"),
+        VIRTIO_MEM,
+    ),
+    (
+        "a source may be finer than a page of a target",
+        drop("for registration in self.registry: ..."),
+        MANAGER,
+    ),
+    (
+        "a source that is refused does not hear of it",
+        drop("getattr(source, 'on_removed', _nothing)()"),
+        (COORDINATION, MANAGER),
+    ),
+)
+_in(
+    f"{_MANAGER}._change_sources",
+    ("adding a source: no budget", drop("reserve(...)"), MANAGER),
+    (
+        "what a source that goes gives back still waits to be freed",
+        drop("self.freeing.keep_used(0, size)"),
+        (RECLAIM, VIRTIO_MEM),
+    ),
+    (
+        "adding a source: its undo is left out",
+        replace("notification.take_back", "int"),
+        (MANAGER, ADD_SOURCE),
+    ),
+)
+_in(
+    f"{_MANAGER}.join",
+    ("a listener is not registered", drop("self.registry.add(registration)"), MANAGER),
+)
+_in(
+    f"{_MANAGER}._unjoin",
+    ("a refused listener stays", drop("if before is not None: ..."), MAP),
+    (
+        "a batch that is undone takes the earlier ones off the list",
+        replace("before is not None", "False"),
+        BATCHES,
+    ),
+    (
+        "a listener that may hold something is forgotten",
+        drop("if registration.budgeted is not None: ..."),
+        (MAP, ATTACH, BATCHES),
+    ),
+)
+_in(
+    f"{_MANAGER}.leave",
+    ("a listener that left is told of changes", drop("self.registry.discard(...)"), MANAGER),
+    (
+        "leaving: its undo is left out",
+        replace("partial(self._rejoin, registration, farewell)", "int"),
+        (MANAGER, UNREGISTER),
+    ),
+)
+_in(
+    f"{_MANAGER}._rejoin",
+    (
+        "a listener that cannot leave is off the list",
+        drop("self.registry.add(registration)"),
+        (UNMAP, DETACH),
+    ),
+)
+_in(
+    f"{_MANAGER}._unregister",
+    ("a poisoned block keeps its listeners", drop("if self.guard.poisoned: ..."), GUARD),
+)
+_in(
+    f"{_MANAGER}.run",
+    (
+        "a block that moves to another lock is changed under the old one",
+        replace(
+            "self.guard.run(..., home=self)",
+            "self.guard.run(operation, work, *arguments, even_poisoned=even_poisoned)",
+        ),
+        GUARD,
+    ),
+)
+
+# -- the lock, the poison --------------------------------------------------------------------------
+
+_in(
+    "discard.guard:Guard.run",
+    ("calling back in waits for itself", drop("if self._owner == get_ident(): ..."), GUARD),
+    ("fork: the memory does not refuse", drop("if self._process != process.current: ..."), PROCESS),
+    (
+        "interrupts come in the middle of an operation",
+        replace(
+            "uninterrupted(...)",
+            "self._run_locked(operation, work, arguments, even_poisoned, home)",
+        ),
+        INTERRUPTS,
+    ),
+)
+_in(
+    "discard.guard:Guard._run_locked",
+    ("the lock: removed", prepend("return work(*arguments)"), GUARD),
+    ("the lock: the owner stays noted", drop("self._owner = None"), GUARD),
+    (
+        "the lock: a waiter is not let in",
+        drop("self._gates.popleft().release()"),
+        f"{GUARD}::test_whoever_waits_has_the_lock_in_turn_and_before_whoever_comes_later",
+    ),
+    (
+        "the lock: the last one in is the first",
+        replace("self._gates.popleft()", "self._gates.pop()"),
+        GUARD,
+    ),
+    # Not here: a release that opens a gate afterwards in place of handing over. The thread that
+    # releases takes the lock for the next one itself, before another one runs.
+    (
+        "the lock: whoever comes while it is given back waits forever",
+        drop("if self._gates:\n self._open_a_gate()"),
+        GUARD,
+    ),
+    (
         "a poisoned memory goes on",
-        "memory/guard.py",
-        "        if not even_poisoned and self._reason is not None:\n",
-        "        if False:\n",
-        (INJECTION,),
+        replace("self._reason is not None and not even_poisoned", "False"),
+        GUARD,
     ),
-    Mutant(
-        "an abandoned transaction forgotten",
-        "memory/guard.py",
-        "            self.poison(_ABANDONED)\n",
-        "",
-        ("tests/test_guard.py",),
+    (
+        "a poisoned memory cannot be unmapped",
+        replace("self._reason is not None and not even_poisoned", "self._reason is not None"),
+        GUARD,
     ),
-    Mutant(
+    (
+        "a block is changed under the lock that it left",
+        drop("if home is not None and home.guard is not self: ..."),
+        GUARD,
+    ),
+)
+_in(
+    "discard.guard:Guard._wait",
+    (
+        "the lock: whoever runs next gets it",
+        prepend("self._lock.acquire()\nreturn"),
+        GUARD,
+    ),
+    (
+        "the lock: whoever came too late to be seen waits forever",
+        drop("self._open_a_gate()"),
+        GUARD,
+    ),
+)
+_in(
+    "discard.guard:Guard.poison",
+    ("poison: the last reason is kept", unwrap("if first: ..."), GUARD),
+)
+_in(
+    "discard.guard:Guard.doubt",
+    (
         "a doubt does not poison",
-        "memory/guard.py",
-        '        self.poison(\n            f"{describe_range(section.gpa',
-        '        str(\n            f"{describe_range(section.gpa',
-        ("tests/test_attachment.py", MAPPER, BLOCK),
+        drop("self.poison(...)"),
+        (ATTACHMENT, MAPPER, BLOCK),
     ),
-    # -- freeing -----------------------------------------------------------------------------------
-    Mutant(
-        "a failed free forgotten",
-        "memory/reclaim.py",
-        "        if earlier:\n            self._retry(earlier)\n",
-        "        self._settle(offset, end)\n",
-        (RECLAIM, INJECTION),
+    ("a doubt is not counted", drop("self.doubt_count += 1"), TWO_FAILURES),
+)
+_in(
+    "discard.guard:Guard.leave_with",
+    ("a block leaves its poison behind", drop("other._reason = self._reason"), GUARD),
+    ("a block leaves its doubts behind", drop("other._doubts = ..."), (GUARD, BLOCK)),
+)
+
+# -- interrupts ------------------------------------------------------------------------------------
+
+_in(
+    "interrupts:_Hold.note",
+    ("a signal is dropped", drop("self.waiting.append((number, frame))"), INTERRUPTS),
+    (
+        "a signal is delivered inside",
+        prepend("return self.handlers[number](number, frame)"),
+        INTERRUPTS,
     ),
-    Mutant(
-        "what is in use again is freed later",
-        "memory/reclaim.py",
-        "        for first, last in self._used(start, end):\n",
-        "        for first, last in ():\n",
-        (RECLAIM,),
+    (
+        "patience is ignored: a second signal never kills",
+        replace("now - self.since >= PATIENCE_SECONDS", "False"),
+        INTERRUPTS,
     ),
-    # -- the software IOMMU ------------------------------------------------------------------------
-    Mutant(
-        "an access does not hold off an unmap",
-        "dma/soft.py",
-        "        with self._lock:\n            parts = self._translate(iova, size, write=False)\n",
-        "        if True:\n            parts = self._translate(iova, size, write=False)\n",
-        (SOFT, THREADS),
+    (
+        "patience is ignored: a second signal always kills",
+        replace("now - self.since >= PATIENCE_SECONDS", "True"),
+        INTERRUPTS,
     ),
-    Mutant(
+    ("patience: counted from long ago", drop("self.since = now"), INTERRUPTS),
+    ("a handler that was left swallows signals", drop("if self.over: ..."), INTERRUPTS),
+)
+_in(
+    "interrupts:_Hold.hand_over",
+    ("a second handler is not called", replace("error = raised", "raise"), INTERRUPTS),
+    (
+        "signals are handled latest first",
+        replace("self.waiting.pop(0)", "self.waiting.pop()"),
+        INTERRUPTS,
+    ),
+    (
+        "the exception of an earlier handler is lost",
+        drop("raised.__context__ = error or raised.__context__"),
+        INTERRUPTS,
+    ),
+)
+_in(
+    "interrupts:_Hold.hand_over",
+    (
+        "the error of the work takes the place of earlier signals",
+        drop("error.__context__ = context"),
+        INTERRUPTS,
+    ),
+)
+_in("interrupts:_HELD_BACK", ("SIGTERM is not held back", drop("_signal.SIGTERM"), INTERRUPTS))
+_in(
+    "interrupts:uninterrupted",
+    (
+        "handlers are not put back",
+        drop("for number, handler in handlers.items(): ..."),
+        INTERRUPTS,
+    ),
+    ("handlers of other threads' operations", drop("if get_ident() != _main: ..."), INTERRUPTS),
+    ("nested operations: the outer one is forgotten", drop("hold.outer = _hold"), INTERRUPTS),
+    ("what waits is not handed over", drop("while hold.waiting: ..."), INTERRUPTS),
+)
+_in(
+    "interrupts:hand_over",
+    ("an operation that could be left goes on", prepend("return"), INTERRUPTS),
+)
+_in(
+    "interrupts:_find_main_thread",
+    ("fork: the thread that forked is not the main one", prepend("return"), PROCESS),
+)
+
+# -- one process -----------------------------------------------------------------------------------
+
+_in("process:_note_fork", ("fork: not noticed", prepend("return"), PROCESS))
+_in(
+    "process:OfOneProcess.__reduce_ex__",
+    ("copies are allowed", prepend("return object.__reduce_ex__(self, protocol)"), PROCESS),
+)
+_in(
+    "guest.block:RamBlock.close",
+    ("fork: closing asks for the lock", replace("self.guard.forked", "False"), PROCESS),
+)
+
+# -- placing ---------------------------------------------------------------------------------------
+
+_PLACER = "guest.placement:Placer"
+_SLOT = "self._change_slot(...)"
+
+_in(
+    f"{_PLACER}.place",
+    ("placing: slot before attributes", swap("undo.do('attribute', ...)", _SLOT), (GUEST, MAP)),
+    (
+        "placing: targets before the slot",
+        swap(_SLOT, "for registration, replay in zip(...): ..."),
+        (GUEST, MAP),
+    ),
+    (
+        "placing: attributes are not put back",
+        replace("partial(self._unset, place)", "int"),
+        (GUEST, MAP),
+    ),
+    (
+        "placing: no budget",
+        drop("reserve(replays)"),
+        (GUEST, f"{INJECTION}::test_budget_of_attaching_and_of_placing"),
+    ),
+    (
+        "placing: listeners of a section that did not come are kept",
+        drop("if not self._guard.poisoned: ..."),
+        (GUEST, MAP),
+    ),
+)
+_in(
+    f"{_PLACER}.remove",
+    (
+        "removing: slot before targets",
+        swap("for registration in leaving:\n manager.leave(...)", _SLOT),
+        (GUEST, UNMAP),
+    ),
+    (
+        "removing: attributes before the slot",
+        swap(_SLOT, "undo.do('attribute', ...)"),
+        (GUEST, UNMAP),
+    ),
+    (
+        "removing: a slot that does not come back is no doubt",
+        drop_keyword("stuck", of=_SLOT),
+        UNMAP,
+    ),
+    (
+        "removing: attributes that do not come back are no doubt",
+        drop_keyword("stuck", of="undo.do('attribute', ...)"),
+        UNMAP,
+    ),
+    (
+        "removing: attributes are not put back",
+        replace("partial(self._set_attributes, place)", "int"),
+        UNMAP,
+    ),
+    (
+        "closing: attributes that the VM does not reset stop it",
+        replace("self._unset if closing else self._reset", "self._reset"),
+        BLOCK,
+    ),
+)
+_in(
+    f"{_PLACER}._change_slot",
+    ("placing: a slot that was refused is removed", drop("undo.drop_last()"), (GUEST, MAP)),
+    (
+        "placing: the slot is not put back",
+        replace(
+            "undo.do('slot', do, put_back, stuck=stuck)", "undo.do('slot', do, int, stuck=stuck)"
+        ),
+        (GUEST, MAP),
+    ),
+)
+_in(
+    f"{_PLACER}._set_attributes",
+    (
+        "ordinary RAM over attributes that stayed private",
+        replace("self._places.may_be_private(place.section)", "False"),
+        f"{INJECTION}::test_attributes_that_could_not_be_reset_are_set_for_ordinary_memory",
+    ),
+)
+_in(
+    f"{_PLACER}.force_out",
+    ("by force: a slot that stays is no doubt", drop("self._guard.doubt(...)"), BLOCK),
+    ("by force: targets are not told", drop("attachment.force_out(place)"), (GUARD, BLOCK, UNMAP)),
+)
+_in(
+    "guest.vm:establish",
+    ("placing: pages are not made private", drop("for start, end in private: ..."), GUEST),
+    (
+        "placing: shared pages are not made shared",
+        drop("for start, end in shared: ..."),
+        (GUEST, MAP),
+    ),
+    (
+        "in place: placing makes all private first",
+        drop("if block.in_place is not None: ..."),
+        IN_PLACE,
+    ),
+)
+_in(
+    "guest.vm:withdraw",
+    ("in place: unmapping makes all shared", unwrap("if block.in_place is None: ..."), IN_PLACE),
+)
+_in(
+    "guest.vm:set_attribute",
+    ("in place: the VM is asked", replace("block.in_place is not None", "False"), IN_PLACE),
+)
+_in(
+    "guest.memory:GuestMemory._map",
+    (
+        "placing: a block that did not come stays under the memory's lock",
+        drop("self._release_unplaced(block)"),
+        (GUEST, MAP),
+    ),
+)
+
+# -- in place --------------------------------------------------------------------------------------
+
+_in("hostmem.in_place:TRIES", ("in place: a pin is tried once", replace("4", "1"), IN_PLACE))
+_in(
+    "hostmem.in_place:set_attributes",
+    (
+        "in place: any error is tried again",
+        drop("if error.errno != errno.EAGAIN: ..."),
+        IN_PLACE,
+    ),
+    (
+        "in place: a pin that stays is ignored",
+        prepend(
+            "for _ in range(TRIES):\n"
+            " try:\n"
+            "  return backing.set_attributes(offset, size, private)\n"
+            " except OSError as error:\n"
+            "  if error.errno != errno.EAGAIN:\n"
+            "   raise\n"
+            "return None"
+        ),
+        IN_PLACE,
+    ),
+)
+_IN_PLACE_SIDES = "Sides(Several(), Several(), memory)"
+_in(
+    "guest.freeing:sides_of",
+    (
+        "in place: a conversion frees",
+        replace(_IN_PLACE_SIDES, "Sides(memory, memory, memory)"),
+        IN_PLACE,
+    ),
+    (
+        "in place: unplugging frees nothing",
+        replace(_IN_PLACE_SIDES, "Sides(Several(), Several(), Several())"),
+        IN_PLACE,
+    ),
+)
+_in(
+    "guest.freeing:sides_of.plugged",
+    (
+        "in place: what is plugged counts as unused",
+        replace("plugged_of(...)", "iter(())"),
+        (IN_PLACE, f"{INJECTION}::test_virtio_mem_in_place"),
+    ),
+)
+
+# -- attaching in batches --------------------------------------------------------------------------
+
+_in(
+    "guest.devices:map_some",
+    (
+        "attach: only the latest batch is registered",
+        replace("section.part(section.offset, stop)", "section.part(start, stop)"),
+        BATCHES,
+    ),
+    (
+        "attach: the next batch begins a page too late",
+        replace("before.section.end", "before.section.end + 4096"),
+        BATCHES,
+    ),
+    (
+        "attach: the next batch begins in front of the border",
+        replace("before.section.end", "before.section.end - 4096"),
+        BATCHES,
+    ),
+    (
+        "attach: all of the section is registered at once",
+        replace("section.part(section.offset, stop)", "section"),
+        BATCHES,
+    ),
+    ("attach: no budget for a batch", drop("reserve((replay,))"), BATCHES),
+    (
+        "attach: a batch that fails takes the earlier ones off the list",
+        drop_keyword("before", of="manager.join(...)"),
+        BATCHES,
+    ),
+)
+_in(
+    "guest.devices:_end_of_batch",
+    ("attach: all in one batch", prepend("return None"), BATCHES),
+)
+_in(
+    "guest.devices:count_some",
+    (
+        "attach: what is behind the first runs is not counted",
+        replace(
+            "runs[-1].end if len(runs) == _COUNTED else place.section.end", "place.section.end"
+        ),
+        BATCHES,
+    ),
+)
+_in(
+    "guest.devices:give_up",
+    (
+        "attach: a listener in doubt is forgotten",
+        drop("if registration is not None and listener is not None and listener.in_doubt: ..."),
+        (BATCHES, ATTACH),
+    ),
+)
+_in(
+    "guest.memory:GuestMemory._attach",
+    (
+        "attach: the budget is not asked in advance",
+        drop("if mapper.limit is not None: ..."),
+        BATCHES,
+    ),
+    (
+        "attach: cannot be left between batches",
+        replace(
+            "while run(...): ...",
+            "while run('attach', map_some, attachment, self._places, place, self._guard): pass",
+        ),
+        BATCHES,
+    ),
+)
+_in(
+    "guest.memory:GuestMemory._give_up_attach",
+    (
+        "attach: the batches before are not unmapped",
+        drop("give_up(attachment, self._places)"),
+        BATCHES,
+    ),
+)
+_in(
+    "guest.devices:Attachment.close",
+    ("attach: a claim stays", drop("self._hold.release()"), (COORDINATION, GUEST)),
+    (
+        "a target in doubt does not keep the memory alive",
+        replace("self._anchor is not None and not keeps_blocks", "self._anchor is not None"),
+        ATTACHMENT,
+    ),
+)
+_in(
+    "guest.devices:map_some",
+    (
+        "attach: a section that went meanwhile is mapped",
+        drop("if places.look_up(section) is not place: ..."),
+        BATCHES,
+    ),
+)
+_in(
+    "guest.devices:leave_all",
+    (
+        "detach: by force also where nothing is poisoned",
+        replace("guard.poisoned", "True"),
+        (GUEST, DETACH),
+    ),
+    (
+        "detach: all or nothing also where it is poisoned",
+        replace("guard.poisoned", "False"),
+        (GUARD, MAPPER, TWO_FAILURES),
+    ),
+)
+
+# -- reset -----------------------------------------------------------------------------------------
+
+_RESET = "guest.reset:reset_guest"
+_RESETS = (RESET, INJECTED_RESET)
+
+_in(
+    _RESET,
+    ("reset: nothing is unmapped", drop("undo.do('unmap', ...)"), RESET),
+    ("reset: undo of unmap left out", replace("farewell.take_back", "int"), RESET),
+    # Not here: no budget for the undo of the unmapping. All of a section goes, in whole mappings,
+    # which give back what they need: what is reserved is always 0.
+    ("reset: the slot stays with the old side", drop("_do_slot(undo, old_vm, ...)"), RESET),
+    (
+        "reset: a slot that does not come back is no doubt",
+        replace(
+            "_do_slot(undo, old_vm, place, add=False, stuck=stuck)",
+            "_do_slot(undo, old_vm, place, add=False, stuck=int)",
+        ),
+        RESET,
+    ),
+    ("reset: the new private side is not taken", drop("undo.do('private side', ...)"), RESET),
+    (
+        "reset: undo of the private side left out",
+        replace("partial(setattr, block, 'private', block.private)", "int"),
+        RESET,
+    ),
+    ("reset: attributes are not made private", drop("undo.do('attribute', ...)"), RESET),
+    (
+        "reset: undo of attributes left out",
+        replace("partial(_try_to, back) if new else back", "int"),
+        _RESETS,
+    ),
+    (
+        "reset: attributes that stay private leave the state shared",
+        drop_keyword("stuck", of="undo.do('attribute', ...)"),
+        _RESETS,
+    ),
+    (
+        "reset: a new VM that is not taken keeps private attributes",
+        replace("withdraw if new else _share_again", "_share_again"),
+        RESET,
+    ),
+    (
+        "reset: a new VM that is not put back poisons",
+        replace("partial(_try_to, back) if new else back", "back"),
+        RESET,
+    ),
+    (
+        "reset: slots before attributes",
+        swap("for place in places: ...", "for place in again: ..."),
+        RESET,
+    ),
+    ("reset: a new VM gets no slots", drop("_do_slot(undo, new_vm, ...)"), RESET),
+    (
+        "reset: a slot that stays with the new side leaves the state shared",
+        replace("None if renewed else partial(_settle, place.block)", "None if renewed else int"),
+        RESET,
+    ),
+    ("reset: the states stay", drop("undo.do('state', ...)"), RESET),
+    ("reset: undo of the state left out", replace("change.flip_back", "int"), _RESETS),
+    (
+        "reset: a state that is stuck is not settled",
+        replace(
+            "undo.do('state', change.flip, change.flip_back, piece=block, stuck=settle)",
+            "undo.do('state', change.flip, change.flip_back, piece=block)",
+        ),
+        INJECTED_RESET,
+    ),
+    ("reset: nothing is told to the observer", drop("change.source.observe(...)"), RESET),
+    ("reset: nothing is freed", replace("free_each(frees)", "0"), RESET),
+    (
+        "reset: the guest's private bytes survive",
+        replace("block.sides.both.free", "block.sides.shared.free"),
+        RESET,
+    ),
+    (
+        "reset: the shared bytes survive",
+        replace("block.sides.both.free", "block.sides.private.free"),
+        RESET,
+    ),
+    (
+        "reset: the old private side is not emptied",
+        drop("frees.append(partial(block.retire_private, old))"),
+        RESET,
+    ),
+)
+_in(
+    "guest.reset:_resettable",
+    (
+        "reset: virtio-mem stays plugged",
+        replace("(RamBlockAttributes, VirtioMem)", "RamBlockAttributes"),
+        RESET,
+    ),
+)
+_in(
+    "guest.reset:_do_slot",
+    ("reset: a slot that was refused is removed", drop("undo.drop_last()"), RESET),
+    (
+        "reset: slots are not put back",
+        replace(
+            "undo.do('slot', do, put_back, ...)",
+            "undo.do('slot', do, int, piece=place.block, stuck=stuck)",
+        ),
+        RESET,
+    ),
+)
+_in("guest.reset:_settle", ("reset: stuck does nothing", prepend("return"), _RESETS))
+_in(
+    "guest.memory:GuestMemory._reset",
+    ("reset: the new VM is not taken", drop("if vm is not None: ..."), RESET),
+    ("reset: parts are not checked", drop("check_new_parts(...)"), RESET),
+)
+_in(
+    "guest.block:RamBlock.retire_private",
+    ("reset: the old private side keeps its bytes", drop("old.discard(0, self.size)"), RESET),
+    ("reset: an old side that is not emptied is not said", drop("not_freed = self.size"), RESET),
+    ("reset: the old side stays open", drop("old.close()"), RESET),
+)
+
+# -- virtio-mem ------------------------------------------------------------------------------------
+
+_FREE = "self.block.discard_manager.freeing.free(offset, size)"
+
+_in(
+    "discard.virtio_mem:VirtioMem.withholds",
+    ("virtio-mem withholds nothing", replace("True", "False"), VIRTIO_MEM),
+)
+_in(
+    "discard.virtio_mem:VirtioMem._unplug",
+    (
+        "unplug: freed before the listeners have let go",
+        swap("self._change('unplug', ...)", _FREE),
+        VIRTIO_MEM,
+    ),
+    ("unplug: nothing is freed", drop(_FREE), VIRTIO_MEM),
+)
+_in(
+    "discard.virtio_mem:VirtioMem._unplug_all",
+    (
+        "unplug_all: nothing is freed",
+        drop("self.block.discard_manager.freeing.free(...)"),
+        VIRTIO_MEM,
+    ),
+)
+_in(
+    "discard.virtio_mem:VirtioMem.on_removed",
+    ("virtio-mem that goes keeps its claim", drop("self._hold.release()"), COORDINATION),
+)
+_in(
+    "discard.virtio_mem:VirtioMem._plug",
+    (
+        "plug: what is plugged again still waits to be freed",
+        drop("self.block.discard_manager.freeing.keep_used(offset, size)"),
+        (VIRTIO_MEM, RECLAIM),
+    ),
+)
+
+# -- the mapper ------------------------------------------------------------------------------------
+
+_SECTION_MAPPER = "dma.mapper:SectionMapper"
+
+_in(
+    "dma.mapper:Mapper.require",
+    ("budget: not checked", replace("needed > limit", "False"), MAPPER),
+    ("budget: off by one", replace("needed > limit", "needed > limit + 1"), MAPPER),
+)
+_in(
+    "dma.mapper:Mapper.remove",
+    ("entries of a section that went stay counted", drop("self.entries -= ..."), GUARD),
+)
+_in(
+    f"{_SECTION_MAPPER}._unmap",
+    (
+        "a short unmap is believed",
+        replace("removed < pages * PAGE_SIZE", "False"),
+        (MAPPER, ONE_FAILURE),
+    ),
+    (
+        "an exact target gets one call for all",
+        replace(
+            "self._pieces(start, end) if self.mapper.exact else ((start, end),)", "((start, end),)"
+        ),
+        MAPPER,
+    ),
+    ("an unmap that fails is not put back", drop("self._map_after_failure(...)"), ONE_FAILURE),
+)
+_in(
+    f"{_SECTION_MAPPER}._try_unmap",
+    ("a short unmap is believed in the undo", replace("removed >= size", "True"), TWO_FAILURES),
+)
+_in(
+    f"{_SECTION_MAPPER}._unmap_uncertain",
+    (
+        "no second witness",
+        insert("return None", before="try: ...\nfinally: ..."),
+        BY_PAGE_TWO,
+    ),
+)
+_in(
+    "dma.mapper:_is_refusal",
+    (
+        "an error in doubt is taken for a refusal",
+        replace("not error.in_doubt", "True"),
+        ONE_FAILURE,
+    ),
+)
+_in(
+    f"{_SECTION_MAPPER}.entries_to_discard",
+    (
+        "budget: the part in front of a cut is not counted",
+        replace("int(self._continues(start))", "0"),
+        (MAPPER, BUDGETS),
+    ),
+    (
+        "budget: the part behind a cut is not counted",
+        replace("int(self._continues(end))", "0"),
+        (MAPPER, BUDGETS),
+    ),
+)
+_in(
+    f"{_SECTION_MAPPER}._erase",
+    (
+        "the rest behind a cut is no entry",
+        replace("self.starts.set(end, end + 1) if goes_on else 0", "0"),
+        (MAPPER, ONE_FAILURE),
+    ),
+)
+_in(
+    f"{_SECTION_MAPPER}._unmap_after_failure",
+    (
+        "an exact target: what was mapped is unmapped in one call",
+        drop("if self.mapper.exact and self._step: ..."),
+        ONE_FAILURE,
+    ),
+    (
+        "a map that may have happened is not unmapped",
+        drop("if position < in_flight_end and not _is_refusal(error): ..."),
+        ONE_FAILURE,
+    ),
+)
+_in(
+    f"{_SECTION_MAPPER}._map_after_failure",
+    (
+        "an unmap that may have happened counts as none",
+        replace("not _is_refusal(error) and position < in_flight_end", "False"),
+        ONE_FAILURE,
+    ),
+    (
+        "pieces that were unmapped stay unmapped",
+        drop("for run_start, run_end in list(...): ..."),
+        ONE_FAILURE,
+    ),
+)
+_in(
+    f"{_SECTION_MAPPER}._report",
+    ("pages in doubt are off the books", drop("self._record(start, end)"), BY_PAGE_TWO),
+    (
+        "pages in doubt are like any others",
+        drop("self.uncertain.set(start, end)"),
+        (ATTACHMENT, TWO_FAILURES),
+    ),
+)
+_in(
+    f"{_SECTION_MAPPER}.let_go",
+    ("by force: pages in doubt are not tried", drop("for run in uncertain: ..."), TWO_FAILURES),
+)
+_in(
+    f"{_SECTION_MAPPER}.notify_populate",
+    (
+        "what is mapped already is mapped again",
+        replace("self.mapped.count(start, end)", "0"),
+        (BATCHES, OTHER_LISTENER, TWO_FAILURES),
+    ),
+)
+_in(
+    f"{_SECTION_MAPPER}._map_piece",
+    ("a ROM is mapped for writing", replace("not section.readonly", "True"), (MAPPER, GUEST, SOFT)),
+)
+
+# -- the software IOMMU ----------------------------------------------------------------------------
+
+_LOCK = "with self._lock: ..."
+
+_in("dma.soft:SoftIommu.read", ("a read does not hold off an unmap", unwrap(_LOCK), SOFT))
+_in("dma.soft:SoftIommu.write", ("a write does not hold off an unmap", unwrap(_LOCK), SOFT))
+_in("dma.soft:SoftIommu.unmap", ("an unmap does not wait for accesses", unwrap(_LOCK), SOFT))
+_in(
+    "dma.soft:SoftIommu._translate",
+    (
         "a write to read-only memory goes through",
-        "dma/soft.py",
-        "(write and not mapping.writable)",
-        "(write and mapping is None)",
-        (SOFT, GUEST),
+        replace("write and not mapping.writable", "False"),
+        SOFT,
     ),
-]
+    ("an access over a hole goes through", replace("mapping.iova > position", "False"), SOFT),
+)
+_in(
+    "dma.soft:MappingTable.overlapping",
+    ("what touches overlaps", replace("iova + size > start", "iova + size >= start"), SOFT),
+)
+
+# -- freeing and closing ---------------------------------------------------------------------------
+
+_RECLAIMER = "guest.freeing:Reclaimer"
+
+_in(
+    f"{_RECLAIMER}._free",
+    ("a failed free is not accounted", drop("self._wait(start, end)"), RECLAIM),
+    ("a free that worked stays on the account", drop("if self.not_freed_bytes: ..."), RECLAIM),
+)
+_in(
+    f"{_RECLAIMER}.free",
+    ("a failed free is forgotten", drop("self._queue.append((offset, end))"), RECLAIM),
+    ("earlier failures are not tried again", drop("if earlier: ..."), RECLAIM),
+)
+_in(
+    f"{_RECLAIMER}._retry",
+    (
+        "the latest failure is tried again first",
+        replace("self._queue.popleft()", "self._queue.pop()"),
+        RECLAIM,
+    ),
+    ("all earlier failures are tried again", replace("min(_RETRIES, waiting)", "waiting"), RECLAIM),
+    ("the rest of a failure is forgotten", drop("if run[1] < end: ..."), RECLAIM),
+)
+_in(
+    f"{_RECLAIMER}._unused",
+    (
+        "what is in use again is freed later",
+        replace("complement(self._used_pages(*run), *run)", "iter((run,))"),
+        RECLAIM,
+    ),
+)
+_in(
+    f"{_RECLAIMER}._free_pages",
+    ("a part of a huge page does not wait", drop("for run in complement(...): ..."), RECLAIM),
+    (
+        "a huge page that is in use in part is freed",
+        replace("next(self._used(edge, edge + unit), None) is None", "True"),
+        RECLAIM,
+    ),
+)
+_in(
+    "guest.freeing:free_each",
+    (
+        "an interrupt keeps others from being freed",
+        replace("failure = error", "raise"),
+        (RECLAIM, ONE_FAILURE),
+    ),
+)
+_in(
+    "guest.freeing:sides_of.used_privately",
+    (
+        "the shared pages count as private ones",
+        replace("complement(...)", "runs"),
+        (RECLAIM, BLOCK),
+    ),
+)
+_in(
+    "guest.block:RamBlock._close",
+    ("pages in doubt are given back", replace("manager.guard.doubts_of(self)", "False"), BLOCK),
+    ("closing tells no listener", drop("manager.dismiss_all()"), BLOCK),
+    ("closing keeps claims", drop("for hold in manager.holds: ..."), (BLOCK, COORDINATION)),
+)
 
 
-def _tests(mutant: Mutant, source: Path) -> tuple[bool, float]:
-    began = time.monotonic()
-    for tests in mutant.tests:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(source), "RAMBLOCK_STRESS_SECONDS": "4"},
-            capture_output=True,
-            check=False,
-        )
-        if done.returncode not in (0, 5):
-            return True, time.monotonic() - began
-    return False, time.monotonic() - began
+def _print_line(verdict: str, seconds: str, name: str, by: str) -> None:
+    print(f"{verdict:8}  {seconds:>6}  {name:70.70}  {by}".rstrip(), flush=True)
 
 
-def main(names: list[str]) -> int:
-    """Run the mutants whose names contain one of *names*, or all; return the exit code."""
-    chosen = [
-        mutant for mutant in MUTANTS if not names or any(name in mutant.name for name in names)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the mutants that the command line chooses; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tools.mutants", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="mutants whose name contains it")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS")
+    parser.add_argument("--list", action="store_true", help="list them, and run nothing")
+    chosen = parser.parse_args(arguments)
+    mutants = [
+        mutant
+        for mutant in MUTANTS
+        if not chosen.names or any(name in mutant.name for name in chosen.names)
     ]
-    survived = []
-    with tempfile.TemporaryDirectory() as folder:
-        for mutant in chosen:
-            source = Path(folder) / "src"
-            shutil.rmtree(source, ignore_errors=True)
-            shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
-            file = source / "ramblock" / mutant.file
-            text = file.read_text(encoding="utf-8")
-            if mutant.old not in text:
-                print(f"OUTDATED  {mutant.name}: its text is not in {mutant.file}", flush=True)
-                survived.append(mutant)
-                continue
-            file.write_text(text.replace(mutant.old, mutant.new, 1), encoding="utf-8")
-            killed, seconds = _tests(mutant, source)
-            print(
-                f"{'killed  ' if killed else 'SURVIVED'}  {mutant.name} ({seconds:.0f} s)",
-                flush=True,
-            )
-            if not killed:
-                survived.append(mutant)
-    print(f"{len(chosen) - len(survived)} of {len(chosen)} mutants killed")
-    return int(bool(survived))
+    if not mutants:
+        parser.error("no mutant has such a name")
+    moved = []
+    for mutant in mutants:
+        try:
+            changed_tree(mutant, ROOT / "src" / PACKAGE)
+        except MovedError as error:
+            moved.append(str(error))
+    if moved:
+        print("\n".join(moved), file=sys.stderr)
+        return 1
+    if chosen.list:
+        for mutant in mutants:
+            print(f"{mutant.where:55}  {mutant.name}")
+        return 0
+    began = time.monotonic()
+    if not _passes_unchanged(mutants, chosen.timeout):
+        return 1
+    living = killed = hangs = 0
+    for mutant, outcome in run_all(ROOT, PACKAGE, mutants, chosen.jobs, chosen.timeout):
+        killed += outcome.dead
+        living += not outcome.dead
+        hangs += outcome.verdict == "hang"
+        _print_line(outcome.verdict, f"{outcome.seconds:.1f} s", mutant.name, outcome.by)
+    minutes = (time.monotonic() - began) / 60
+    hang = f" ({hangs} hang)" if hangs else ""
+    print(f"{len(mutants)} mutants, {killed} killed{hang}, {living} survive; {minutes:.1f} min")
+    return int(living > 0)
+
+
+def _passes_unchanged(mutants: Sequence[Mutant], seconds: float) -> bool:
+    """Whether all the tests pass against the code as it is: else killing means nothing."""
+    tests = sorted({test for mutant in mutants for test in mutant.tests})
+    with tempfile.TemporaryDirectory(prefix="unchanged-") as folder:
+        source = copy_source(ROOT, Path(folder))
+        if not is_imported_from(source, PACKAGE, ROOT):
+            print(f"the tests do not import {PACKAGE} from the copy", file=sys.stderr)
+            return False
+        outcome = run_tests(ROOT, source, tests, seconds * len(tests))
+    if outcome.verdict == "SURVIVED":
+        return True
+    print(f"the tests fail without a mutant: {outcome.by}", file=sys.stderr)
+    return False
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -30,6 +30,7 @@ from ramblock.discard.section import RamSection
 from ramblock.dma.target import DmaTarget, HostRange, MappingPolicy
 from ramblock.errors import DmaError, MappingLimitError, UsageError, describe_range
 from ramblock.logs import Sparingly
+from ramblock.process import OfOneProcess
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["Mapper", "SectionMapper"]
@@ -43,7 +44,7 @@ _Doubt = Callable[[RamSection, object, str], None]
 _NEARLY_USED_UP = 0.9
 
 
-class Mapper:
+class Mapper(OfOneProcess):
     """
     One target's mappings. Made by ``GuestMemory.attach``.
 
