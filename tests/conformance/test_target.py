@@ -210,9 +210,16 @@ class MapsOutsideOfItsRanges(Pretending):
     says = DmaCapabilities(cut=True, iova_ranges=IOVAS)
 
 
-class ChangesItsMind(SoftIommu):
-    def map(self, iova: int, memory: HostRange, *, writable: bool = True) -> None:
-        super().map(iova, memory, writable=writable)
+class ChangesItsMind(Pretending):
+    says = DmaCapabilities(cut=True)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner_map = self.map
+        self.map = self.map_and_change
+
+    def map_and_change(self, iova: int, memory: HostRange, *, writable: bool = True) -> None:
+        self.inner_map(iova, memory, writable=writable)
         self.capabilities = DmaCapabilities(cut=False)
 
 
