@@ -48,6 +48,7 @@ ATTRIBUTES = "tests/test_attributes.py"
 BATCHES = "tests/test_attach_in_batches.py"
 BLOCK = "tests/test_block.py"
 COORDINATION = "tests/test_coordination.py"
+DIFFERENTIAL = "tests/test_differential.py"
 GUARD = "tests/test_guard.py"
 GUEST = "tests/test_guest_memory.py"
 IN_PLACE = "tests/test_in_place.py"
@@ -92,8 +93,8 @@ def _in(where: str, *mutants: tuple[str, Change, Sequence[str] | str]) -> None:
 
 # -- conversions: the tables, and what their steps do ----------------------------------------------
 
-_UNMAP, _ATTRIBUTE, _STATE = (f"_Step({step!r}, ...)" for step in ("unmap", "attribute", "state"))
-_MAP = "_Step('map', ...)"
+_UNMAP, _ATTRIBUTE = "('unmap', *_TELL, None)", "('attribute', *_ATTRIBUTE, ...)"
+_MAP, _STATE = "('map', *_TELL, ...)", "('state', *_FLIP, ...)"
 
 _in(
     "guest.conversion:TO_PRIVATE",
@@ -104,7 +105,7 @@ _in(
     ("to private: state left out", drop(_STATE), GUEST),
     (
         "to private: a stuck attribute does not make the state private",
-        drop_keyword("stuck", of=_ATTRIBUTE),
+        replace("('attribute', *_ATTRIBUTE, _FLIP[0])", "('attribute', *_ATTRIBUTE, None)"),
         (IN_PLACE, TWO_FAILURES),
     ),
     (
@@ -120,7 +121,7 @@ _in(
     ("to shared: map left out", drop(_MAP), GUEST),
     (
         "to shared: a stuck map does not leave the state shared",
-        drop_keyword("stuck", of=_MAP),
+        replace("ConversionPiece.settle_in_doubt", "None"),
         (GUEST, TWO_FAILURES),
     ),
     (
@@ -140,10 +141,17 @@ _in(
     ),
 )
 _in(
-    "guest.conversion:_take_back",
-    ("undo of map and unmap left out", prepend("return"), ONE_FAILURE),
+    "guest.conversion:_TELL",
+    (
+        "undo of map and unmap left out",
+        replace("piece.change.notification.take_back()", "None"),
+        ONE_FAILURE,
+    ),
 )
-_in("guest.conversion:_flip_back", ("undo of the state left out", prepend("return"), ONE_FAILURE))
+_in(
+    "guest.conversion:_FLIP",
+    ("undo of the state left out", replace("piece.change.flip_back()", "None"), ONE_FAILURE),
+)
 _in(
     "guest.conversion:ConversionPiece.settle_in_doubt",
     (
@@ -155,20 +163,11 @@ _in(
 _in(
     "guest.conversion:ConversionPiece.free",
     (
-        "the shared side is kept when it is used again: not noted",
-        drop("sides.shared.keep_used(offset, size)"),
+        "a conversion does not note that a side is used again",
+        drop("used.keep_used(...)"),
         f"{INJECTION}::test_what_waits_to_be_freed_is_kept_when_it_is_used_again",
     ),
-    (
-        "to private: the private side is freed",
-        replace("sides.shared.free(offset, size)", "sides.private.free(offset, size)"),
-        BLOCK,
-    ),
-    (
-        "to shared: the shared side is freed",
-        replace("sides.private.free(offset, size)", "sides.shared.free(offset, size)"),
-        BLOCK,
-    ),
+    ("a conversion frees the side that is used", negate("self.change.populate"), BLOCK),
 )
 _in(
     "guest.conversion:convert_pieces",
@@ -182,6 +181,7 @@ _in(
         narrow("for step, do, undo, stuck in ...: ..."),
         (GUEST, ONE_FAILURE),
     ),
+    ("conversion: the budget is not asked", drop("reserve(...)"), (GUEST, BUDGETS)),
     ("conversion: nothing is put back", drop("put_back(guard, begun)"), (GUEST, ONE_FAILURE)),
     (
         "conversion: a failed undo is called a failure like any other",
@@ -196,7 +196,6 @@ _in(
         insert("free_each(p.free for p in pieces)", before="try: ...\nfinally: ..."),
         (GUEST, ONE_FAILURE),
     ),
-    ("conversion: the budget is not asked", drop("reserve(...)"), (GUEST, BUDGETS)),
 )
 
 # -- the undo log ----------------------------------------------------------------------------------
@@ -220,7 +219,7 @@ _in(
 )
 _in(
     "discard.undo:UndoLog.__exit__",
-    ("undo log: nothing is put back", drop("self.put_back()"), UNDO),
+    ("undo log: nothing is put back", drop("put_back(self._guard, self._entries)"), UNDO),
     ("undo log: a failed undo is not said", drop("if self._guard.poisoned: ..."), UNDO),
 )
 _STUCK_PIECE = "piece is other and step != name"
@@ -278,7 +277,7 @@ _in(
     "discard.bitmap_source:BitmapChange.flip_back",
     (
         "a mixture is put back as if it were uniform",
-        replace("self._saved is not None", "False"),
+        replace("self.saved is not None", "False"),
         ONE_FAILURE,
     ),
 )
@@ -311,11 +310,27 @@ _in(
     ),
 )
 _in(
-    f"{_NOTIFICATION}._discards",
+    f"{_NOTIFICATION}._heard",
     (
         "a sparse discard over what stays populated",
-        replace("self._hollow", "True"),
-        (MANAGER, GUEST),
+        replace(
+            "registration.sparse and self._hollow and (not populate)",
+            "registration.sparse and not populate",
+        ),
+        MANAGER,
+    ),
+    (
+        "a mapper is told less than it may have mapped",
+        drop("if registration.budgeted is not None and self._hollow and not populate: ..."),
+        (ADD_SOURCE, DIFFERENTIAL, VIRTIO_MEM),
+    ),
+    (
+        "a mapper unmaps pages that stay populated",
+        replace(
+            "registration.budgeted is not None and self._hollow and (not populate)",
+            "registration.budgeted is not None and not populate",
+        ),
+        (GUEST, MANAGER, ONE_FAILURE),
     ),
 )
 _in(
@@ -347,13 +362,13 @@ _in(
         (OTHER_LISTENER, OTHER_SOURCE),
     ),
 )
-_IN_FLIGHT = "at.offset if self._refused else at.offset + at.size"
+_IN_FLIGHT = "at.offset if self._refused else at.end"
 _in(
     f"{_NOTIFICATION}.take_back",
     ("the call in flight is never reversed", replace(_IN_FLIGHT, "at.offset"), OTHER_LISTENER),
     (
         "a call that was refused is reversed",
-        replace(_IN_FLIGHT, "at.offset + at.size"),
+        replace(_IN_FLIGHT, "at.end"),
         (MANAGER, OTHER_LISTENER),
     ),
     (
@@ -368,7 +383,7 @@ _in(
     ),
     (
         "a doubt that came while telling lets the undo go on",
-        drop("if self._guard.doubt_count > self._doubts_before and self._registrations: ..."),
+        drop("for section, _ in self._board.guard.doubts: ..."),
         TWO_FAILURES,
     ),
 )
@@ -376,7 +391,7 @@ _in(
     f"{_NOTIFICATION}._reverse",
     (
         "what cannot be put back is not in doubt",
-        drop("self._guard.doubt(section, ...)"),
+        drop("self._board.guard.doubt(section, ...)"),
         (MANAGER, OTHER_LISTENER),
     ),
     ("one that fails stops the undo", narrow("notify(section)"), MANAGER),
@@ -387,25 +402,18 @@ _in(
     ),
 )
 _in(
-    f"{_NOTIFICATION}.tell_regardless",
-    ("by force: nothing is let go", drop("registration.budgeted.let_go()"), (BLOCK, DETACH)),
-    ("by force: what is not let go is not in doubt", drop("self._guard.doubt(...)"), BLOCK),
-    (
-        "by force: one that fails stops it",
-        narrow("registration.listener.notify_discard(part)"),
-        BLOCK,
-    ),
-)
-_in(
     f"{_NOTIFICATION}.needs",
     (
         "budget: what a discard needs is not counted",
         replace("sum(map(...))", "0"),
         (MAPPER, BUDGETS),
     ),
+)
+_in(
+    "discard.notification:reserve",
     (
         "budget: only the last section counts",
-        replace("total.get(listener.mapper, 0) + extra", "extra"),
+        replace("total[budget] += extra", "total[budget] = extra"),
         f"{INJECTION}::test_budget_of_a_conversion_across_blocks",
     ),
 )
@@ -421,7 +429,7 @@ _in(
 _in("ranges:complement", ("complement: without its last run", drop("if position < end: ..."), RUNS))
 _in(
     "ranges:merge_adjacent",
-    ("runs that touch are not joined", replace("run_start == end", "False"), RUNS),
+    ("runs that touch are not joined", replace("run_start != end", "True"), RUNS),
 )
 _in(
     "discard.sources:populated_in",
@@ -497,10 +505,10 @@ _in(
     # no section begins there.
 )
 _in(
-    "discard.registry:_Shelf.find",
+    "discard.registry:Registry.discard",
     (
         "registry: another section of the same offset goes",
-        replace("self.registrations[index] is not registration", "False"),
+        replace("registrations.index(...)", "bisect_left(offsets, section.offset)"),
         REGISTRY,
     ),
 )
@@ -509,7 +517,7 @@ _in(
     ("registry: a listener is there twice", drop("self.discard(registration.listener)"), REGISTRY),
     (
         "registry: budgets are not counted",
-        drop("self.limited += _is_limited(registration)"),
+        drop("self.limited += registration.limited"),
         (GUEST, MAPPER),
     ),
 )
@@ -527,7 +535,7 @@ _in(
     ),
     (
         "virtio-mem that comes back frees all",
-        replace("complement(...)", "iter(((0, size),))"),
+        replace("held_back_by(...)", "iter(((0, self.block.size),))"),
         VIRTIO_MEM,
     ),
     (
@@ -543,28 +551,34 @@ _in(
 )
 _in(
     f"{_MANAGER}._change_sources",
-    ("adding a source: no budget", drop("reserve(...)"), MANAGER),
     (
         "what a source that goes gives back still waits to be freed",
         drop("self.freeing.keep_used(0, size)"),
         (RECLAIM, VIRTIO_MEM),
     ),
+)
+_in(
+    f"{_MANAGER}._tell",
+    ("adding a source: no budget", drop("reserve(...)"), MANAGER),
     (
         "adding a source: its undo is left out",
-        replace("notification.take_back", "int"),
+        replace("change.take_back", "int"),
         (MANAGER, ADD_SOURCE),
     ),
 )
 _in(
     f"{_MANAGER}.join",
-    ("a listener is not registered", drop("self.registry.add(registration)"), MANAGER),
+    (
+        "a listener is not registered",
+        replace("undo.do('map', ...)", "undo.do('map', replay.tell, unjoin)\nreturn"),
+        MANAGER,
+    ),
 )
 _in(
-    f"{_MANAGER}._unjoin",
-    ("a refused listener stays", drop("if before is not None: ..."), MAP),
+    f"{_MANAGER}.join.unjoin",
     (
         "a batch that is undone takes the earlier ones off the list",
-        replace("before is not None", "False"),
+        drop("if before is not None: ..."),
         BATCHES,
     ),
     (
@@ -572,23 +586,31 @@ _in(
         drop("if registration.budgeted is not None: ..."),
         (MAP, ATTACH, BATCHES),
     ),
+    ("a refused listener stays", insert("return", before="if before is not None: ..."), ATTACH),
 )
 _in(
     f"{_MANAGER}.leave",
     ("a listener that left is told of changes", drop("self.registry.discard(...)"), MANAGER),
-    (
-        "leaving: its undo is left out",
-        replace("partial(self._rejoin, registration, farewell)", "int"),
-        (MANAGER, UNREGISTER),
-    ),
 )
 _in(
-    f"{_MANAGER}._rejoin",
+    f"{_MANAGER}.leave.rejoin",
     (
         "a listener that cannot leave is off the list",
         drop("self.registry.add(registration)"),
         (UNMAP, DETACH),
     ),
+    ("leaving: its undo is left out", drop("farewell.take_back()"), (MANAGER, UNREGISTER)),
+)
+_in(
+    f"{_MANAGER}.leave_regardless",
+    (
+        "by force: nothing is let go",
+        drop("registration.budgeted.let_go()"),
+        (BLOCK, DETACH),
+    ),
+    ("by force: what is not let go is not in doubt", drop("self.guard.doubt(...)"), BLOCK),
+    ("by force: one that fails stops it", narrow("listener.notify_discard(part)"), BLOCK),
+    ("by force: the listener stays", drop("self.registry.discard(listener)"), (GUARD, BLOCK)),
 )
 _in(
     f"{_MANAGER}._unregister",
@@ -682,12 +704,11 @@ _in(
         drop("self.poison(...)"),
         (ATTACHMENT, MAPPER, BLOCK),
     ),
-    ("a doubt is not counted", drop("self.doubt_count += 1"), TWO_FAILURES),
 )
 _in(
     "discard.guard:Guard.leave_with",
     ("a block leaves its poison behind", drop("other._reason = self._reason"), GUARD),
-    ("a block leaves its doubts behind", drop("other._doubts = ..."), (GUARD, BLOCK)),
+    ("a block leaves its doubts behind", drop("other.doubts = ..."), (GUARD, BLOCK)),
 )
 
 # -- interrupts ------------------------------------------------------------------------------------
@@ -770,11 +791,11 @@ _in(
 
 # -- placing ---------------------------------------------------------------------------------------
 
-_PLACER = "guest.placement:Placer"
-_SLOT = "self._change_slot(...)"
+_MEMORY = "guest.memory:GuestMemory"
+_SLOT = "change_slot(...)"
 
 _in(
-    f"{_PLACER}.place",
+    f"{_MEMORY}._map",
     ("placing: slot before attributes", swap("undo.do('attribute', ...)", _SLOT), (GUEST, MAP)),
     (
         "placing: targets before the slot",
@@ -783,7 +804,7 @@ _in(
     ),
     (
         "placing: attributes are not put back",
-        replace("partial(self._unset, place)", "int"),
+        replace("self._try_to_withdraw", "id"),
         (GUEST, MAP),
     ),
     (
@@ -796,13 +817,18 @@ _in(
         drop("if not self._guard.poisoned: ..."),
         (GUEST, MAP),
     ),
+    (
+        "placing: a block that did not come stays under the memory's lock",
+        drop("self._release_unplaced(block)"),
+        (GUEST, MAP),
+    ),
 )
 _in(
-    f"{_PLACER}.remove",
+    f"{_MEMORY}._remove",
     (
         "removing: slot before targets",
         swap("for registration in leaving:\n manager.leave(...)", _SLOT),
-        (GUEST, UNMAP),
+        GUEST,
     ),
     (
         "removing: attributes before the slot",
@@ -821,67 +847,87 @@ _in(
     ),
     (
         "removing: attributes are not put back",
-        replace("partial(self._set_attributes, place)", "int"),
+        replace("self._set_attributes", "id"),
         UNMAP,
     ),
+)
+_in(
+    f"{_MEMORY}.forget",
     (
         "closing: attributes that the VM does not reset stop it",
-        replace("self._unset if closing else self._reset", "self._reset"),
+        replace("self._try_to_withdraw", "partial(withdraw, self._vm)"),
         BLOCK,
     ),
+    ("closing stops at what a VM raises", narrow("if not self._guard.poisoned: ..."), BLOCK),
 )
 _in(
-    f"{_PLACER}._change_slot",
+    "guest.vm:change_slot",
     ("placing: a slot that was refused is removed", drop("undo.drop_last()"), (GUEST, MAP)),
+    ("reset: a slot that was refused is put back", drop("undo.drop_last()"), RESET),
     (
         "placing: the slot is not put back",
-        replace(
-            "undo.do('slot', do, put_back, stuck=stuck)", "undo.do('slot', do, int, stuck=stuck)"
-        ),
+        replace("partial(put_back, place.section)", "int"),
         (GUEST, MAP),
+    ),
+    (
+        "reset: slots are not put back",
+        replace("partial(put_back, place.section)", "int"),
+        RESET,
+    ),
+    (
+        "reset: a slot of a new VM that is not put back poisons",
+        drop("if dropped: ..."),
+        RESET,
     ),
 )
 _in(
-    f"{_PLACER}._set_attributes",
+    f"{_MEMORY}._set_attributes",
     (
         "ordinary RAM over attributes that stayed private",
-        replace("self._places.may_be_private(place.section)", "False"),
+        replace("any(...)", "False"),
         f"{INJECTION}::test_attributes_that_could_not_be_reset_are_set_for_ordinary_memory",
     ),
 )
 _in(
-    f"{_PLACER}.force_out",
+    f"{_MEMORY}._try_to_withdraw",
+    (
+        "attributes that stayed private are forgotten",
+        drop("self._not_reset.append(place.section)"),
+        f"{INJECTION}::test_attributes_that_could_not_be_reset_are_set_for_ordinary_memory",
+    ),
+)
+_in(
+    f"{_MEMORY}._force_out",
     ("by force: a slot that stays is no doubt", drop("self._guard.doubt(...)"), BLOCK),
-    ("by force: targets are not told", drop("attachment.force_out(place)"), (GUARD, BLOCK, UNMAP)),
+    ("by force: targets are not told", drop("attachment.force_out(place)"), GUARD),
 )
 _in(
     "guest.vm:establish",
-    ("placing: pages are not made private", drop("for start, end in private: ..."), GUEST),
-    (
-        "placing: shared pages are not made shared",
-        drop("for start, end in shared: ..."),
-        (GUEST, MAP),
-    ),
+    ("placing: pages are not made private", drop("make_private(vm, place)"), GUEST),
+    ("placing: shared pages are not made shared", drop("share(vm, place)"), (GUEST, MAP)),
     (
         "in place: placing makes all private first",
-        drop("if block.in_place is not None: ..."),
+        replace("place.block.in_place is None", "True"),
         IN_PLACE,
     ),
 )
 _in(
     "guest.vm:withdraw",
-    ("in place: unmapping makes all shared", unwrap("if block.in_place is None: ..."), IN_PLACE),
+    (
+        "in place: unmapping asks the VM",
+        replace(
+            "vm is not None and place.block.private is not None and place.block.in_place is None",
+            "vm is not None and place.block.private is not None",
+        ),
+        IN_PLACE,
+    ),
 )
 _in(
     "guest.vm:set_attribute",
-    ("in place: the VM is asked", replace("block.in_place is not None", "False"), IN_PLACE),
-)
-_in(
-    "guest.memory:GuestMemory._map",
     (
-        "placing: a block that did not come stays under the memory's lock",
-        drop("self._release_unplaced(block)"),
-        (GUEST, MAP),
+        "in place: the VM is asked",
+        replace("place.block.in_place is not None", "False"),
+        IN_PLACE,
     ),
 )
 
@@ -909,33 +955,26 @@ _in(
         IN_PLACE,
     ),
 )
-_IN_PLACE_SIDES = "Sides(Several(), Several(), memory)"
 _in(
-    "guest.freeing:sides_of",
+    "guest.freeing:Sides.__init__",
     (
         "in place: a conversion frees",
-        replace(_IN_PLACE_SIDES, "Sides(memory, memory, memory)"),
+        replace("return", "self.shared = self.private = self._all[0]\nreturn"),
         IN_PLACE,
     ),
     (
         "in place: unplugging frees nothing",
-        replace(_IN_PLACE_SIDES, "Sides(Several(), Several(), Several())"),
+        replace("return", "self._all = []\nreturn"),
         IN_PLACE,
-    ),
-)
-_in(
-    "guest.freeing:sides_of.plugged",
-    (
-        "in place: what is plugged counts as unused",
-        replace("plugged_of(...)", "iter(())"),
-        (IN_PLACE, f"{INJECTION}::test_virtio_mem_in_place"),
     ),
 )
 
 # -- attaching in batches --------------------------------------------------------------------------
 
+_ATTACHMENT = "guest.devices:Attachment"
+
 _in(
-    "guest.devices:map_some",
+    f"{_ATTACHMENT}._map_some",
     (
         "attach: only the latest batch is registered",
         replace("section.part(section.offset, stop)", "section.part(start, stop)"),
@@ -962,80 +1001,70 @@ _in(
         drop_keyword("before", of="manager.join(...)"),
         BATCHES,
     ),
-)
-_in(
-    "guest.devices:_end_of_batch",
-    ("attach: all in one batch", prepend("return None"), BATCHES),
-)
-_in(
-    "guest.devices:count_some",
     (
-        "attach: what is behind the first runs is not counted",
-        replace(
-            "runs[-1].end if len(runs) == _COUNTED else place.section.end", "place.section.end"
-        ),
+        "attach: a section that went meanwhile is mapped",
+        drop("if self._places.look_up(section) is not place: ..."),
         BATCHES,
     ),
 )
 _in(
-    "guest.devices:give_up",
+    f"{_ATTACHMENT}._end_of_batch",
+    ("attach: all in one batch", prepend("return None"), BATCHES),
+)
+_in(
+    f"{_ATTACHMENT}._map_all",
+    (
+        "attach: what is behind the first runs is not counted",
+        replace("runs[-1].end if len(runs) == _COUNTED else end", "end"),
+        BATCHES,
+    ),
+    (
+        "attach: the budget is not asked in advance",
+        drop("if self.mapper.limit is not None: ..."),
+        BATCHES,
+    ),
+    (
+        "attach: cannot be left between batches",
+        replace("while self._map_some(place): ...", "while self._map_some(place): pass"),
+        BATCHES,
+    ),
+    ("attach: it is never complete", drop("self.complete = True"), GUEST),
+)
+_in(
+    f"{_ATTACHMENT}.give_up",
+    ("attach: the batches before are not unmapped", drop("self.force_out(place)"), BATCHES),
     (
         "attach: a listener in doubt is forgotten",
         drop("if registration is not None and listener is not None and listener.in_doubt: ..."),
         (BATCHES, ATTACH),
     ),
+    ("attach: it stays on the list", drop("self._siblings.remove(self)"), BATCHES),
 )
 _in(
     "guest.memory:GuestMemory._attach",
-    (
-        "attach: the budget is not asked in advance",
-        drop("if mapper.limit is not None: ..."),
-        BATCHES,
-    ),
-    (
-        "attach: cannot be left between batches",
-        replace(
-            "while run(...): ...",
-            "while run('attach', map_some, attachment, self._places, place, self._guard): pass",
-        ),
-        BATCHES,
-    ),
+    ("attach: interrupts wait for all batches", drop("hand_over()"), BATCHES),
 )
 _in(
-    "guest.memory:GuestMemory._give_up_attach",
-    (
-        "attach: the batches before are not unmapped",
-        drop("give_up(attachment, self._places)"),
-        BATCHES,
-    ),
-)
-_in(
-    "guest.devices:Attachment.close",
+    f"{_ATTACHMENT}._close",
     ("attach: a claim stays", drop("self._hold.release()"), (COORDINATION, GUEST)),
     (
         "a target in doubt does not keep the memory alive",
-        replace("self._anchor is not None and not keeps_blocks", "self._anchor is not None"),
+        replace(
+            "self._anchor is not None and not self._guard.poisoned", "self._anchor is not None"
+        ),
         ATTACHMENT,
     ),
 )
 _in(
-    "guest.devices:map_some",
-    (
-        "attach: a section that went meanwhile is mapped",
-        drop("if places.look_up(section) is not place: ..."),
-        BATCHES,
-    ),
-)
-_in(
-    "guest.devices:leave_all",
+    f"{_ATTACHMENT}.leave_all",
     (
         "detach: by force also where nothing is poisoned",
-        replace("guard.poisoned", "True"),
+        replace("self._guard.poisoned", "True"),
         (GUEST, DETACH),
     ),
     (
         "detach: all or nothing also where it is poisoned",
-        replace("guard.poisoned", "False"),
+        replace("self._guard.poisoned", "False"),
         (GUARD, MAPPER, TWO_FAILURES),
     ),
 )
@@ -1044,6 +1073,9 @@ _in(
 
 _RESET = "guest.reset:reset_guest"
 _RESETS = (RESET, INJECTED_RESET)
+_NO_BACK = (
+    "undo.do('attribute', make_private, lambda *_: None, new_vm, place, piece=block, stuck=settle)"
+)
 
 _in(
     _RESET,
@@ -1051,25 +1083,26 @@ _in(
     ("reset: undo of unmap left out", replace("farewell.take_back", "int"), RESET),
     # Not here: no budget for the undo of the unmapping. All of a section goes, in whole mappings,
     # which give back what they need: what is reserved is always 0.
-    ("reset: the slot stays with the old side", drop("_do_slot(undo, old_vm, ...)"), RESET),
+    (
+        "reset: the slot stays with the old side",
+        drop("change_slot(undo, old_vm, place, ...)"),
+        RESET,
+    ),
     (
         "reset: a slot that does not come back is no doubt",
-        replace(
-            "_do_slot(undo, old_vm, place, add=False, stuck=stuck)",
-            "_do_slot(undo, old_vm, place, add=False, stuck=int)",
-        ),
+        drop_keyword("stuck", of="change_slot(undo, old_vm, ...)"),
         RESET,
     ),
     ("reset: the new private side is not taken", drop("undo.do('private side', ...)"), RESET),
     (
         "reset: undo of the private side left out",
-        replace("partial(setattr, block, 'private', block.private)", "int"),
+        replace("partial(swap, block.private)", "int"),
         RESET,
     ),
     ("reset: attributes are not made private", drop("undo.do('attribute', ...)"), RESET),
     (
         "reset: undo of attributes left out",
-        replace("partial(_try_to, back) if new else back", "int"),
+        replace("undo.do('attribute', make_private, back, ...)", _NO_BACK),
         _RESETS,
     ),
     (
@@ -1079,12 +1112,12 @@ _in(
     ),
     (
         "reset: a new VM that is not taken keeps private attributes",
-        replace("withdraw if new else _share_again", "_share_again"),
+        replace("partial(try_to, withdraw)", "partial(try_to, share)"),
         RESET,
     ),
     (
         "reset: a new VM that is not put back poisons",
-        replace("partial(_try_to, back) if new else back", "back"),
+        replace("partial(try_to, withdraw)", "withdraw"),
         RESET,
     ),
     (
@@ -1092,10 +1125,10 @@ _in(
         swap("for place in places: ...", "for place in again: ..."),
         RESET,
     ),
-    ("reset: a new VM gets no slots", drop("_do_slot(undo, new_vm, ...)"), RESET),
+    ("reset: a new VM gets no slots", drop("change_slot(undo, new_vm, ...)"), RESET),
     (
         "reset: a slot that stays with the new side leaves the state shared",
-        replace("None if renewed else partial(_settle, place.block)", "None if renewed else int"),
+        drop_keyword("stuck", of="change_slot(undo, new_vm, ...)"),
         RESET,
     ),
     ("reset: the states stay", drop("undo.do('state', ...)"), RESET),
@@ -1109,22 +1142,27 @@ _in(
         INJECTED_RESET,
     ),
     ("reset: nothing is told to the observer", drop("change.source.observe(...)"), RESET),
-    ("reset: nothing is freed", replace("free_each(frees)", "0"), RESET),
     (
         "reset: the guest's private bytes survive",
-        replace("block.sides.both.free", "block.sides.shared.free"),
+        replace("block.sides.free", "block.sides.shared.free"),
         RESET,
     ),
     (
         "reset: the shared bytes survive",
-        replace("block.sides.both.free", "block.sides.private.free"),
+        replace("block.sides.free", "block.sides.private.free"),
         RESET,
     ),
     (
         "reset: the old private side is not emptied",
-        drop("frees.append(partial(block.retire_private, old))"),
+        drop("frees.append(partial(block.retire_private, side))"),
         RESET,
     ),
+    (
+        "reset: what is no VM is taken",
+        replace("hasattr(vm, 'set_memory_attributes')", "True"),
+        RESET,
+    ),
+    ("reset: any private side is taken", drop("check_private(...)"), RESET),
 )
 _in(
     "guest.reset:_resettable",
@@ -1134,53 +1172,46 @@ _in(
         RESET,
     ),
 )
-_in(
-    "guest.reset:_do_slot",
-    ("reset: a slot that was refused is removed", drop("undo.drop_last()"), RESET),
-    (
-        "reset: slots are not put back",
-        replace(
-            "undo.do('slot', do, put_back, ...)",
-            "undo.do('slot', do, int, piece=place.block, stuck=stuck)",
-        ),
-        RESET,
-    ),
-)
 _in("guest.reset:_settle", ("reset: stuck does nothing", prepend("return"), _RESETS))
 _in(
     "guest.memory:GuestMemory._reset",
-    ("reset: the new VM is not taken", drop("if vm is not None: ..."), RESET),
-    ("reset: parts are not checked", drop("check_new_parts(...)"), RESET),
+    ("reset: the new VM is not taken", drop("self._vm = ..."), RESET),
+    ("reset: nothing is freed", replace("free_each(frees)", "0"), RESET),
 )
 _in(
     "guest.block:RamBlock.retire_private",
     ("reset: the old private side keeps its bytes", drop("old.discard(0, self.size)"), RESET),
     ("reset: an old side that is not emptied is not said", drop("not_freed = self.size"), RESET),
-    ("reset: the old side stays open", drop("old.close()"), RESET),
+    ("reset: the old side stays open", drop("self._own_private.close()"), RESET),
 )
 
 # -- virtio-mem ------------------------------------------------------------------------------------
-
-_FREE = "self.block.discard_manager.freeing.free(offset, size)"
 
 _in(
     "discard.virtio_mem:VirtioMem.withholds",
     ("virtio-mem withholds nothing", replace("True", "False"), VIRTIO_MEM),
 )
+_KEEP_OR_FREE = "manager.freeing.keep_used if populate else manager.freeing.free"
 _in(
-    "discard.virtio_mem:VirtioMem._unplug",
+    "discard.virtio_mem:VirtioMem._change",
     (
         "unplug: freed before the listeners have let go",
-        swap("self._change('unplug', ...)", _FREE),
+        swap("self.change(operation, change)", "keep_or_free(offset, size)"),
         VIRTIO_MEM,
     ),
-    ("unplug: nothing is freed", drop(_FREE), VIRTIO_MEM),
-)
-_in(
-    "discard.virtio_mem:VirtioMem._unplug_all",
     (
-        "unplug_all: nothing is freed",
-        drop("self.block.discard_manager.freeing.free(...)"),
+        "unplug: nothing is freed",
+        replace(_KEEP_OR_FREE, "manager.freeing.keep_used"),
+        VIRTIO_MEM,
+    ),
+    (
+        "plug: what is plugged again still waits to be freed",
+        replace(_KEEP_OR_FREE, "(lambda *_: None) if populate else manager.freeing.free"),
+        (VIRTIO_MEM, RECLAIM),
+    ),
+    (
+        "plug: what is plugged in part is plugged",
+        replace("change is None or change.changed_bytes < size", "change is None"),
         VIRTIO_MEM,
     ),
 )
@@ -1188,15 +1219,6 @@ _in(
     "discard.virtio_mem:VirtioMem.on_removed",
     ("virtio-mem that goes keeps its claim", drop("self._hold.release()"), COORDINATION),
 )
-_in(
-    "discard.virtio_mem:VirtioMem._plug",
-    (
-        "plug: what is plugged again still waits to be freed",
-        drop("self.block.discard_manager.freeing.keep_used(offset, size)"),
-        (VIRTIO_MEM, RECLAIM),
-    ),
-)
-
 # -- the mapper ------------------------------------------------------------------------------------
 
 _SECTION_MAPPER = "dma.mapper:SectionMapper"
@@ -1219,43 +1241,34 @@ _in(
     ),
     (
         "an exact target gets one call for all",
-        replace(
-            "self._pieces(start, end) if self.mapper.exact else ((start, end),)", "((start, end),)"
-        ),
+        replace("self._pieces(start, end) if exact else ((start, end),)", "((start, end),)"),
         MAPPER,
     ),
     ("an unmap that fails is not put back", drop("self._map_after_failure(...)"), ONE_FAILURE),
 )
 _in(
     f"{_SECTION_MAPPER}._try_unmap",
-    ("a short unmap is believed in the undo", replace("removed >= size", "True"), TWO_FAILURES),
-)
-_in(
-    f"{_SECTION_MAPPER}._unmap_uncertain",
     (
-        "no second witness",
-        insert("return None", before="try: ...\nfinally: ..."),
-        BY_PAGE_TWO,
+        "a short unmap is believed in the undo",
+        replace("removed >= size or perhaps", "True"),
+        TWO_FAILURES,
     ),
-)
-_in(
-    "dma.mapper:_is_refusal",
     (
-        "an error in doubt is taken for a refusal",
-        replace("not error.in_doubt", "True"),
-        ONE_FAILURE,
+        "pages that are perhaps mapped: the word that there are none is a failure",
+        replace("perhaps and getattr(error, 'errno', None) == errno.ENOENT", "False"),
+        BY_PAGE_TWO,
     ),
 )
 _in(
     f"{_SECTION_MAPPER}.entries_to_discard",
     (
         "budget: the part in front of a cut is not counted",
-        replace("int(self._continues(start))", "0"),
+        replace("self._continues(start)", "0"),
         (MAPPER, BUDGETS),
     ),
     (
         "budget: the part behind a cut is not counted",
-        replace("int(self._continues(end))", "0"),
+        replace("self._continues(start + section.size // PAGE_SIZE)", "0"),
         (MAPPER, BUDGETS),
     ),
 )
@@ -1271,25 +1284,47 @@ _in(
     f"{_SECTION_MAPPER}._unmap_after_failure",
     (
         "an exact target: what was mapped is unmapped in one call",
-        drop("if self.mapper.exact and self._step: ..."),
+        replace(
+            "self._step if self.mapper.exact and self._step else position - start",
+            "position - start",
+        ),
+        ONE_FAILURE,
+    ),
+    (
+        "a map in doubt is taken for a refusal",
+        replace(
+            "isinstance(error, DmaError) and not error.in_doubt", "isinstance(error, DmaError)"
+        ),
         ONE_FAILURE,
     ),
     (
         "a map that may have happened is not unmapped",
-        drop("if position < in_flight_end and not _is_refusal(error): ..."),
+        replace("position == stop", "True"),
         ONE_FAILURE,
+    ),
+    (
+        "no second witness",
+        replace("if not removed: ...", "problem = None if not removed else problem"),
+        BY_PAGE_TWO,
     ),
 )
 _in(
     f"{_SECTION_MAPPER}._map_after_failure",
     (
-        "an unmap that may have happened counts as none",
-        replace("not _is_refusal(error) and position < in_flight_end", "False"),
+        "an unmap in doubt is taken for a refusal",
+        replace(
+            "not isinstance(error, DmaError) or error.in_doubt", "not isinstance(error, DmaError)"
+        ),
         ONE_FAILURE,
     ),
     (
         "pieces that were unmapped stay unmapped",
-        drop("for run_start, run_end in list(...): ..."),
+        drop("for run in list(runs.runs(start, position)): ..."),
+        ONE_FAILURE,
+    ),
+    (
+        "a short unmap is no doubt",
+        drop("if problem is not None: ..."),
         ONE_FAILURE,
     ),
 )
@@ -1304,7 +1339,11 @@ _in(
 )
 _in(
     f"{_SECTION_MAPPER}.let_go",
-    ("by force: pages in doubt are not tried", drop("for run in uncertain: ..."), TWO_FAILURES),
+    (
+        "by force: pages in doubt are not tried",
+        replace("(*certain.runs(0, self.pages), *uncertain)", "tuple(certain.runs(0, self.pages))"),
+        TWO_FAILURES,
+    ),
 )
 _in(
     f"{_SECTION_MAPPER}.notify_populate",
@@ -1373,7 +1412,7 @@ _in(
     ),
 )
 _in(
-    f"{_RECLAIMER}._free_pages",
+    f"{_RECLAIMER}._free_huge",
     ("a part of a huge page does not wait", drop("for run in complement(...): ..."), RECLAIM),
     (
         "a huge page that is in use in part is freed",
@@ -1390,11 +1429,21 @@ _in(
     ),
 )
 _in(
-    "guest.freeing:sides_of.used_privately",
+    "guest.freeing:Sides._used",
     (
         "the shared pages count as private ones",
-        replace("complement(...)", "runs"),
+        drop("if side == 'private': ..."),
         (RECLAIM, BLOCK),
+    ),
+    (
+        "in place: what is plugged counts as unused",
+        replace("joint_runs(runs, sources)", "joint_runs(runs, sources) if side else iter(())"),
+        (IN_PLACE, f"{INJECTION}::test_virtio_mem_in_place"),
+    ),
+    (
+        "what a source withholds from devices counts as unused",
+        replace("getattr(each, 'withholds', False)", "True"),
+        (RECLAIM, MANAGER),
     ),
 )
 _in(
