@@ -219,7 +219,10 @@ def replace(old: str, new: str) -> Change:
 
     def change(tree: ast.AST) -> None:
         slot = _find(tree, old)
-        slot.put(_statements(new) if isinstance(slot.get(), ast.stmt) else _expression(new))
+        value = _parse(new)
+        if isinstance(value, list) and not isinstance(slot.get(), ast.stmt):
+            slot = _find_statement(tree, old)
+        slot.put(_statements(new) if isinstance(slot.get(), ast.stmt) else value)
 
     return change
 
