@@ -53,9 +53,9 @@ class DmaTarget(Protocol):
     """
     Whatever maps IOVAs for devices. The mapper uses these and nothing else.
 
-    A call that raises :class:`~ramblock.errors.DmaError`, with ``iova`` and ``size`` of the call, has
-    done nothing, unless the error says ``in_doubt``. After any other exception the call may or may not have been carried out, and the
-    mapper finds out.
+    A call that raises :class:`~ramblock.errors.DmaError`, with ``iova`` and ``size`` of the call,
+    has done nothing, unless the error says ``in_doubt``. After any other exception the call may or
+    may not have been carried out, and the mapper finds out.
     """
 
     @property
