@@ -218,7 +218,10 @@ def _test(arguments: argparse.Namespace) -> int:
 
 def _qemu(arguments: argparse.Namespace) -> int:
     if not importlib.util.find_spec("ramblock"):
-        raise LabError(f"{sys.executable} has no ramblock; run: make .venv/.test")
+        raise LabError(
+            f"{sys.executable} has no ramblock; run: make .venv/.test, then"
+            " .venv/bin/python -m lab qemu"
+        )
     script = Path(arguments.words[0]).absolute()
     if not script.is_file():
         raise LabError(f"no such script: {arguments.words[0]}")

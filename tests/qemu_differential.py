@@ -420,7 +420,7 @@ class Differential:
             f"{count:>9,} explained, {name}: {EXPLAINED[name]}"
             for name, count in sorted(self.explained.items())
         ]
-        return [*lines, *explained, f"{0:>9} unexplained differences"]
+        return [*lines, *explained]
 
 
 def _some(pages: set[int]) -> str:

@@ -144,7 +144,7 @@ SCENARIOS = {
 _CHANCE = re.compile(
     r"(?<=@)0x[0-9a-f]+|(?<=ua=)0x[0-9a-f]+|(?<=addr=)0x[0-9a-f]+(?= readonly)|(?<=src )0x[0-9a-f]+"
     r"|(?<=guest_memfd=)\d+|(?<=iommufd=)\d+|(?<=fd=)\d+|(?<=fd )\d+"
-    r"|/tmp/[\w./-]+|\b0000:[0-9a-f]{2}:[0-9a-f]{2}\.\d"
+    r"|\b0000:[0-9a-f]{2}:[0-9a-f]{2}\.\d"
 )
 
 

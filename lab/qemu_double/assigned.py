@@ -3,7 +3,7 @@
 The lab's devices, assigned to a guest by QEMU's vfio-pci: DMA through the kernel's IOMMU.
 
 iommu-testdev writes to an address of the guest when the guest's driver, which is here, tells it to.
-edu is only there, as a second device behind another listener.
+edu does no DMA here: it is a second device.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where guests and their devices are made, and end: what scripts and tests start from."""
+"""Makes guests and their devices, and ends them: the start of each script and test."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Double:
         return AssignedDevice(address, container)
 
     def close(self) -> None:
-        """End all guests, then all devices, in the reverse of the order in which they were made."""
+        """End guests and devices, the newest first."""
         self._stack.close()
 
     def __enter__(self) -> Double:

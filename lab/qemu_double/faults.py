@@ -17,7 +17,7 @@ _ENTRY = struct.Struct("=5I")  # skip, count, errno, calls, failed
 
 
 class Call(IntEnum):
-    """What can be made to fail; the number is the place in the table."""
+    """A call that can fail on purpose; the number is the place in the table."""
 
     MAP = 0
     """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-QEMU's own trace of a guest: which events are asked for, and what was written since a moment.
+QEMU's own trace of a guest: the events that are asked for, and the lines since the last look.
 
 This reads the double's own log of the moment, line by line as it comes. ``ramblock check`` reads
 logs of other people.
@@ -112,7 +112,8 @@ def joined(lines: Iterable[TraceLine]) -> list[str]:
     Return the lines as text, with maps and unmaps that follow each other as one step.
 
     ``vfio_user_dma_map [0x200000, 0x210000) in 16 calls``; all else is as QEMU wrote it, without
-    host addresses. Lines that tell the same a second time are left out.
+    host addresses. Lines that tell the same a second time are left out, and regions that are
+    skipped.
     """
     steps: list[str] = []
     run: tuple[str, int, int, int] | None = None  # name, start, end, calls

@@ -26,8 +26,8 @@ class GuestOptions:
     """
     A confidential guest.
 
-    :raises ValueError: A size is no multiple of a page, or the NUMA nodes' sizes are not the
-        memory's.
+    :raises ValueError: A size is no multiple of a page, the NUMA nodes' sizes are not the
+        memory's, or a TDX guest is to be reset.
     """
 
     technology: Technology = Technology.SNP

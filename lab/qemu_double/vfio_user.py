@@ -67,7 +67,7 @@ class VfioUserDevice:
         return int.from_bytes(self.probe.read(gpa, 8), "little")
 
     def driver(self, guest: ConfidentialGuest) -> VfioUserDevice:
-        """Return what tells which pages it reaches: itself, whatever *guest* does."""
+        """Return the device itself: it needs no driver in the guest."""
         return self
 
     def refuse_maps_after(self, count: int | None) -> None:

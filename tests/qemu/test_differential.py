@@ -1,5 +1,5 @@
 """
-QEMU and GuestMemory, asked the same: 0 unexplained differences.
+QEMU and GuestMemory, asked the same: a difference without a name fails.
 
 RAMBLOCK_QEMU_REQUESTS=20000 make test ARGS='tests/qemu/test_differential.py' asks more, with
 another seed each time.

@@ -54,8 +54,8 @@ def test_page_is_mapped_when_it_is_plugged_and_shared(double: Double) -> None:
 
 
 def test_unplug_frees_the_pages_before_it_unmaps_them(double: Double) -> None:
-    # For an instant the device reaches pages that are free. Ours unmaps first; the comparison of
-    # the two orders is the same as in a conversion, where QEMU unmaps first too.
+    # For an instant the device reaches pages that are free. GuestMemory unmaps first
+    # (tests/test_virtio_mem.py).
     device = double.vfio_user_device()
     guest = double.guest(GuestOptions(virtio_mem=32 * MIB), device)
     driver = VirtioMemDriver(guest, _QUEUE)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * One line for each call that the shim answers itself, with the time of day, as QEMU's log has it.
+ * Lines about VMs, launches, attributes and faults, with the time of QEMU's clock, in seconds.
  */
 #include <errno.h>
 #include <pthread.h>

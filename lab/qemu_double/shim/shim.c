@@ -7,7 +7,7 @@
  *
  *   real      The VM that QEMU asks for becomes a software-protected one (KVM_X86_SW_PROTECTED_VM).
  *             guest_memfd, memory attributes, slots, hypercall exits, VFIO and iommufd are the
- *             kernel's own; confidential.c answers the rest.
+ *             kernel's own; confidential.c, snp.c and tdx.c answer the rest.
  *   pretend   For any KVM: pretend.c. QEMU's own steps are the same; KVM's are not there.
  *
  * What differs from a host with either:

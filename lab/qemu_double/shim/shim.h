@@ -78,7 +78,7 @@ enum fault {
 void faults_open(const char *path);
 int fault_of(enum fault fault); /* the errno that this call has to fail with; 0: none */
 
-/* log.c: one line for each call that the shim answers itself. */
+/* log.c: a line about a VM, a launch, attributes or a fault. */
 void log_open(const char *path);
 void log_call(const char *format, ...) __attribute__((format(printf, 1, 2)));
 

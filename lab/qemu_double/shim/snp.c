@@ -44,8 +44,8 @@ struct __attribute__((packed)) sev_user_data_status {
 };
 
 /*
- * What KVM would take from the caller's buffer it counts off there: the caller goes on until
- * nothing is left.
+ * KVM counts the pages that it has taken off the caller's range. The caller repeats until none is
+ * left.
  */
 static int launch_update(int vm, struct kvm_sev_snp_launch_update *update)
 {

@@ -319,6 +319,7 @@ class GuestMemory(OfOneProcess):
             not run: call it again.
         :raises UsageError: *vm* is no VM, or a block cannot take a new private backing; nothing has
             changed.
+        :raises MappingLimitError: A budget does not hold for the undo; nothing has changed.
         :raises BaseException: From a target or VM; everything is as before.
         :raises PoisonedError: This memory is poisoned, or this call poisoned it.
         """
