@@ -66,11 +66,12 @@ class Browser:
         return [entry["message"] for entry in self._log("browser")]
 
     def requests(self) -> set[str]:
-        """Return the kinds of addresses that were asked for."""
+        """Return the kinds of addresses that were asked for, outside the page itself."""
         messages = [json.loads(entry["message"])["message"] for entry in self._log("performance")]
-        return {
+        kinds = {
             message["params"]["request"]["url"].partition(":")[0]
             for message in messages
             if message["method"] == "Network.requestWillBeSent"
             and message["params"]["documentURL"] == self._page  # it has a first page of its own
         }
+        return kinds - {"data", "blob"}  # pieces of the page: plotly.js tries an image of one pixel
