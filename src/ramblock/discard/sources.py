@@ -18,10 +18,14 @@ class Source(Protocol):
     """
     Something that knows which parts of a block are populated (QEMU: RamDiscardSource).
 
+    Its owner tells the manager of each change, and of nothing that did not change: listeners hear
+    it as it is told.
+
     Optional members:
 
-    - ``ranges(offset, size) -> Iterator[(offset, size)]``: the populated runs inside the range,
-      ascending; without it, ``is_populated`` is asked granule by granule.
+    - ``ranges(offset, size) -> Iterator[(offset, size)]``: the populated runs,
+      ascending; the rest outside the range is cut off. Without it, ``is_populated`` is asked
+      granule by granule.
     - ``on_adding()``: called under the lock before the source is added; raising refuses.
     - ``on_removed()``: called once it was removed, or when adding it failed.
     - ``withholds = True``: the guest itself cannot use discarded parts, so that they are freed

@@ -53,9 +53,9 @@ class DmaTarget(Protocol):
     """
     Whatever maps IOVAs for devices. The mapper uses these and nothing else.
 
-    A call that raises :class:`~ramblock.errors.DmaError` has done nothing, unless the error says
-    ``in_doubt``. After any other exception the call may or may not have been carried out, and the
-    mapper finds out.
+    A call that raises :class:`~ramblock.errors.DmaError`, with ``iova`` and ``size`` of the call,
+    has done nothing, unless the error says ``in_doubt``. After any other exception the call may or
+    may not have been carried out, and the mapper finds out.
     """
 
     @property
@@ -75,8 +75,8 @@ class DmaTarget(Protocol):
         Take ``[iova, iova + size)`` away from devices; no access to it is under way on return.
 
         :return: Bytes really unmapped; 0 where nothing was mapped.
-        :raises DmaError: EINVAL: it would cut a mapping and the target cannot. ENOENT: no such
-            mapping (exact).
+        :raises DmaError: EINVAL: misaligned, or it would cut a mapping and the target cannot.
+            ENOENT: no such mapping (exact). ENOSPC: no entry is left for the part behind a cut.
         """
 
     def close(self) -> None:
