@@ -318,7 +318,7 @@ def test_one_that_cannot_be_imported_is_not_killed(capsys: pytest.CaptureFixture
 
 @pytest.mark.usefixtures("_of_the_project")
 def test_an_interrupt_that_leaves_its_test_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
-    change = mutation.prepend("raise KeyboardInterrupt")
+    change = mutation.prepend("raise KeyboardInterrupt('now')")
     mutants.MUTANTS.append(mutant("interrupted", "code:fits", change))
     assert mutants.main(["interrupted"]) == 0
     assert "a KeyboardInterrupt that left its test" in capsys.readouterr().out

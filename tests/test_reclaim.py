@@ -217,6 +217,20 @@ def test_unplugging_frees_both_sides_and_accounts_for_both(guest: Guest) -> None
     assert guest.private.allocated_bytes() == guest.allocated() == 0
 
 
+def test_what_is_plugged_again_does_not_wait_any_more(guest: Guest) -> None:
+    device = VirtioMem(guest.block, PAGE)
+    device.plug(0, 4 * PAGE)
+    guest.shared.fails = guest.private.fails = NO
+    device.unplug(0, 4 * PAGE)
+    waited = guest.block.not_freed_bytes
+    device.plug(0, 4 * PAGE)
+    guest.private.write(0, b"secret")
+    assert guest.block.not_freed_bytes == waited - 4 * PAGE
+    guest.shared.fails = guest.private.fails = None
+    assert guest.block.free_pending() == 0
+    assert guest.private.read(0, 6) == b"secret"
+
+
 # -- the account itself ----------------------------------------------------------------------------
 
 

@@ -31,7 +31,6 @@ ATTRIBUTES = "tests/test_attributes.py"
 BATCHES = "tests/test_attach_in_batches.py"
 BLOCK = "tests/test_block.py"
 COORDINATION = "tests/test_coordination.py"
-DIFFERENTIAL = "tests/test_differential.py"
 GUARD = "tests/test_guard.py"
 GUEST = "tests/test_guest_memory.py"
 IN_PLACE = "tests/test_in_place.py"
@@ -305,7 +304,7 @@ _in(
     (
         "a mapper is told less than it may have mapped",
         drop("if registration.budgeted is not None and self._hollow and not populate: ..."),
-        (ADD_SOURCE, DIFFERENTIAL, VIRTIO_MEM),
+        GUEST,
     ),
     (
         "a mapper unmaps pages that stay populated",
@@ -569,7 +568,7 @@ _in(
         drop("if registration.budgeted is not None: ..."),
         (MAP, ATTACH, BATCHES),
     ),
-    ("a refused listener stays", insert("return", before="if before is not None: ..."), ATTACH),
+    ("a refused listener stays", prepend("return replay.take_back()"), MAP),
 )
 _in(
     f"{_MANAGER}.leave",

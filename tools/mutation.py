@@ -391,6 +391,7 @@ class Outcome(NamedTuple):
 
 
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+_LEFT_ITS_TEST = re.compile(r"^!+ KeyboardInterrupt\b", re.MULTILINE)
 _TESTS_FAILED, _INTERRUPTED = 1, 2
 #: Seconds after which one test hangs; none that passes takes a tenth of that.
 _HANGS_AFTER = 60
@@ -442,7 +443,7 @@ def run_tests(root: Path, source: Path, tests: Sequence[str], seconds: float) ->
     if process.returncode == _TESTS_FAILED and failed and "ERROR collecting" not in output:
         hangs = f"Timeout (>{_HANGS_AFTER}" in output
         return Outcome("hang" if hangs else "killed", spent, failed[1].rpartition("/")[2])
-    if process.returncode == _INTERRUPTED and "! KeyboardInterrupt !" in output:
+    if process.returncode == _INTERRUPTED and _LEFT_ITS_TEST.search(output):
         return Outcome("killed", spent, "a KeyboardInterrupt that left its test")
     last = output.strip().splitlines()[-3:]
     return Outcome("BROKEN", spent, f"pytest ended with {process.returncode}: {' / '.join(last)}")
