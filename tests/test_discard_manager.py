@@ -20,7 +20,15 @@ from doubles import (
     runs,
     section,
 )
-from ramblock import GuestMemory, MappingPolicy, PageState, RamBlock, RamDiscardManager, RamSection
+from ramblock import (
+    GuestMemory,
+    MappingPolicy,
+    PageState,
+    RamBlock,
+    RamDiscardManager,
+    RamSection,
+    VirtioMem,
+)
 from ramblock.dma import SoftIommu
 from ramblock.errors import BusyError, MappingLimitError, PoisonedError, UsageError
 from ramblock.units import GIB, TIB
@@ -234,6 +242,31 @@ def test_a_granularity_that_is_no_power_of_two(
     with pytest.raises(UsageError, match="is not a power of two"):
         manager.add_source(PageSource(granularity=granularity))
     assert manager.sources == ()
+
+
+def test_a_source_of_another_block(block: RamBlock, manager: RamDiscardManager) -> None:
+    with RamBlock.create("other", 4 * PAGE, private="stand-in") as other:
+        plugged = VirtioMem(other, PAGE)
+        for source in (plugged, attributes_of(other)):
+            with pytest.raises(UsageError, match="belongs to another block than block 'ram'"):
+                manager.add_source(source)
+    assert manager.sources == ()
+
+
+@pytest.mark.parametrize("answer", [(0, PAGE), (2 * PAGE, PAGE), (PAGE, 4 * PAGE)])
+def test_a_source_that_cuts_its_granules(
+    block: RamBlock,
+    manager: RamDiscardManager,
+    answer: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A target whose pages are as large would map all of a granule.
+    whole = RamSection(block, 0, block.size, 0)
+    source = PageSourceWithRanges(granularity=4 * PAGE)
+    manager.add_source(source)
+    monkeypatch.setattr(source, "ranges", lambda _, __: iter([answer]))
+    with pytest.raises(UsageError, match="cuts a granule of 0x4000 bytes"):
+        list(manager.populated(whole))
 
 
 def test_page_attributes_cannot_be_removed() -> None:

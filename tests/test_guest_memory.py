@@ -992,3 +992,122 @@ def test_a_source_that_tells_late_leaves_nothing_stale(has_ranges: bool, first: 
         memory.convert(PAGE, PAGE, SHARED)
         assert all(pages_of(iommu.mappings()) == {0, 3 * PAGE} for iommu in iommus)
         assert not memory.poisoned
+
+
+# -- parts that fail in unusual ways ---------------------------------------------------------------
+
+
+def test_a_slot_that_the_vm_keeps_keeps_the_memory(guest: Guest) -> None:
+    # A target refuses the new section, and then the VM does not take its slot back.
+    guest.targets[0].fail_map = {guest.targets[0].map_calls + 1}
+    guest.vm.refuse = lambda call: call[0] == "remove"
+    with RamBlock.create("more", PAGE) as block:
+        with pytest.raises(PoisonedError):
+            guest.memory.map(block, 0)
+        (doubt,) = (doubt for doubt in guest.memory.in_doubt() if doubt.target is guest.vm)
+        assert (doubt.gpa, doubt.size) == (0, PAGE)
+        backing = block.shared
+    assert block.closed
+    assert backing.read(0, 1) == b"\0", "closed, though the guest still sees it"
+
+
+class ActsAndRaises(RecordingVm):
+    """Does what a slot call asks for, and then raises an error that is no refusal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.then = self._raise
+        self.verb = ""
+
+    def add_memory_slot(self, section: RamSection) -> None:
+        super().add_memory_slot(section)
+        self._raise(("added", 0, 0))
+
+    def remove_memory_slot(self, section: RamSection) -> None:
+        super().remove_memory_slot(section)
+        self._raise(("removed", 0, 0))
+
+    def _raise(self, call: tuple[str, int, int]) -> None:
+        if call[0] == self.verb:
+            raise RuntimeError(f"behind {self.verb}")
+
+
+def test_a_slot_call_that_raises_no_oserror_may_have_acted() -> None:
+    vm = ActsAndRaises()
+    memory = GuestMemory(vm)
+    with RamBlock.create("ram", PAGE) as block:
+        vm.verb = "added"
+        with pytest.raises(RuntimeError, match="behind added"):
+            memory.map(block, 0)
+        assert (memory.sections, vm.slots, memory.poisoned) == ((), [], False)
+        vm.verb = ""
+        section = memory.map(block, 0)
+        vm.verb = "removed"
+        with pytest.raises(RuntimeError, match="behind removed"):
+            memory.unmap(section)
+        assert (memory.sections, vm.slots, memory.poisoned) == ((section,), [section], False)
+        vm.verb = ""
+
+
+def test_a_vm_that_does_not_take_attributes_back_does_not_stop_a_close(guest: Guest) -> None:
+    def fail(call: tuple[str, int, int]) -> None:
+        if call[0] == "shared":
+            raise RuntimeError("the VM is gone")
+
+    guest.vm.then = fail
+    guest.low.close()
+    guest.vm.then = lambda _: None
+    assert guest.low.closed
+    assert [section.block.name for section in guest.memory.sections] == ["high", "ordinary"]
+    assert not guest.memory.poisoned
+
+
+class UnprintableError(Exception):
+    def __repr__(self) -> str:
+        raise AttributeError("no such thing")
+
+
+def test_an_error_that_cannot_be_printed_poisons_like_any_other(guest: Guest) -> None:
+    guest.memory.convert(LOW, PAGE, SHARED)
+
+    def fail(call: tuple[str, int, int]) -> None:
+        raise UnprintableError
+
+    guest.vm.then = fail
+    with pytest.raises(PoisonedError):
+        guest.memory.convert(LOW, PAGE, PRIVATE)
+    guest.vm.then = lambda _: None
+    assert guest.memory.poisoned
+
+
+def test_an_observer_that_raises_anything_changes_no_outcome(guest: Guest) -> None:
+    def leave(_: object) -> None:
+        raise SystemExit("the observer wants to leave")
+
+    guest.memory.convert(LOW, PAGE, SHARED)
+    guest.low.write(0, b"secret")
+    guest.memory.observer = leave
+    guest.memory.convert(LOW, PAGE, PRIVATE)
+    assert guest.low.shared.allocated_bytes() == 0
+    vm = RecordingVm()
+    guest.memory.reset(vm)
+    guest.memory.observer = None
+    guest.memory.convert(LOW, PAGE, SHARED)
+    assert ("shared", LOW // PAGE, 1) in vm.calls
+
+
+def test_pending_frees_of_a_block_that_closes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The descriptor's number may belong to another file by then.
+    block = RamBlock.create("ram", PAGE, private="stand-in")
+    memory = GuestMemory()
+    memory.map(block, 0)
+    run = block.discard_manager.run
+
+    def late(operation: str, *rest: Any, **options: Any) -> Any:
+        if operation == "free_pending":
+            block.close()
+        return run(operation, *rest, **options)
+
+    monkeypatch.setattr(block.discard_manager, "run", late)
+    with pytest.raises(UsageError, match="is closed"):
+        block.free_pending()

@@ -216,6 +216,41 @@ def test_a_handler_that_was_left_in_place_passes_signals_on() -> None:
         assert signal.getsignal(signal.SIGINT) is mine
 
 
+def test_a_handler_that_sets_another_one_is_obeyed() -> None:
+    # The usual idiom: the first Ctrl-C asks to stop, the second one ends the process.
+    def another(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+
+    with handler(signal.SIGINT, another):
+        uninterrupted(strike)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_fork_of_another_thread_during_work_gets_its_signals() -> None:
+    told: list[int] = []
+
+    def fork() -> None:
+        child = os.fork()
+        if child == 0:
+            try:
+                strike()
+                for _ in range(1000):
+                    time.sleep(0.001)
+            except KeyboardInterrupt:
+                os._exit(7)
+            os._exit(1)
+        told.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    def work() -> None:
+        thread = threading.Thread(target=fork)
+        thread.start()
+        thread.join()
+
+    with handler(signal.SIGINT, signal.default_int_handler):
+        uninterrupted(work)
+    assert told == [7]
+
+
 HANGS = """
 import signal, sys, threading, time
 from ramblock import interrupts

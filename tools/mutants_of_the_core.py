@@ -224,7 +224,7 @@ _in(
     ("undo log: stuck is not called", replace("stuck is None", "True"), UNDO),
     (
         "undo log: a failed undo does not poison",
-        drop("guard.poison(f'step {step!r} could not be put back: {error!r}')"),
+        drop("guard.poison(f'step {step!r} could not be put back: {describe_error(error)}')"),
         UNDO,
     ),
     ("undo log: only Exception stops an undo", narrow("undo(*arguments)"), UNDO),
@@ -423,13 +423,18 @@ _in(
     ),
     (
         "a source's answer: overlaps are believed",
-        replace("low < position or size <= 0", "size <= 0"),
+        replace("low < position or size <= 0 or cut", "size <= 0 or cut"),
         RUNS,
     ),
     (
         "a source's answer: empty runs are believed",
-        replace("low < position or size <= 0", "low < position"),
+        replace("low < position or size <= 0 or cut", "low < position or cut"),
         RUNS,
+    ),
+    (
+        "a source's answer: granules may be cut",
+        replace("low < position or size <= 0 or cut", "low < position or size <= 0"),
+        MANAGER,
     ),
     ("a source's answer: any order is believed", drop("position = high"), RUNS),
 )
@@ -746,6 +751,11 @@ _in(
         drop("for number, handler in handlers.items(): ..."),
         INTERRUPTS,
     ),
+    (
+        "a handler that set another one is put back over it",
+        replace("_signal.getsignal(number) == hold.note", "True"),
+        INTERRUPTS,
+    ),
     ("handlers of other threads' operations", drop("if get_ident() != _main: ..."), INTERRUPTS),
     ("nested operations: the outer one is forgotten", drop("hold.outer = _hold"), INTERRUPTS),
     ("what waits is not handed over", drop("while hold.waiting: ..."), INTERRUPTS),
@@ -755,8 +765,13 @@ _in(
     ("an operation that could be left goes on", prepend("return"), INTERRUPTS),
 )
 _in(
+    "discard.attributes:RamBlockAttributes.observe",
+    ("an observer can stop a conversion", narrow("observer(event)"), GUEST),
+)
+_in(
     "interrupts:_find_main_thread",
     ("fork: the thread that forked is not the main one", prepend("return"), PROCESS),
+    ("fork: signals are held back for ever", drop("if get_ident() != _main: ..."), INTERRUPTS),
 )
 
 # -- one process -----------------------------------------------------------------------------------
@@ -778,6 +793,11 @@ _SLOT = "change_slot(...)"
 
 _in(
     f"{_MEMORY}._map",
+    (
+        "map: a slot that stays is no doubt",
+        replace("partial(self._guard.doubt, section, self._vm, 'the VM keeps its slot')", "int"),
+        GUEST,
+    ),
     ("placing: slot before attributes", swap("undo.do('attribute', ...)", _SLOT), (GUEST, MAP)),
     (
         "placing: targets before the slot",
@@ -844,6 +864,7 @@ _in(
 )
 _in(
     "guest.vm:change_slot",
+    ("placing: any error of a slot is a refusal", replace("OSError", "Exception"), GUEST),
     ("placing: a slot that was refused is removed", drop("undo.drop_last()"), (GUEST, MAP)),
     ("reset: a slot that was refused is put back", drop("undo.drop_last()"), RESET),
     (

@@ -13,13 +13,21 @@ from typing import Any
 __all__ = [
     "BusyError", "ConversionError", "DmaError", "GuestProgramError", "IommuFault",
     "LocalProtocolError", "MappingLimitError", "PoisonedError", "ProtocolError", "RamblockError",
-    "RemoteProtocolError", "TraceError", "UsageError", "describe_range",
+    "RemoteProtocolError", "TraceError", "UsageError", "describe_error", "describe_range",
 ]  # fmt: skip
 
 
 def describe_range(start: int, size: int) -> str:
     """Write a range as every message of ours does: ``[0x1000, 0x3000)``."""
     return f"[{start:#x}, {start + size:#x})"
+
+
+def describe_error(error: BaseException) -> str:
+    """Return ``repr(error)``, or its type where a part's own error cannot even be printed."""
+    try:
+        return repr(error)
+    except BaseException:  # undoing goes on
+        return f"{type(error).__name__}, which cannot be printed"
 
 
 # Not dataclasses: that module alone is a seventh of the time of `ramblock --help`.

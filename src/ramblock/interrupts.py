@@ -35,7 +35,13 @@ _main = main_thread().ident
 
 
 def _find_main_thread() -> None:
-    global _main
+    global _main, _hold
+    if get_ident() != _main:
+        # The operation of the thread that is not here never ends: nobody would hand over.
+        while _hold is not None:
+            for number, handler in _hold.handlers.items():
+                _signal.signal(number, handler)
+            _hold = _hold.outer
     _main = get_ident()  # a fork has one thread, whichever it was before
 
 
@@ -54,7 +60,9 @@ class _Hold:
     def note(self, number: int, frame: FrameType | None) -> None:
         if self.over:
             # A signal struck while the handlers were put back, and left this one in place.
-            _signal.signal(number, self.handlers[number])
+            for other, handler in self.handlers.items():
+                if _signal.getsignal(other) == self.note:
+                    _signal.signal(other, handler)
             self.handlers[number](number, frame)
             return
         now = time.monotonic()
@@ -125,7 +133,8 @@ def uninterrupted(work: Callable[..., T], *arguments: object) -> T:
             if _hold is hold:
                 _hold = hold.outer
             for number, handler in handlers.items():
-                _signal.signal(number, handler)
+                if _signal.getsignal(number) == hold.note:  # else a handler has set another
+                    _signal.signal(number, handler)
 
 
 def hand_over() -> None:

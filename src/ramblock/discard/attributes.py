@@ -119,7 +119,7 @@ class RamBlockAttributes(BitmapSource):
             event = StateChanged(self.block.name, offset, size, before, after)
             try:
                 observer(event)
-            except Exception:  # watching never changes an outcome
+            except BaseException:  # watching never changes an outcome
                 _log.exception("the observer failed on %r", event)
 
     def __repr__(self) -> str:

@@ -3,9 +3,9 @@
 The lock, the poison and the claims on discards that one guest memory and its blocks have in common.
 
 A block has a guard of its own until it is placed; then it takes the memory's, so that one lock
-covers convert, state changes, plug, sources, attach and map. There is no deadlock to think about:
-targets have locks of their own, always taken after this one, and no target, device or socket thread
-takes it.
+covers convert, state changes, plug, sources, attach and map. Locks of
+targets are always taken after this one, and no target, device or socket thread takes it. The lock
+of a memory is never taken inside that of a block without a place: a listener calls no change.
 """
 
 from __future__ import annotations

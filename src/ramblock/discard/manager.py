@@ -23,7 +23,7 @@ from ramblock.discard.registry import Registration, Registry
 from ramblock.discard.section import Block, RamSection
 from ramblock.discard.sources import Source, held_back_by, joint_runs
 from ramblock.discard.undo import UndoLog
-from ramblock.errors import BusyError, UsageError
+from ramblock.errors import BusyError, UsageError, describe_error
 from ramblock.process import OfOneProcess
 from ramblock.ranges import complement
 from ramblock.units import PAGE_SIZE, check_granularity, check_range
@@ -151,7 +151,8 @@ class RamDiscardManager(OfOneProcess):
         Memory that it withholds from the guest (virtio-mem) is freed.
 
         :raises BusyError: It is there already.
-        :raises UsageError: Its granularity is no power of two, or finer than a mapper's page size.
+        :raises UsageError: It is another block's, or its granularity is no power of two, or finer
+            than a mapper's page size.
         """
         self.run("add_source", self._add_source, source)
 
@@ -159,6 +160,10 @@ class RamDiscardManager(OfOneProcess):
         self.check_open()
         if any(source is other for other in self.sources):
             raise BusyError(f"{source!r} is a source of {self._place} already")
+        if getattr(getattr(source, "block", None), "discard_manager", self) is not self:
+            raise UsageError(
+                f"{source!r} belongs to another block than {self._place}", value=source
+            )
         check_granularity(source.granularity, f"source {source!r}")
         for registration in self.registry:
             mapper = registration.budgeted
@@ -367,7 +372,9 @@ class RamDiscardManager(OfOneProcess):
                 try:
                     listener.notify_discard(part)
                 except BaseException as error:  # closing goes on
-                    self.guard.doubt(part, listener, f"could not be discarded: {error!r}")
+                    self.guard.doubt(
+                        part, listener, f"could not be discarded: {describe_error(error)}"
+                    )
         self.registry.discard(listener)
 
     def stay_in_doubt(self, registration: Registration, reason: str) -> None:

@@ -18,6 +18,7 @@ from ramblock.discard.listeners import Budget
 from ramblock.discard.registry import Registration, Registry
 from ramblock.discard.section import Block, RamSection
 from ramblock.discard.sources import Source, joint_runs
+from ramblock.errors import describe_error
 from ramblock.ranges import Runs, clip
 
 __all__ = ["Board", "Notification", "reserve"]
@@ -181,11 +182,11 @@ class Notification:
                 try:
                     notify(section)
                 except BaseException as error:  # the others must be put back whatever this raises
-                    reason = f"could not be {verb} again: {error!r}"
+                    reason = f"could not be {verb} again: {describe_error(error)}"
                     self._board.guard.doubt(section, listener, reason)
                     failure = error
         except BaseException as error:  # a source that does not answer
-            self._doubt_all(registration, f"a source could not be asked: {error!r}")
+            self._doubt_all(registration, f"a source could not be asked: {describe_error(error)}")
             failure = error
         return failure
 

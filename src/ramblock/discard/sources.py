@@ -28,8 +28,8 @@ class Source(Protocol):
       granule by granule.
     - ``on_adding()``: called under the lock before the source is added; raising refuses.
     - ``on_removed()``: called once it was removed, or when adding it failed.
-    - ``withholds = True``: the guest itself cannot use discarded parts, so that they are freed
-      (virtio-mem).
+    - ``withholds = True``: the guest itself cannot use discarded parts (virtio-mem): they are freed
+      when it is added.
     """
 
     @property
@@ -44,24 +44,25 @@ def populated_in(source: Source, start: int, end: int) -> Runs:
     """
     Yield the populated runs of *source* inside [start, end), as (start, end).
 
-    :raises UsageError: Its runs do not ascend, or overlap.
+    :raises UsageError: Its runs do not ascend, overlap, or cut granules.
     """
     ranges = getattr(source, "ranges", None)
     if ranges is None:
         yield from merge_adjacent(_granules(source, start, end))
         return
-    position = start
+    position, inside = start, source.granularity - 1
     for offset, size in ranges(start, end - start):
         # A source that thinks in larger granules says more than it was asked for.
         low, high = max(offset, start), min(offset + size, end)
         if low >= high and size > 0:
             continue
-        if low < position or size <= 0:
+        cut = (low != start and low & inside) or (high != end and high & inside)
+        if low < position or size <= 0 or cut:
             raise UsageError(
-                f"source {source!r} answered {describe_range(offset, size)}, which is empty or does"
-                f" not lie behind {position:#x}",
+                f"source {source!r} answered {describe_range(offset, size)}, which is empty, does"
+                f" not lie behind {position:#x}, or cuts a granule of {inside + 1:#x} bytes",
                 value=(offset, size),
-                expected="ascending, disjoint runs",
+                expected="ascending, disjoint runs of whole granules",
             )
         yield low, high
         position = high

@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from ramblock.discard.guard import Guard
+from ramblock.errors import describe_error
 
 __all__ = ["Entry", "UndoLog", "put_back"]
 
@@ -45,13 +46,14 @@ def put_back(guard: Guard, entries: Sequence[Entry]) -> None:
             undo(*arguments)
         except BaseException as error:  # the rest has to be put back all the same
             stuck_at.append((piece, step))
-            guard.poison(f"step {step!r} could not be put back: {error!r}")
+            guard.poison(f"step {step!r} could not be put back: {describe_error(error)}")
             if stuck is None:
                 continue
             try:
                 stuck(*arguments)
             except BaseException as failure:
-                guard.poison(f"nor do our records of step {step!r} say what is true: {failure!r}")
+                text = describe_error(failure)
+                guard.poison(f"nor do our records of step {step!r} say what is true: {text}")
 
 
 class UndoLog:

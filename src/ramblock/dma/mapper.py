@@ -28,7 +28,13 @@ from collections.abc import Callable, Iterable
 from ramblock.bitmap import SavedBits, SparseBitmap
 from ramblock.discard.section import RamSection
 from ramblock.dma.target import DmaTarget, HostRange, MappingPolicy
-from ramblock.errors import DmaError, MappingLimitError, UsageError, describe_range
+from ramblock.errors import (
+    DmaError,
+    MappingLimitError,
+    UsageError,
+    describe_error,
+    describe_range,
+)
 from ramblock.logs import Sparingly
 from ramblock.process import OfOneProcess
 from ramblock.units import PAGE_SIZE
@@ -271,7 +277,8 @@ class SectionMapper:
                     self._map_piece(position, stop - position)
                     _, problem = self._try_unmap(position, stop)
                 except BaseException as failure:  # part of an undo
-                    problem = f"unmap removed nothing, and mapping it again failed: {failure!r}"
+                    text = describe_error(failure)
+                    problem = f"unmap removed nothing, and mapping it again failed: {text}"
         if problem is not None:
             self._report(position, stop, problem)
 
@@ -288,7 +295,7 @@ class SectionMapper:
         except BaseException as error:
             if perhaps and getattr(error, "errno", None) == errno.ENOENT:
                 return size, None
-            return 0, f"unmap failed: {error!r}"
+            return 0, f"unmap failed: {describe_error(error)}"
         if removed >= size or perhaps:
             return removed, None
         return removed, f"unmap removed {removed:#x} of {size:#x} bytes"
@@ -358,7 +365,7 @@ class SectionMapper:
             try:
                 self._map(*run)
             except BaseException as failure:  # the other runs have to be mapped all the same
-                self._report(*run, f"could not be mapped again: {failure!r}")
+                self._report(*run, f"could not be mapped again: {describe_error(failure)}")
 
     def _report(self, start: int, end: int, reason: str) -> None:
         # In doubt. The books call it mapped, so that a detach tries to unmap it.

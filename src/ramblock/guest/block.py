@@ -191,8 +191,11 @@ class RamBlock(OfOneProcess):
 
         :raises PoisonedError: The block is poisoned, and keeps its pages.
         """
+        return self.discard_manager.run("free_pending", self._free_pending)
+
+    def _free_pending(self) -> int:
         self.discard_manager.check_open()
-        return self.discard_manager.run("free_pending", self.sides.free_pending)
+        return self.sides.free_pending()
 
     @property
     def guard(self) -> Guard:

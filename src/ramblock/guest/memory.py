@@ -15,7 +15,13 @@ from ramblock.discard.section import RamSection
 from ramblock.discard.undo import UndoLog
 from ramblock.dma.mapper import Mapper
 from ramblock.dma.target import DmaTarget, MappingPolicy
-from ramblock.errors import BusyError, ConversionError, PoisonedError, UsageError
+from ramblock.errors import (
+    BusyError,
+    ConversionError,
+    PoisonedError,
+    UsageError,
+    describe_error,
+)
 from ramblock.events import Observer
 from ramblock.guest.block import RamBlock
 from ramblock.guest.conversion import ConversionResult, convert_pieces
@@ -165,19 +171,21 @@ class GuestMemory(OfOneProcess):
     def _map(self, block: RamBlock, section: RamSection) -> None:
         self._places.check_free(block, section)
         place, manager = Place(block, section), block.discard_manager
+        slot_stays = partial(self._guard.doubt, section, self._vm, "the VM keeps its slot")
         try:
             if block.placement is not self:
+                own = block.guard
                 self._check_unplaced(block)
-                # Its own guard is taken inside ours. Nobody takes them the other way round: a
-                # block's own guard knows no memory.
-                block.guard.run("map", self._adopt, block, block.guard)
+                # Its own guard is taken inside ours, and nobody takes them the other way round: a
+                # block's own guard knows no memory, and a listener of a block may not change one.
+                own.run("map", self._adopt, block, own)
             joining = [attachment.admit(place) for attachment in self._attachments]
             replays = [manager.replay(registration) for registration in joining]
             reserve(replays)
             with UndoLog(self._guard, "map") as undo:
                 # From the first moment: private before the slot lets the guest see the pages.
                 undo.do("attribute", self._set_attributes, self._try_to_withdraw, place)
-                change_slot(undo, self._vm, place, add=True)
+                change_slot(undo, self._vm, place, add=True, stuck=slot_stays)
                 for registration, replay in zip(joining, replays, strict=True):
                     manager.join(undo, registration, replay)
             self._places.add(place)
@@ -262,7 +270,7 @@ class GuestMemory(OfOneProcess):
                 vm.remove_memory_slot(place.section)
         except BaseException as error:
             # The guest still sees the memory, as a device would: the block must keep it.
-            self._guard.doubt(place.section, vm, f"the VM keeps its slot: {error!r}")
+            self._guard.doubt(place.section, vm, f"the VM keeps its slot: {describe_error(error)}")
         else:
             if not poisoned:
                 self._try_to_withdraw(place)
@@ -286,7 +294,7 @@ class GuestMemory(OfOneProcess):
         # is there. But the next section there has to set the attributes.
         try:
             withdraw(self._vm, place)
-        except OSError as error:
+        except BaseException as error:
             self._not_reset.append(place.section)
             _log.warning("%r: attributes are not reset: %s", place.section, error)
 
@@ -316,7 +324,7 @@ class GuestMemory(OfOneProcess):
         :param vm: Takes the place of the VM until now, which must not run any more; None: it stays.
         :param private: New private backings by block, where they are recreated.
         :return: Bytes of the old guest that could not be freed. Unless it is 0 the new guest must
-            not run: call it again.
+            not run: call it again. (A backing that was replaced is closed, and not tried again.)
         :raises UsageError: *vm* is no VM, or a block cannot take a new private backing; nothing has
             changed.
         :raises MappingLimitError: A budget does not hold for the undo; nothing has changed.
@@ -424,10 +432,10 @@ class GuestMemory(OfOneProcess):
         try:
             pieces = convert_pieces(self._guard, self._places, self._vm, gpa, size, to)
         except PoisonedError as error:
-            _log.critical("%s: %r", error, error.__cause__)
+            _log.critical("%s: %s", error, describe_error(error.__cause__ or error))
             raise
         except ConversionError as error:
-            self._log_failure("%s: %r", error, error.__cause__)
+            self._log_failure("%s: %s", error, describe_error(error.__cause__ or error))
             raise
         changed = 0
         for piece in pieces:

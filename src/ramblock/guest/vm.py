@@ -130,7 +130,7 @@ def change_slot(
             if dropped:
                 back = partial(try_to, back)
             undo.do("slot", partial(do, place.section), back, piece=piece, stuck=stuck)
-        except Exception:
+        except OSError:
             # A refusal: the VM did nothing, and may refuse to undo what it never did.
             undo.drop_last()
             raise
