@@ -585,6 +585,28 @@ def test_what_somebody_else_mapped_in_the_target_is_not_touched() -> None:
         assert not memory.poisoned
 
 
+def test_what_is_mapped_around_a_mapping_is_all_or_nothing() -> None:
+    # A source tells of more than what changed: the mapper maps what is missing, in two calls here.
+    memory, iommu = GuestMemory(), SoftIommu()
+    with RamBlock.create("ram", 4 * PAGE) as block:
+        section = memory.map(block, 0)
+        source, manager = PageSource({1}), block.discard_manager
+        manager.add_source(source)
+        memory.attach(FaultyTarget(iommu, fail_map={3}))
+        for number in range(2):  # the second time nothing fails
+            source.populated = {0, 1, 2, 3}
+            if number == 0:
+                with pytest.raises(DmaError, match="map call 3 was told to fail"):
+                    manager.notify_populate(source, 0, 4 * PAGE)
+                source.populated = {1}
+                assert [(entry.iova, entry.size) for entry in iommu.mappings()] == [(PAGE, PAGE)]
+            else:
+                manager.notify_populate(source, 0, 4 * PAGE)
+                assert sum(entry.size for entry in iommu.mappings()) == 4 * PAGE
+        assert not memory.poisoned
+        memory.unmap(section)
+
+
 def test_a_target_that_refuses_while_attaching(guests: list[Guest]) -> None:
     guests.append(guest := Guest(SoftIommu()))
     for page in (0, 4, 8, 12):

@@ -1351,6 +1351,11 @@ _in(
 _in(
     f"{_SECTION_MAPPER}.notify_populate",
     (
+        "what is mapped in front of a refused gap stays",
+        drop("for before in gaps[:number]: ..."),
+        MAPPER,
+    ),
+    (
         "what is mapped already is mapped again",
         replace("self.mapped.count(start, end)", "0"),
         (BATCHES, OTHER_LISTENER, TWO_FAILURES),

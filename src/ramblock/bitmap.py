@@ -8,7 +8,7 @@ terabyte costs a dictionary entry per 256 MiB. Every cost depends on the range a
 inside it, not on the length of the bitmap.
 
 Ranges lie inside the bitmap: the layers above check. Readers need no lock for their own safety:
-beside a writer they see each bit before or after.
+beside a writer they see each bit before or after (beside an undo: or clear).
 """
 
 from __future__ import annotations

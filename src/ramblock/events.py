@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The deeds of the core, as values; whoever wants a trace sets an observer."""
+"""What the core has done, as values; whoever wants a trace sets an observer."""
 
 from __future__ import annotations
 

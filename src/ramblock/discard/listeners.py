@@ -50,7 +50,7 @@ class BudgetedListener(Listener, Protocol):
         """Let go of all it holds, as far as it can; report the rest as in doubt."""
 
     def entries_to_populate(self, sections: Iterable[RamSection]) -> int:
-        """How many entries more *sections* need."""
+        """How many more entries *sections* need."""
 
     def entries_to_discard(self, section: RamSection) -> int:
-        """How many entries more must be possible at once to discard *section* and put it back."""
+        """How many more entries must be possible at once to discard *section* and put it back."""

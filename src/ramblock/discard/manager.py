@@ -41,7 +41,7 @@ class Freeing(Protocol):
         return 0
 
     def keep_used(self, offset: int, size: int) -> None:
-        """Note that the part of the range in use does not wait to be freed any more."""
+        """Note that the part of the range in use is no longer waiting to be freed."""
         return
 
 

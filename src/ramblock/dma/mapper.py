@@ -160,8 +160,14 @@ class SectionMapper:
         if not self.mapped.count(start, end):
             self._map(start, end)
             return
-        for gap_start, gap_end in list(self.mapped.runs(start, end, value=False)):
-            self._map(gap_start, gap_end)
+        gaps = list(self.mapped.runs(start, end, value=False))
+        for number, gap in enumerate(gaps):
+            try:
+                self._map(*gap)
+            except BaseException:
+                for before in gaps[:number]:
+                    self._let_go_of(*before)
+                raise
 
     def notify_discard(self, section: RamSection) -> None:
         """
@@ -188,14 +194,17 @@ class SectionMapper:
         for start, end in uncertain:
             certain.clear(start, end)
         for run in (*certain.runs(0, self.pages), *uncertain):
-            for start, end in list(self._pieces(*run)):
-                _, problem = self._try_unmap(start, end)
-                if self.uncertain.get(start):
-                    continue
-                if problem is None:
-                    self._erase(start, end)
-                else:
-                    self._report(start, end, problem)
+            self._let_go_of(*run)
+
+    def _let_go_of(self, start: int, end: int) -> None:
+        for piece in list(self._pieces(start, end)):
+            _, problem = self._try_unmap(*piece)
+            if self.uncertain.get(piece[0]):
+                continue
+            if problem is None:
+                self._erase(*piece)
+            else:
+                self._report(*piece, problem)
 
     def entries_to_populate(self, sections: Iterable[RamSection]) -> int:
         """How many entries *sections* need."""
@@ -203,7 +212,7 @@ class SectionMapper:
 
     def entries_to_discard(self, section: RamSection) -> int:
         """
-        How many entries more have to be possible to discard *section* and put it back.
+        How many more entries have to be possible to discard *section* and put it back.
 
         A mapping that sticks out behind becomes one of its own; one that sticks out in front stays,
         and the part that is put back is a new one. Whole mappings give back their entries.
