@@ -113,12 +113,13 @@ def uninterrupted(work: Callable[..., T], *arguments: object) -> T:
     global _hold
     hold = _Hold()
     hold.handlers = handlers = {}
+    note = hold.note
     try:
         for number in _HELD_BACK:
             handler = _signal.getsignal(number)
             if callable(handler):  # else the kernel's default, or "ignore": raises nothing
                 handlers[number] = handler
-                _signal.signal(number, hold.note)
+                _signal.signal(number, note)
         hold.outer = _hold
         _hold = hold
         return work(*arguments)
@@ -133,8 +134,9 @@ def uninterrupted(work: Callable[..., T], *arguments: object) -> T:
             if _hold is hold:
                 _hold = hold.outer
             for number, handler in handlers.items():
-                if _signal.getsignal(number) == hold.note:  # else a handler has set another
-                    _signal.signal(number, handler)
+                found = _signal.signal(number, handler)
+                if found is not note:  # a handler has set another one
+                    _signal.signal(number, found)
 
 
 def hand_over() -> None:
