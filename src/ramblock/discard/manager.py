@@ -77,9 +77,7 @@ class RamDiscardManager(OfOneProcess):
         self.closed = False
         #: The sources, oldest first. Callers change them by the methods below.
         self.sources: tuple[Source, ...] = ()
-        self.registry = registry = Registry()
-        # For attaching in batches, which registers in steps of its own.
-        self.find, self.registration, self.keep = registry.find, registry.make, registry.add
+        self.registry = Registry()
 
     def run(
         self,

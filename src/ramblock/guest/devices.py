@@ -101,7 +101,7 @@ class Attachment:
     def registration(self, place: Place) -> Registration | None:
         """Look up the registration of the listener for *place*, if there is one."""
         listener = place.listeners.get(self)
-        return None if listener is None else place.block.discard_manager.find(listener)
+        return None if listener is None else place.block.discard_manager.registry.find(listener)
 
     def _map_all(self, places: list[Place]) -> Generator[None]:
         if self.mapper.limit is not None:
@@ -176,7 +176,7 @@ class Attachment:
             listener = place.listeners.pop(self, None)
             if registration is not None and listener is not None and listener.in_doubt:
                 # Nobody holds the mapper: for closing to tell it once more.
-                place.block.discard_manager.keep(registration)
+                place.block.discard_manager.registry.add(registration)
         self._close()
 
     def _close(self) -> None:
@@ -190,8 +190,9 @@ class Attachment:
         listener = place.listeners.get(self)
         if listener is not None:
             manager = place.block.discard_manager
+            registry = manager.registry
             # After an undo that failed it may be in no list and still hold pages.
-            found = manager.find(listener) or manager.registration(listener, place.section)
+            found = registry.find(listener) or registry.make(listener, place.section)
             manager.leave_regardless(found)
 
     def forget(self, place: Place) -> None:
