@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -65,6 +66,8 @@ _BUILD = Path(__file__).parent.parent / "build" / "bench"
 
 def main() -> int:
     """Measure, write the files that were asked for, and print the tables."""
+    # A shell lets its background jobs ignore SIGINT; then an operation has nothing to hold back.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = _parser().parse_args()
     machine = Machine.here()
     with tempfile.TemporaryDirectory(prefix="ramblock-bench-") as folder:

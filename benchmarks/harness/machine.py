@@ -54,7 +54,8 @@ class Machine:
             cpu=_cpu(),
             cores=len(os.sched_getaffinity(0)),
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            kernel=f"{platform.system()} {platform.release()} {platform.machine()}",
+            # Without what a host adds to the version.
+            kernel=f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}",
             python=f"{platform.python_implementation()} {platform.python_version()}",
             gcc=_output("gcc", "--version").partition("\n")[0] + " " + " ".join(FLAGS[1:3]),
             packages=_packages(),
