@@ -49,13 +49,13 @@ class Machine:
     @classmethod
     def here(cls) -> Machine:
         """Describe this one."""
+        release = platform.release().partition("-")[0]  # without what a host adds to the version
         return cls(
             date=datetime.now(UTC).date().isoformat(),
             cpu=_cpu(),
             cores=len(os.sched_getaffinity(0)),
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            # Without what a host adds to the version.
-            kernel=f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}",
+            kernel=f"{platform.system()} {release} {platform.machine()}",
             python=f"{platform.python_implementation()} {platform.python_version()}",
             gcc=_output("gcc", "--version").partition("\n")[0] + " " + " ".join(FLAGS[1:3]),
             packages=_packages(),
