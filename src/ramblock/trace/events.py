@@ -33,21 +33,26 @@ __all__ = [
     "Origin",
     "Plug",
     "PlugRequest",
+    "Region",
     "Remark",
+    "Reset",
     "Source",
     "StateChange",
     "Unmap",
     "VcpuEntry",
+    "Viommu",
 ]
 
 
 class Source(msgspec.Struct, eq=False):
-    """One input, shared by all of its events."""
+    """One guest in one input, shared by all of its events there."""
 
     name: str
     """The file as it was given; ``<stdin>``."""
     format: str
     """``ramblock``, ``qemu``, ``simpletrace``, ``ftrace`` or ``perf``."""
+    guest: str | None = None
+    """The process that runs the guest; None: the trace does not name it."""
 
 
 class Origin(msgspec.Struct, gc=False, frozen=True, order=True):
@@ -84,6 +89,8 @@ class Block(msgspec.Struct, gc=False, frozen=True):
     """Whether it has a private side; None: not known."""
     host: int | None = None
     """Host virtual address of the first byte."""
+    guest_memfd: int | None = None
+    """Descriptor of the private side; ``offset`` is inside it. None: none, or not known."""
 
 
 class Layout(_Event):
@@ -179,6 +186,27 @@ class Unmap(_Event):
     """False: the call failed; everything that was mapped there still is."""
 
 
+class Region(_Event):
+    """
+    A region of RAM whose pages have no discard manager came to the guest, or went.
+
+    A VMM maps all of it; where the trace has no maps, this stands for them.
+    """
+
+    start: int
+    end: int
+    added: bool
+    host: int | None = None
+
+
+class Reset(_Event):
+    """The guest starts again: all of its confidential pages are private."""
+
+
+class Viommu(_Event):
+    """The guest has an IOMMU of its own: IOVAs are not guest addresses from here on."""
+
+
 class Discard(_Event):
     """Memory was given back to the host: of the shared side, or the private one."""
 
@@ -202,7 +230,12 @@ class Access(_Event):
 
 
 class Attach(_Event):
-    """A target is there, or a device was attached to it."""
+    """
+    A target is there, or a device was attached to it.
+
+    The same again, without a *device* and before its :class:`Detach`, is a further target of that
+    name, which the trace does not tell from the first: each maps everything.
+    """
 
     target: str
     device: str | None = None
@@ -262,4 +295,5 @@ Event: TypeAlias = (
     | PlugRequest
     | Plug
     | Remark
+    | Region
 )
