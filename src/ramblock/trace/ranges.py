@@ -4,7 +4,7 @@ A value for each address, kept as runs.
 
 Theory of operation. Two lists hold where each run begins, ascending, and its value, None for
 nothing; neighbours with the *same object* are one run. The lists are cut into blocks of at most
-2,048 runs, so that a change shifts a short tail and not that of a guest with 65,535 mappings, and
+512 runs, so that a change shifts a short tail and not that of a guest with 65,535 mappings, and
 the cost of a range depends on the runs in it, not on its size: a trace may name all of 2**64.
 """
 
@@ -18,18 +18,22 @@ __all__ = ["RangeMap"]
 
 V = TypeVar("V")
 
-_MOST_RUNS = 2048
+# A block is walked where a range ends in it, and summed up where it changed.
+_MOST_RUNS = 512
+_END = 1 << 64
 
 
 class RangeMap(Generic[V]):
     """Values of ranges ``[start, end)`` of non-negative integers; compared by identity."""
 
-    __slots__ = ("_blocks", "_firsts")
+    __slots__ = ("_blocks", "_covered", "_firsts")
 
     def __init__(self) -> None:
         #: First address of each block; the first block begins at 0, and no block is empty.
         self._firsts: list[int] = [0]
         self._blocks: list[tuple[list[int], list[V | None]]] = [([0], [None])]
+        #: Bytes of each block that have a value; None: to be counted.
+        self._covered: list[int | None] = [None]
 
     def __bool__(self) -> bool:
         if len(self._blocks) == 1:
@@ -46,6 +50,7 @@ class RangeMap(Generic[V]):
         firsts = self._firsts
         index = bisect_right(firsts, start) - 1
         starts, values = self._blocks[index]
+        self._covered[index] = None
         if index + 1 < len(firsts) and end > firsts[index + 1]:
             self._cut_front(bisect_right(firsts, end) - 1, end, index)
             end = firsts[index + 1]
@@ -80,20 +85,23 @@ class RangeMap(Generic[V]):
         del starts[:at]
         del values[:at]
         starts[0] = self._firsts[index] = end
-        del self._blocks[keep + 1 : index]
-        del self._firsts[keep + 1 : index]
+        self._covered[index] = None
+        for each in (self._blocks, self._firsts, self._covered):
+            del each[keep + 1 : index]
 
     def _join(self, index: int) -> None:
         """Drop a block of one run that continues the last run of the block before it."""
         if index and self._blocks[index][1][0] is self._blocks[index - 1][1][-1]:
-            del self._blocks[index]
-            del self._firsts[index]
+            for each in (self._blocks, self._firsts, self._covered):
+                del each[index]
+            self._covered[index - 1] = None
 
     def _split(self, index: int) -> None:
         starts, values = self._blocks[index]
         half = len(starts) // 2
         self._blocks.insert(index + 1, (starts[half:], values[half:]))
         self._firsts.insert(index + 1, starts[half])
+        self._covered.insert(index + 1, None)
         del starts[half:]
         del values[half:]
 
@@ -138,23 +146,91 @@ class RangeMap(Generic[V]):
             position = stop
         return found
 
-    def gaps(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Return the maximal ranges in the range that have no value, ascending."""
-        found = []
-        position = start
-        for run_start, run_end, _ in self.pieces(start, end):
-            if run_start > position:
-                found.append((position, run_start))
-            position = run_end
-        if position < end:
-            found.append((position, end))
+    def some(self, start: int, end: int, most: int) -> list[tuple[int, int, V]]:
+        """
+        Return the first runs in the range, as :meth:`pieces` does: *most* of them, or a few more.
+
+        Those that are not asked for cost nothing.
+        """
+        firsts = self._firsts
+        index = bisect_right(firsts, start) - 1
+        found: list[tuple[int, int, V]] = []
+        while start < end and len(found) < most:
+            index += 1
+            stop = firsts[index] if index < len(firsts) and firsts[index] < end else end
+            found += self.pieces(start, stop)
+            start = stop
         return found
+
+    def gaps(self, start: int, end: int, most: int | None = None) -> list[tuple[int, int]]:
+        """
+        Return the maximal ranges in the range that have no value, ascending.
+
+        *most*: the first ones, as many or a few more. Runs between gaps that are not asked for cost
+        nothing, and a block of runs without a gap is not looked into.
+        """
+        firsts = self._firsts
+        index = bisect_right(firsts, start) - 1
+        found: list[tuple[int, int]] = []
+        while start < end and (most is None or len(found) <= most):
+            index += 1
+            border = firsts[index] if index < len(firsts) else _END
+            stop = border if border < end else end
+            if self._count(index - 1) != border - firsts[index - 1]:
+                position = start
+                for run_start, run_end, _ in self.pieces(start, stop):
+                    if run_start > position:
+                        _extend(found, position, run_start)
+                    position = run_end
+                if position < stop:
+                    _extend(found, position, stop)
+            start = stop
+        return found
+
+    def covered(self, start: int, end: int) -> int:
+        """Count the bytes in the range that have a value."""
+        firsts = self._firsts
+        index = bisect_right(firsts, start) - 1
+        total = 0
+        while start < end:
+            index += 1
+            border = firsts[index] if index < len(firsts) else _END
+            stop = border if border < end else end
+            if start == firsts[index - 1] and stop == border:
+                total += self._count(index - 1)
+            else:
+                for run_start, run_end, _ in self.pieces(start, stop):
+                    total += run_end - run_start
+            start = stop
+        return total
+
+    def _count(self, index: int) -> int:
+        """Count the bytes of a block that have a value."""
+        covered = self._covered[index]
+        if covered is None:
+            firsts = self._firsts
+            border = firsts[index + 1] if index + 1 < len(firsts) else _END
+            starts, values = self._blocks[index]
+            covered = 0
+            for start, end, value in zip(starts, [*starts[1:], border], values, strict=True):
+                if value is not None:
+                    covered += end - start
+            self._covered[index] = covered
+        return covered
 
     def items(self) -> Iterator[tuple[int, int, V]]:
         """Yield all runs, ascending. One that goes beyond 2**64 ends there."""
-        yield from self.pieces(0, 1 << 64)
+        yield from self.pieces(0, _END)
 
     def clear(self) -> None:
         """Forget everything."""
         self._firsts = [0]
         self._blocks = [([0], [None])]
+        self._covered = [None]
+
+
+def _extend(ranges: list[tuple[int, int]], start: int, end: int) -> None:
+    """Append a range; one that continues the last makes it longer."""
+    if ranges and ranges[-1][1] == start:
+        start = ranges.pop()[0]
+    ranges.append((start, end))
