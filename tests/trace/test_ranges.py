@@ -50,6 +50,7 @@ def check(values: RangeMap[str], model: dict[int, str], most_runs: int) -> None:
     for start, end in ((0, END + 3), (3, 17), (0, 1 << 64)):
         inside = [address for address in model if start <= address < end]
         assert values.covered(start, end) == len(inside)
+        assert values.last(start, end) == (max(inside) + 1 if inside else start)
         some = values.some(start, end, 2)
         assert len(some) >= min(2, len(values.pieces(start, end)))
         assert [a for first, last, _ in some for a in range(first, last)] == sorted(inside)[

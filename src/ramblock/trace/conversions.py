@@ -85,9 +85,12 @@ class Conversions:
         else:
             while self._told:  # by this thread or another, which is not known
                 _, before = self._told.popleft()
-                if not before.over and before.told:
-                    before.told = False
-                    before.last = time
+                if before.over or not before.told:
+                    continue
+                before.told = False
+                if before.last < time - self.grace:
+                    self.end(before)
+                else:
                     self._quiet.append((time, before))
         found = self._start(start, end, time, source, vcpu)
         found.told = True

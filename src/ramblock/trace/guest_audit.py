@@ -17,6 +17,7 @@ and not mapped by a target that maps this guest.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 from ramblock.trace.conversions import ActiveConversion, Conversions
 from ramblock.trace.events import (
@@ -43,7 +44,7 @@ from ramblock.trace.events import (
 from ramblock.trace.findings import FindingKind
 from ramblock.trace.join import MapRun, UnmapRun
 from ramblock.trace.judge import Judge
-from ramblock.trace.mappings import Mapping, Reason, TargetState, Unmapping
+from ramblock.trace.mappings import Mapping, Reason, TargetState, bisects, is_exact
 from ramblock.trace.places import Places
 from ramblock.trace.ranges import RangeMap
 
@@ -54,6 +55,8 @@ __all__ = ["GuestAudit"]
 _MOST = 256
 #: Targets of a guest at one time that are compared with its pages.
 _MOST_TARGETS = 64
+#: Runs that are looked at to know of which kind all of them are.
+_FEW = 8
 _EVERYTHING = 1 << 64
 #: Stands for whatever maps RAM regions, where the trace has no maps.
 _REGIONS = "vfio"
@@ -87,7 +90,7 @@ class GuestAudit:
             (FindingKind.UNPLUGGED, self._unplugged),
             (FindingKind.FREED, self._freed),
         )
-        self._plugged: RangeMap[bool] = RangeMap()
+        self._plugged: RangeMap[Reason] = RangeMap()
         #: Blocks of virtio-mem: nothing there is expected to be mapped that is not plugged.
         self._pluggable: RangeMap[bool] = RangeMap()
         #: The parts of each guest_memfd that the guest has had.
@@ -285,21 +288,14 @@ class GuestAudit:
                     )
             self._unplugged.set(start, end, None)
             for gap_start, gap_end in self._plugged.gaps(start, end):
-                self._expect(gap_start, gap_end, reason)
-            self._plugged.set(start, end, True)  # noqa: FBT003 - a value
+                self._plugged.set(gap_start, gap_end, reason)
             return
-        for piece_start, piece_end, _ in self._plugged.pieces(start, end):
-            for low, high, before in self._shared.pieces(piece_start, piece_end):
-                for target in self._compared():
-                    self._no_longer_missing(target, low, high, before, event)
+        for target in self._compared():
+            for low, high, before in self._shared.some(start, end, _MOST)[:_MOST]:
+                self._no_longer_missing(target, low, high, before, event)
         self._plugged.set(start, end, None)
         for gap_start, gap_end in self._unplugged.gaps(start, end):
             self._unplugged.set(gap_start, gap_end, reason)
-
-    def _expect(self, start: int, end: int, reason: Reason) -> None:
-        """Shared pages of a range are to be mapped from here on, and not from when they were."""
-        for low, high, _ in self._shared.pieces(start, end):
-            self._shared.set(low, high, reason)
 
     def discard(self, event: Discard) -> None:
         """Note that memory was given back to the host."""
@@ -403,8 +399,8 @@ class GuestAudit:
             return
         target.maps += count
         mapping = Mapping.of(event, judge.number, judge.now)
-        there = target.mappings.pieces(start, end)
-        if there and not self._map_again(event, target, mapping, there):
+        there = target.mappings.some(start, end, 1)
+        if there and not self._map_again(event, target, mapping):
             return
         if event.host is not None:
             self.places.note_host(start, end, event.host)
@@ -441,26 +437,19 @@ class GuestAudit:
         else:
             target.add(mapping, start, end)
 
-    def _map_again(
-        self,
-        event: Map,
-        target: TargetState,
-        mapping: Mapping,
-        there: list[tuple[int, int, Mapping]],
-    ) -> bool:
+    def _map_again(self, event: Map, target: TargetState, mapping: Mapping) -> bool:
         """
         Map what is mapped already: for another domain or member, or by mistake.
 
         :return: Whether some of it is new.
         """
-        new = event.end - event.start
-        for start, end, old in there:
-            several = target.members > 1
-            if (several or old.is_copy(event)) and target.add_copy(mapping, start, end):
-                new -= end - start
-                continue
-            self._judge.broken(FindingKind.DOUBLE_MAP, event, target, start, end, old)
-        return new > 0
+        start, end = event.start, event.end
+        there = target.mappings.some(start, end, _FEW)[:_FEW]
+        is_copy = target.members > 1 or any(old.is_copy(event) for _, _, old in there)
+        if not (is_copy and target.add_copy(mapping, start, end)):
+            for low, high, old in there:
+                self._judge.broken(FindingKind.DOUBLE_MAP, event, target, low, high, old)
+        return target.mappings.covered(start, end) < end - start
 
     def region(self, event: Region) -> None:
         """Note RAM that is mapped wholly, where no map says so."""
@@ -507,25 +496,23 @@ class GuestAudit:
         start, end = event.start, event.end
         if end <= start:
             return
-        stride = (end - start) // count if count > 1 else 0
-        met, mappings = target.meet(start, end, stride)
-        if not met.pieces:
+        mappings = target.kept_in(start, end)
+        if mappings is None:
             self._unmap_of_nothing(event, target)
             return
-        if self._is_refused(event, target, met, count):
+        if self._is_refused(event, target, mappings, count):
             return
-        pieces = met.pieces
-        if event.unmapped is not None and event.unmapped < met.mapped_bytes:
-            pieces = self._short_unmap(event, target, met)
-            if not pieces:
+        if event.unmapped is not None and event.unmapped < mappings.covered(start, end):
+            end = self._short_unmap(event, target, mappings)
+            if end <= start:
                 return
-        start, end = pieces[0][0], pieces[-1][1]
         if mappings is not target.mappings:
             mappings.set(start, end, None)
             if not mappings:
                 target.copies.remove(mappings)
             return
-        self._unmapped(event, target, pieces, start, end)
+        pieces = mappings.pieces(start, end)
+        self._unmapped(event, target, pieces, pieces[0][0], pieces[-1][1])
         if not target.declared and not target.mappings:
             self._note_emptied(target)
 
@@ -574,54 +561,54 @@ class GuestAudit:
                 FindingKind.UNMAP_OF_NOTHING, event, target, event.start, event.end, note=note
             )
 
-    def _is_refused(self, event: Unmap, target: TargetState, met: Unmapping, count: int) -> bool:
+    def _is_refused(
+        self, event: Unmap, target: TargetState, mappings: RangeMap[Mapping], count: int
+    ) -> bool:
         """Apply the target's rule; open windows over the ranges that stay mapped."""
+        start, end = event.start, event.end
         note = ""
         untold = event.unmapped is None
-        everything = event.start == 0 and event.end >= _EVERYTHING - 1
         if not event.done:
             note = "the unmap failed"
-        elif everything:
+        elif start == 0 and end >= _EVERYTHING - 1:
             pass  # every rule has a call for that
-        elif met.bisects and target.rule in ("whole", "exact"):
-            self._judge.broken(FindingKind.BISECTING_UNMAP, event, target, event.start, event.end)
+        elif target.rule in ("whole", "exact") and bisects(mappings, start, end):
+            self._judge.broken(FindingKind.BISECTING_UNMAP, event, target, start, end)
             note = "the unmap names part of a mapping" if untold else ""
-        elif target.rule == "exact" and not met.exact:
-            self._judge.broken(FindingKind.INEXACT_UNMAP, event, target, event.start, event.end)
+        elif target.rule == "exact" and not is_exact(mappings, start, end):
+            self._judge.broken(FindingKind.INEXACT_UNMAP, event, target, start, end)
             note = "the unmap names no mapping exactly" if untold else ""
         elif untold:
             target.untold += count
-            if not met.exact:
+            if not is_exact(mappings, start, end, (end - start) // count):
                 target.untold_inexact += count
-                target.untold_mappings += len(met.pieces)
+                target.untold_mappings += len(mappings.pieces(start, end))
         if note:
-            target.refuse(event.start, event.end, self._judge.reason(event, None, note))
+            target.refuse(start, end, self._judge.reason(event, None, note))
         return bool(note)
 
-    def _short_unmap(
-        self, event: Unmap, target: TargetState, met: Unmapping
-    ) -> list[tuple[int, int, Mapping]]:
+    def _short_unmap(self, event: Unmap, target: TargetState, mappings: RangeMap[Mapping]) -> int:
         """
         Report that fewer bytes went than there were.
 
-        Return the pieces that went, the first ones: the kernel unmaps upwards.
+        Return where it ended: the kernel unmaps upwards.
         """
         assert event.unmapped is not None
-        left = event.unmapped
-        gone = []
+        left, all_of_it = event.unmapped, mappings.covered(event.start, event.end)
+        cut = event.start
+        while left > 0:
+            for start, end, _ in mappings.some(cut, event.end, 1):
+                cut = min(end, start + left)
+                left -= cut - start
+                if not left:
+                    break
+        start, _, mapping = mappings.some(cut, event.end, 1)[0]
+        end = mappings.last(start, event.end)
+        note = f"{event.unmapped} of {all_of_it} bytes were unmapped"
+        self._judge.broken(FindingKind.SHORT_UNMAP, event, target, start, end, mapping, note)
         reason = self._judge.reason(event, None, "an unmap came short of it")
-        for start, end, mapping in met.pieces:
-            size = min(left, end - start)
-            if size:
-                gone.append((start, start + size, mapping))
-            if size < end - start:
-                note = f"{event.unmapped} of {met.mapped_bytes} bytes were unmapped"
-                self._judge.broken(
-                    FindingKind.SHORT_UNMAP, event, target, start + size, end, mapping, note
-                )
-                target.refuse(start + size, end, reason)
-            left -= size
-        return gone
+        target.refuse(start, end, reason)
+        return cut
 
     # -- windows
 
@@ -684,45 +671,36 @@ class GuestAudit:
         if expected_from is None or target.mappings.covered(start, end) == end - start:
             return
         gaps = target.mappings.gaps(start, end, _MOST)
-        for low, high in gaps[:_MOST]:
-            for piece_start, piece_end, why in self._why_missing(target, low, high, reason):
-                for first, last in self._plugged_parts(piece_start, piece_end):
-                    self._judge.window(FindingKind.MISSING, target, first, last, why, None, event)
+        parts = (
+            part
+            for low, high in gaps[:_MOST]
+            for first, last, why in self._plugged_parts(low, high, reason)
+            for part in _why_missing(target.gone, first, last, why)
+        )
+        for low, high, why in islice(parts, _MOST):
+            if why.born >= expected_from:
+                self._judge.window(FindingKind.MISSING, target, low, high, why, None, event)
         if len(gaps) > _MOST and reason.born >= expected_from:
             low = gaps[_MOST][0]
             rest = end - low - target.mappings.covered(low, end)
             self._judge.window(FindingKind.MISSING, target, low, end, reason, None, event, rest)
 
-    @staticmethod
-    def _why_missing(
-        target: TargetState, start: int, end: int, reason: Reason
+    def _plugged_parts(
+        self, start: int, end: int, reason: Reason
     ) -> Iterator[tuple[int, int, Reason]]:
-        """Yield the parts of a range with their reason: shared, or unmapped since."""
-        assert target.expected_from is not None
-        position = start
-        if target.gone:
-            for low, high, gone in target.gone.some(start, end, _MOST):
-                if low > position and reason.born >= target.expected_from:
-                    yield position, low, reason
-                yield low, high, gone if gone.born > reason.born else reason
-                position = high
-        if position < end and reason.born >= target.expected_from:
-            yield position, end, reason
-
-    def _plugged_parts(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield the parts of a range that virtio-mem has not withdrawn."""
+        """Yield the parts of a shared range that virtio-mem has not withdrawn, with the reason."""
         if not self._pluggable:
-            yield start, end
+            yield start, end, reason
             return
         position = start
-        for low, high, _ in self._pluggable.some(start, end, _MOST):
+        for low, high, _ in self._pluggable.some(start, end, _FEW):
             if low > position:
-                yield position, low
-            for first, last, _ in self._plugged.some(low, high, _MOST):
-                yield first, last
+                yield position, low, reason
+            for first, last, plugged in self._plugged.some(low, high, _MOST):
+                yield first, last, _later(plugged, reason)
             position = high
         if position < end:
-            yield position, end
+            yield position, end, reason
 
     # -- the end
 
@@ -762,3 +740,22 @@ class GuestAudit:
             if reason is not None:
                 return reason, word
         return None
+
+
+def _later(one: Reason, other: Reason) -> Reason:
+    return one if one.born > other.born else other
+
+
+def _why_missing(
+    gone: RangeMap[Reason], start: int, end: int, reason: Reason
+) -> Iterator[tuple[int, int, Reason]]:
+    """Yield the parts of a range that is not mapped: shared since then, or unmapped since."""
+    position = start
+    if gone:
+        for low, high, unmapped in gone.some(start, end, _MOST):
+            if low > position:
+                yield position, low, reason
+            yield low, high, _later(unmapped, reason)
+            position = high
+    if position < end:
+        yield position, end, reason

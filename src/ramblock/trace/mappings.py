@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import msgspec
 
 from ramblock.trace.conversions import ActiveConversion
@@ -13,7 +11,7 @@ from ramblock.trace.join import MapRun
 from ramblock.trace.ranges import RangeMap
 from ramblock.trace.result import TargetSummary
 
-__all__ = ["Mapping", "Reason", "TargetState", "UnmapRule", "Unmapping"]
+__all__ = ["Mapping", "Reason", "TargetState", "UnmapRule", "bisects", "is_exact"]
 
 UnmapRule = str
 """``exact``, ``whole`` or ``cut``: see :class:`~ramblock.trace.events.Layout`."""
@@ -82,22 +80,6 @@ class Mapping(msgspec.Struct, eq=False, gc=False):
         )
 
 
-class Unmapping(NamedTuple):
-    """The mappings that an unmap meets."""
-
-    pieces: list[tuple[int, int, Mapping]]
-    """The parts of mappings in its range."""
-    bisects: bool
-    """Whether a mapping reaches out of the range."""
-    exact: bool
-    """Whether the range is exactly one whole mapping; or a run of calls, and each is."""
-
-    @property
-    def mapped_bytes(self) -> int:
-        """Bytes that were mapped in the range."""
-        return sum(end - start for start, end, _ in self.pieces)
-
-
 class TargetState:
     """
     One target: its mappings, and its part of the reasons.
@@ -164,14 +146,13 @@ class TargetState:
                 self._quiet.set(gap_start, gap_end, mapping)
 
     def add_copy(self, mapping: Mapping, start: int, end: int) -> bool:
-        """Note a part that is mapped once more; False: by more members than there are."""
+        """Note a range that is mapped once more; False: by more members than there are."""
         for copy in self.copies:
             if not copy.some(start, end, 1):
                 copy.set(start, end, mapping)
                 return True
-        if mapping.key is None and len(self.copies) + 1 >= self.members:
-            return False
-        if len(self.copies) >= _MOST_COPIES:
+        followed = _MOST_COPIES if mapping.key is not None else self.members - 1
+        if len(self.copies) >= followed:
             return False
         self.copies.append(RangeMap())
         self.copies[-1].set(start, end, mapping)
@@ -179,16 +160,12 @@ class TargetState:
 
     # -- unmapping
 
-    def meet(self, start: int, end: int, stride: int) -> tuple[Unmapping, RangeMap[Mapping]]:
-        """
-        Find the mappings that an unmap meets, and where they are kept: among the copies first.
-
-        :param stride: Bytes of each of a run of unmaps; 0: it is one.
-        """
-        for copy in reversed(self.copies):
-            if copy.some(start, end, 1):
-                return _meet(copy, start, end, stride), copy
-        return _meet(self.mappings, start, end, stride), self.mappings
+    def kept_in(self, start: int, end: int) -> RangeMap[Mapping] | None:
+        """Return the mappings that an unmap meets: among the copies first; None: there are none."""
+        for mappings in (*reversed(self.copies), self.mappings):
+            if mappings.some(start, end, 1):
+                return mappings
+        return None
 
     def remove(self, start: int, end: int) -> None:
         """Unmap a range of what no copy maps."""
@@ -213,17 +190,16 @@ class TargetState:
 _MOST_COPIES = 64
 
 
-def _meet(mappings: RangeMap[Mapping], start: int, end: int, stride: int) -> Unmapping:
-    pieces = mappings.pieces(start, end)
-    if not pieces:
-        return Unmapping(pieces, bisects=False, exact=False)
-    first, last = pieces[0], pieces[-1]
-    bisects = first[2].cuts(start) or last[2].cuts(end)
-    exact = (
-        len(pieces) == 1
-        and not bisects
-        and first[0] == start
-        and first[1] == end
-        and (stride or end - start) == (first[2].stride or first[2].end - first[2].start)
-    )
-    return Unmapping(pieces, bisects, exact)
+def bisects(mappings: RangeMap[Mapping], start: int, end: int) -> bool:
+    """Whether a mapping reaches out of a range."""
+    first, last = mappings.get(start), mappings.get(end - 1)
+    return (first is not None and first.cuts(start)) or (last is not None and last.cuts(end))
+
+
+def is_exact(mappings: RangeMap[Mapping], start: int, end: int, size: int | None = None) -> bool:
+    """Whether a range is one whole mapping; or, in steps of *size*, each of them is."""
+    pieces = mappings.some(start, end, 2)
+    if len(pieces) != 1 or pieces[0][:2] != (start, end) or bisects(mappings, start, end):
+        return False
+    mapping = pieces[0][2]
+    return (size or end - start) == (mapping.stride or mapping.end - mapping.start)

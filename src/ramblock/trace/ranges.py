@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from itertools import compress
 from typing import Generic, TypeVar
 
 __all__ = ["RangeMap"]
@@ -26,7 +27,7 @@ _END = 1 << 64
 class RangeMap(Generic[V]):
     """Values of ranges ``[start, end)`` of non-negative integers; compared by identity."""
 
-    __slots__ = ("_blocks", "_covered", "_firsts")
+    __slots__ = ("_blocks", "_covered", "_firsts", "_free")
 
     def __init__(self) -> None:
         #: First address of each block; the first block begins at 0, and no block is empty.
@@ -34,6 +35,8 @@ class RangeMap(Generic[V]):
         self._blocks: list[tuple[list[int], list[V | None]]] = [([0], [None])]
         #: Bytes of each block that have a value; None: to be counted.
         self._covered: list[int | None] = [None]
+        #: Bytes of each that have none; valid where the other is.
+        self._free: list[int | None] = [None]
 
     def __bool__(self) -> bool:
         if len(self._blocks) == 1:
@@ -86,13 +89,13 @@ class RangeMap(Generic[V]):
         del values[:at]
         starts[0] = self._firsts[index] = end
         self._covered[index] = None
-        for each in (self._blocks, self._firsts, self._covered):
+        for each in (self._blocks, self._firsts, self._covered, self._free):
             del each[keep + 1 : index]
 
     def _join(self, index: int) -> None:
         """Drop a block of one run that continues the last run of the block before it."""
         if index and self._blocks[index][1][0] is self._blocks[index - 1][1][-1]:
-            for each in (self._blocks, self._firsts, self._covered):
+            for each in (self._blocks, self._firsts, self._covered, self._free):
                 del each[index]
             self._covered[index - 1] = None
 
@@ -102,6 +105,7 @@ class RangeMap(Generic[V]):
         self._blocks.insert(index + 1, (starts[half:], values[half:]))
         self._firsts.insert(index + 1, starts[half])
         self._covered.insert(index + 1, None)
+        self._free.insert(index + 1, None)
         del starts[half:]
         del values[half:]
 
@@ -152,15 +156,19 @@ class RangeMap(Generic[V]):
 
         Those that are not asked for cost nothing.
         """
-        firsts = self._firsts
-        index = bisect_right(firsts, start) - 1
         found: list[tuple[int, int, V]] = []
-        while start < end and len(found) < most:
-            index += 1
-            stop = firsts[index] if index < len(firsts) and firsts[index] < end else end
-            found += self.pieces(start, stop)
-            start = stop
+        for first, last in self._blocks_with(self._covered, start, end):
+            found += self.pieces(first, last)
+            if len(found) >= most:
+                break
         return found
+
+    def last(self, start: int, end: int) -> int:
+        """Return the end of the last run in the range; *start*, if there is none."""
+        for first, stop in reversed([*self._blocks_with(self._covered, start, end)]):
+            if found := self.pieces(first, stop):
+                return found[-1][1]
+        return start
 
     def gaps(self, start: int, end: int, most: int | None = None) -> list[tuple[int, int]]:
         """
@@ -169,54 +177,70 @@ class RangeMap(Generic[V]):
         *most*: the first ones, as many or a few more. Runs between gaps that are not asked for cost
         nothing, and a block of runs without a gap is not looked into.
         """
-        firsts = self._firsts
-        index = bisect_right(firsts, start) - 1
         found: list[tuple[int, int]] = []
-        while start < end and (most is None or len(found) <= most):
-            index += 1
-            border = firsts[index] if index < len(firsts) else _END
-            stop = border if border < end else end
-            if self._count(index - 1) != border - firsts[index - 1]:
-                position = start
-                for run_start, run_end, _ in self.pieces(start, stop):
-                    if run_start > position:
-                        _extend(found, position, run_start)
-                    position = run_end
-                if position < stop:
-                    _extend(found, position, stop)
-            start = stop
+        for first, last in self._blocks_with(self._free, start, end):
+            position = first
+            for run_start, run_end, _ in self.pieces(first, last):
+                if run_start > position:
+                    _extend(found, position, run_start)
+                position = run_end
+            if position < last:
+                _extend(found, position, last)
+            if most is not None and len(found) > most:
+                break
         return found
 
     def covered(self, start: int, end: int) -> int:
         """Count the bytes in the range that have a value."""
+        if start >= end:
+            return 0
         firsts = self._firsts
-        index = bisect_right(firsts, start) - 1
+        low = bisect_right(firsts, start) - 1
+        high = bisect_left(firsts, end)  # the block behind
         total = 0
-        while start < end:
-            index += 1
-            border = firsts[index] if index < len(firsts) else _END
-            stop = border if border < end else end
-            if start == firsts[index - 1] and stop == border:
-                total += self._count(index - 1)
-            else:
-                for run_start, run_end, _ in self.pieces(start, stop):
-                    total += run_end - run_start
-            start = stop
+        if firsts[low] != start:
+            stop = firsts[low + 1] if low + 1 < high else end
+            total += _sum(self.pieces(start, stop))
+            low += 1
+        if low < high and end != (firsts[high] if high < len(firsts) else _END):
+            high -= 1
+            total += _sum(self.pieces(firsts[high], end))
+        if low < high:
+            self._count(low, high)
+            total += sum(self._covered[low:high])  # type: ignore[arg-type]
         return total
 
-    def _count(self, index: int) -> int:
-        """Count the bytes of a block that have a value."""
-        covered = self._covered[index]
-        if covered is None:
-            firsts = self._firsts
-            border = firsts[index + 1] if index + 1 < len(firsts) else _END
+    def _blocks_with(
+        self, counts: list[int | None], start: int, end: int
+    ) -> Iterator[tuple[int, int]]:
+        """Yield the parts of the range that lie in blocks whose count is not 0."""
+        if start >= end:
+            return
+        firsts = self._firsts
+        low = bisect_right(firsts, start) - 1
+        high = bisect_left(firsts, end)
+        if high - low == 1:
+            yield start, end
+            return
+        self._count(low, high)
+        for index in compress(range(low, high), counts[low:high]):
+            first = firsts[index]
+            stop = firsts[index + 1] if index + 1 < high else end
+            yield max(first, start), stop
+
+    def _count(self, low: int, high: int) -> None:
+        """Count the bytes of the blocks that have changed."""
+        while None in self._covered[low:high]:
+            low = index = self._covered.index(None, low)
             starts, values = self._blocks[index]
+            first = starts[0]
+            border = self._firsts[index + 1] if index + 1 < len(self._firsts) else _END
             covered = 0
             for start, end, value in zip(starts, [*starts[1:], border], values, strict=True):
                 if value is not None:
                     covered += end - start
             self._covered[index] = covered
-        return covered
+            self._free[index] = border - first - covered
 
     def items(self) -> Iterator[tuple[int, int, V]]:
         """Yield all runs, ascending. One that goes beyond 2**64 ends there."""
@@ -227,6 +251,7 @@ class RangeMap(Generic[V]):
         self._firsts = [0]
         self._blocks = [([0], [None])]
         self._covered = [None]
+        self._free = [None]
 
 
 def _extend(ranges: list[tuple[int, int]], start: int, end: int) -> None:
@@ -234,3 +259,7 @@ def _extend(ranges: list[tuple[int, int]], start: int, end: int) -> None:
     if ranges and ranges[-1][1] == start:
         start = ranges.pop()[0]
     ranges.append((start, end))
+
+
+def _sum(pieces: list[tuple[int, int, V]]) -> int:
+    return sum(end - start for start, end, _ in pieces)
