@@ -25,6 +25,7 @@ class FindingKind(StrEnum):
     DOUBLE_MAP = "double map"
     UNMAP_OF_NOTHING = "unmap of nothing"
     REPORTED = "reported"
+    FAULT = "fault"
     TRANSITIONAL = "transitional"
     INSTANT = "instant"
 
@@ -46,6 +47,7 @@ MEANINGS: dict[FindingKind, str] = {
     FindingKind.UNMAP_OF_NOTHING: "an unmap of a range in which nothing was mapped",
     FindingKind.REPORTED: "the program that wrote the trace saw a rule broken"
     " (ramblock probe: docs/probe)",
+    FindingKind.FAULT: "the IOMMU refused an access of a device",
     FindingKind.TRANSITIONAL: "private (or freed) and still mapped"
     " while their own conversion was going on (attribute first, then unmap)",
     FindingKind.INSTANT: "opened and closed at the same time stamp:"
@@ -53,7 +55,11 @@ MEANINGS: dict[FindingKind, str] = {
 }
 
 #: Kinds that make an audit fail; ``--strict`` adds the others.
-FAILURES = frozenset(FindingKind) - {FindingKind.TRANSITIONAL, FindingKind.INSTANT}
+FAILURES = frozenset(FindingKind) - {
+    FindingKind.FAULT,
+    FindingKind.TRANSITIONAL,
+    FindingKind.INSTANT,
+}
 
 
 class Finding(msgspec.Struct, kw_only=True, frozen=True):
@@ -81,6 +87,10 @@ class Finding(msgspec.Struct, kw_only=True, frozen=True):
     """Still so at the end of the trace."""
     note: str = ""
     """A remark on this one."""
+    device: str | None = None
+    """The device of a fault, as the kernel names it."""
+    grace: bool = False
+    """A longer ``--grace`` would clear it."""
 
     @property
     def size(self) -> int:

@@ -101,6 +101,10 @@ class AuditResult(msgspec.Struct, kw_only=True):
     unknown_examples: list[str] = []
     error: str | None = None
     """Why the trace could not be read to its end."""
+    cannot_tell: list[str] = []
+    """Reasons, in sentences, why nothing could be judged; empty: something was."""
+    judged_bytes: int = 0
+    """Bytes of guest pages whose state and mapping were both followed."""
 
     def failures(self, *, strict: bool = False) -> int:
         """How many findings make the audit fail."""
