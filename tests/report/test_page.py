@@ -15,8 +15,7 @@ from ramblock.cli import main
 from ramblock.errors import UsageError
 from ramblock.report.html import require_plotly
 from ramblock.report.page import find_segments
-from ramblock.report.shades import Shade
-from ramblock.report.timeline import Rectangle
+from ramblock.report.picture import Rectangle, Shade
 from require import require_browser
 from trace_samples import DATA
 
@@ -78,7 +77,7 @@ def test_holes_are_cut_out_of_the_picture() -> None:
 
 def test_without_plotly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said before the audit, not after."""
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    monkeypatch.setitem(sys.modules, "plotly", None)
     with pytest.raises(UsageError) as caught:
         require_plotly()
     assert "ramblock[report]" in str(caught.value.expected)

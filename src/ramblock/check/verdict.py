@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import NamedTuple
 
+from ramblock.trace.findings import FAILURES, FindingKind
 from ramblock.trace.result import AuditResult
 from ramblock.units import format_size
 
-__all__ = ["Judgement", "Verdict", "judge", "worst"]
+__all__ = ["Judgement", "Verdict", "failing_kinds", "judge", "worst"]
 
 
 class Verdict(StrEnum):
@@ -42,9 +43,12 @@ class Judgement(NamedTuple):
     exit_code: int
 
 
-def judge(
-    result: AuditResult, *, strict: bool = False, allow_empty: bool = False
-) -> Judgement:
+def failing_kinds(*, strict: bool) -> frozenset[FindingKind]:
+    """Return the kinds that make a check fail; the others are notes."""
+    return frozenset(FindingKind) if strict else FAILURES
+
+
+def judge(result: AuditResult, *, strict: bool = False, allow_empty: bool = False) -> Judgement:
     """
     Judge an audit.
 
