@@ -43,7 +43,8 @@ def encode_for_people(value: object) -> bytes:
     if "\\" in text or not text.isprintable():
         import msgspec
 
-        text = _encode(_shown(msgspec.to_builtins(value, str_keys=True))).decode()
+        plain = msgspec.to_builtins(value, str_keys=True, enc_hook=_plain)
+        text = _encode(_shown(plain)).decode()
     return text.encode()
 
 
@@ -77,14 +78,22 @@ def _encode(value: object) -> bytes:
     import msgspec
 
     try:
-        return msgspec.json.encode(value)
+        return msgspec.json.encode(value, enc_hook=_plain)
     except (UnicodeEncodeError, OverflowError):
         # A lone surrogate, or a range that ends at 2**64: neither can msgspec encode.
         import json
 
-        plain = msgspec.to_builtins(value, str_keys=True)
+        plain = msgspec.to_builtins(value, str_keys=True, enc_hook=_plain)
         text = json.dumps(plain, ensure_ascii=False, separators=(",", ":"))
         return text.encode("utf-8", "surrogatepass")
+
+
+def _plain(value: Any) -> Any:
+    # Of the library's own: a size that was given as text is an int.
+    for kind in (int, str):
+        if isinstance(value, kind):
+            return kind(value)
+    raise TypeError(f"{type(value).__name__} in JSON")
 
 
 def _shown(value: Any) -> Any:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import IO
 
 from ramblock.errors import describe_range
@@ -49,8 +49,9 @@ def write_report(
     began = timeline.began if result.began is None else result.began
     ended = timeline.ended if result.ended is None else max(result.ended, timeline.ended)
     findings = [each for each in result.findings if each.kind in failing]
-    rectangles = timeline.rectangles()
-    rectangles += _stale_windows(findings, ended)
+    rectangles = timeline.columns()
+    for column, more in zip(rectangles, _stale_windows(findings, ended), strict=True):
+        column += more
     origin = _origin_text({each.opened.name for each in result.findings})
     sentences = list(result.limits)
     if timeline.left_out:
@@ -69,10 +70,10 @@ def write_report(
         "ended": ended,
         "segments": [
             [start, end, f"{start:#x}", format_size(end - start)]
-            for start, end in find_segments(rectangles, findings)
+            for start, end in find_segments(zip(*rectangles[2:4], strict=True), findings)
         ],
         # By columns: shorter as JSON, and faster to go through.
-        "rectangles": list(zip(*rectangles, strict=True)) or [()] * 5,
+        "rectangles": rectangles,
         "counts": list(zip(*timeline.counts(), strict=True)),
         "rates": {
             "conversions": _rate(timeline.conversions),
@@ -111,13 +112,12 @@ def _group(
 
 
 def find_segments(
-    rectangles: Iterable[tuple[int, int, int, int, int]], findings: Sequence[Finding]
+    drawn: Iterable[tuple[int, int]], findings: Sequence[Finding]
 ) -> list[tuple[int, int]]:
     """Find the guest's addresses with something to show: holes would fill most of the picture."""
     ranges = sorted(
         # Few of them are different.
-        {(start, end) for _, _, start, end, _ in rectangles}
-        | {(each.start, each.end) for each in findings if each.end > each.start}
+        set(drawn) | {(each.start, each.end) for each in findings if each.end > each.start}
     )
     segments: list[tuple[int, int]] = []
     for start, end in ranges:
@@ -132,19 +132,18 @@ def _rate(rate: Rate) -> dict[str, object]:
     return {"width": rate.width, "buckets": sorted(rate.buckets.items())}
 
 
-def _stale_windows(findings: Sequence[Finding], ended: int) -> list[tuple[int, int, int, int, int]]:
+def _stale_windows(findings: Sequence[Finding], ended: int) -> Iterator[list[int]]:
     """Draw ranges that stayed mapped after an unmap or unplug: their state may be unknown."""
-    return [
-        (
-            each.since,
-            ended if each.until is None else each.until,
-            each.start,
-            each.end,
-            int(Shade.STALE),
-        )
+    stale = [
+        each
         for each in findings
         if each.kind in (FindingKind.STALE, FindingKind.UNPLUGGED) and each.since is not None
     ]
+    yield [each.since or 0 for each in stale]
+    yield [ended if each.until is None else each.until for each in stale]
+    yield [each.start for each in stale]
+    yield [each.end for each in stale]
+    yield [int(Shade.STALE)] * len(stale)
 
 
 def _origin_text(names: Set[str]) -> Callable[[Origin | None], str | None]:

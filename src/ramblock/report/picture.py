@@ -47,6 +47,11 @@ class Rectangle(NamedTuple):
     shade: int
     """A :class:`Shade`."""
 
+    @property
+    def lasted(self) -> int:
+        """Nanoseconds."""
+        return self.until - self.since
+
 
 _UNTOLD, _PRIVATE, _SHARED = 0, 1, 2
 # By state, and by whether anybody maps it. Plain numbers: an enum's member is slower to use.
@@ -61,18 +66,27 @@ _STALE = int(Shade.STALE)
 _Run = list[int]
 
 
+class _Bits(dict[str, int]):
+    """A bit for each target."""
+
+    def __missing__(self, target: str) -> int:
+        bit = self[target] = 1 << len(self)
+        return bit
+
+
 class Picture:
     """Draws rectangles while the audit goes by. Times never fall."""
 
     def __init__(self) -> None:
         self._runs: dict[int, _Run] = {}
         self._starts: list[int] = []
-        self._bits: dict[str, int] = {}
+        self._bits = _Bits()
         self.now = 0
         #: Bytes by shade.
         self.bytes = [0] * len(Shade)
-        #: As :class:`Rectangle`, but plain tuples.
-        self.drawn: list[tuple[int, int, int, int, int]] = []
+        #: The fields of rectangles, one after the other: as objects of their own, hundreds of
+        #: thousands would keep the garbage collector busy.
+        self.drawn: list[int] = []
 
     def page_state(self, start: int, end: int, *, private: bool) -> None:
         """Make pages private or shared."""
@@ -80,36 +94,42 @@ class Picture:
 
     def mapped(self, target: str, start: int, end: int) -> None:
         """Map a range for a target."""
-        self._change(start, end, _UNTOLD, self._bit(target), -1)
+        self._change(start, end, _UNTOLD, self._bits[target], -1)
 
     def unmapped(self, target: str, start: int, end: int) -> None:
         """Unmap a range; parts of it may not be mapped."""
-        self._change(start, end, _UNTOLD, 0, ~self._bit(target))
+        self._change(start, end, _UNTOLD, 0, ~self._bits[target])
 
-    def rectangles(self) -> list[tuple[int, int, int, int, int]]:
-        """Return all rectangles; the runs of now end now."""
-        still = [
-            (run[1], self.now, start, run[0], _SHADES[run[2]][run[3] != 0])
-            for start, run in sorted(self._runs.items())
-        ]
-        return self.drawn + [each for each in still if each[4]]
-
-    def _bit(self, target: str) -> int:
-        bit = self._bits.get(target)
-        if bit is None:
-            bit = self._bits[target] = 1 << len(self._bits)
-        return bit
+    def columns(self) -> list[list[int]]:
+        """Return the fields of all rectangles, each as a list; the runs of now end now."""
+        drawn = self.drawn.copy()
+        for start, run in sorted(self._runs.items()):
+            shade = _SHADES[run[2]][run[3] != 0]
+            if shade:
+                drawn += (run[1], self.now, start, run[0], shade)
+        return [drawn[field :: len(Rectangle._fields)] for field in range(len(Rectangle._fields))]
 
     def _change(self, start: int, end: int, state: int, more: int, mask: int) -> None:
         run = self._runs.get(start)
         if run is None or run[0] != end:
             self._change_some(start, end, state, more, mask)
             return
-        new_state, targets = state or run[2], run[3] & mask | more
-        if new_state != run[2] or targets != run[3]:
-            self._draw(start, run, new_state, targets)
-            # A run that nothing is known of any more stays: the same is likely to come again.
-            run[1:] = self.now, new_state, targets
+        _, since, old_state, old_targets = run
+        targets = old_targets & mask | more
+        state = state or old_state
+        if state == old_state and targets == old_targets:
+            return
+        # As in _draw(), without a call: this is every event of an ordinary trace.
+        before = _SHADES[old_state][old_targets != 0]
+        now = self.now
+        self.bytes[before] -= end - start
+        self.bytes[_SHADES[state][targets != 0]] += end - start
+        if before and (since != now or before == _STALE):
+            self.drawn += (since, now, start, end, before)
+        # A run that nothing is known of any more stays: the same is likely to come again.
+        run[1] = now
+        run[2] = state
+        run[3] = targets
 
     def _draw(self, start: int, run: _Run, state: int, targets: int) -> None:
         end, since, old_state, old_targets = run
@@ -119,7 +139,7 @@ class Picture:
         held[before] -= end - start
         held[after] += end - start
         if before and (since != self.now or before == _STALE):
-            self.drawn.append((since, self.now, start, end, before))
+            self.drawn += (since, self.now, start, end, before)
 
     def _change_some(self, start: int, end: int, state: int, more: int, mask: int) -> None:
         """Change whatever lies in the range, cut at its ends; join runs that look the same."""

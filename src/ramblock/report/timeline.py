@@ -9,9 +9,10 @@ and of two the one with more stale bytes stays. The page tells of rectangles tha
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import NamedTuple
 
-from ramblock.report.picture import Picture, Shade
+from ramblock.report.picture import Picture, Rectangle, Shade
 from ramblock.trace.events import Access, ConversionEnd
 from ramblock.trace.findings import Finding
 
@@ -119,9 +120,17 @@ class Timeline:
         """The last time that something changed."""
         return self._picture.now
 
-    def rectangles(self) -> list[tuple[int, int, int, int, int]]:
-        """Return the rectangles; those that are still so at the end of the trace end there."""
-        return self._picture.rectangles()
+    def columns(self) -> list[list[int]]:
+        """
+        Return the rectangles, each of their fields as a list.
+
+        Those that are still so at the end of the trace end there.
+        """
+        return self._picture.columns()
+
+    def rectangles(self) -> list[Rectangle]:
+        """Return the rectangles."""
+        return list(map(Rectangle, *self.columns()))
 
     def counts(self) -> list[Counts]:
         """Return bytes over time, by time."""
@@ -137,17 +146,18 @@ class Timeline:
                 if len(self._counts) > 2 * _MOST_COUNTS:
                     self._thin_counts()
             picture.now = time
-        if len(picture.drawn) > 2 * self._most:
+        if len(picture.drawn) > 2 * self._most * len(Rectangle._fields):
             self._thin_rectangles()
 
     def _thin_rectangles(self) -> None:
         drawn = self._picture.drawn
-        stale = int(Shade.STALE)
-        drawn.sort(key=lambda each: (each[4] == stale, each[1] - each[0]), reverse=True)
-        gone = drawn[self._most :]
-        del drawn[self._most :]
+        fields = len(Rectangle._fields)
+        found = [Rectangle(*drawn[at : at + fields]) for at in range(0, len(drawn), fields)]
+        found.sort(key=lambda each: (each.shade == Shade.STALE, each.lasted), reverse=True)
+        gone = found[self._most :]
+        drawn[:] = chain.from_iterable(found[: self._most])
         self.left_out += len(gone)
-        self.left_out_below = max(self.left_out_below, max(each[1] - each[0] for each in gone))
+        self.left_out_below = max(self.left_out_below, max(each.lasted for each in gone))
 
     def _count_now(self) -> tuple[int, int, int, int]:
         _, _, mapped, shared, both, stale = self._picture.bytes
