@@ -68,8 +68,8 @@ def test_a_file_that_is_not_read_to_its_end(
     path.write_bytes(recording("run-soft.jsonl.gz")[:-10])
     code, out, _ = _run(capsys, str(path))
     assert code == 3
-    assert re.search(r"Not read to its end: .*cut\.jsonl:\d+: the last line is cut", out)
-    assert "nothing found in what was read" in out
+    assert re.search(r"cut\.jsonl:\d+: the last line is cut\n", out)
+    assert out.endswith("\nNot read to its end; nothing found in what was read\n")
 
 
 def test_one_of_several_that_cannot_be_read(

@@ -183,6 +183,10 @@ def _print_notes(terminal: Terminal, result: AuditResult, notes: list[Finding]) 
         )
     terminal.table(rows, header=["what", "in", "first after", "at", "of"], right=(2,), folds=(4, 3))
     _print_more(terminal, len(groups))
+    for kind in {each.first.kind for each in groups}:
+        count = result.counts[kind]
+        if count.kept < count.count:
+            terminal.line(f"(Of {count.count:,} {kind} the worst {count.kept:,} are listed.)")
 
 
 def _print_more(terminal: Terminal, groups: int) -> None:
@@ -218,8 +222,7 @@ def _print_limits(terminal: Terminal, result: AuditResult) -> None:
 def _print_last_lines(terminal: Terminal, result: AuditResult, judgement: Judgement) -> None:
     terminal.line()
     if result.error is not None:
-        text = f"Not read to its end: {result.error}" if result.events else result.error
-        terminal.line(Styled(text, "bold red"), hang=2)
+        terminal.line(Styled(result.error, "bold red"), hang=2)
     if judgement.verdict is Verdict.CANNOT_TELL:
         terminal.line(Styled(f"{judgement.sentence}:", "bold yellow"))
         for reason in result.cannot_tell:

@@ -82,21 +82,27 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    arguments = make_parser().parse_args(argv)
-    _log_to_stderr(arguments.log_level)
     try:
-        code: int = arguments.start(arguments)
-        sys.stdout.flush()
+        return _run(argv)
     except UsageError as error:
         return _fail(error, EXIT_USAGE)
     except TraceError as error:
         return _fail(error, EXIT_UNREADABLE)
+    except (ClosedPipe, BrokenPipeError):
+        return _give_up_stdout()
     except (RamblockError, OSError, MemoryError) as error:
         return _fail(error, EXIT_FAILED)
-    except ClosedPipe:
-        return _give_up_stdout()
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        arguments = make_parser().parse_args(argv)
+        _log_to_stderr(arguments.log_level)
+        code: int = arguments.start(arguments)
+    finally:
+        sys.stdout.flush()  # here, where it is known what to do if it cannot be
     return code
 
 

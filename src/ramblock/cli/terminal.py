@@ -13,7 +13,6 @@ Colours and folded lines are for terminals. Elsewhere a line is a line, however 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from typing import TextIO
@@ -24,7 +23,7 @@ __all__ = ["Cell", "ClosedPipe", "Line", "Piece", "Styled", "Terminal", "err", "
 
 _SGR = {"bold": "1", "dim": "2", "reverse": "7", "red": "31", "green": "32", "yellow": "33"}
 _GAP = "  "
-_NARROWEST = 12
+_NARROWEST, _USUAL = 12, 80
 
 
 class ClosedPipe(Exception):
@@ -63,10 +62,19 @@ class Terminal:
             self.is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         )
         #: Columns; None: as many as a line needs.
-        self.width: int | None = None
-        if self.is_terminal or os.environ.get("COLUMNS", "").isdecimal():
-            self.width = max(shutil.get_terminal_size().columns, _NARROWEST)
+        self.width = self._find_width()
         self._drawn = 0
+
+    def _find_width(self) -> int | None:
+        told = os.environ.get("COLUMNS", "")
+        if told.isdecimal() and len(told) < 6 and int(told):
+            return max(int(told), _NARROWEST)
+        if not self.is_terminal:
+            return None
+        try:
+            return max(os.get_terminal_size(self._stream.fileno()).columns, _NARROWEST)
+        except OSError:
+            return _USUAL
 
     def line(self, *pieces: Piece, hang: int = 0) -> None:
         """
@@ -149,7 +157,7 @@ class Terminal:
         if not self.is_terminal:
             return
         up = f"\033[{self._drawn}A" if self._drawn else ""
-        width = self.width or 80
+        width = self.width or _USUAL
         # Room for the terminal's own ^C: if that began a line, one line of the picture would stay
         # for good.
         shown = [self._dress(_cut(_spans(each), width - 3)) for each in lines]
