@@ -227,6 +227,7 @@ class Access(_Event):
     write: bool
     refused: bool
     """The IOMMU refused it: a fault."""
+    device: str | None = None
 
 
 class Attach(_Event):
@@ -288,6 +289,9 @@ Event: TypeAlias = (
     | StateChange
     | Map
     | Unmap
+    | Region
+    | Reset
+    | Viommu
     | Discard
     | Access
     | Attach
@@ -295,5 +299,4 @@ Event: TypeAlias = (
     | PlugRequest
     | Plug
     | Remark
-    | Region
 )
