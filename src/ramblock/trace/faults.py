@@ -56,8 +56,9 @@ class Faults:
         if not event.refused:
             return
         judge.evidence.faults += 1
-        target = event.device or event.target
-        key = target, event.start // PAGE_SIZE
+        # Intel's driver prints no PCI domain, others do.
+        device = (event.device or event.target)[-len("00:00.0") :]
+        key = device, event.start // PAGE_SIZE
         storm = self._storms.get(key)
         if storm is not None:
             storm.count += 1
