@@ -298,4 +298,6 @@ Event: TypeAlias = (
     | Plug
     | Remark
     | Region
+    | Reset
+    | Viommu
 )

@@ -28,9 +28,9 @@ from ramblock.trace.readers.kernel import (
     find_line,
     find_task,
 )
-from ramblock.trace.readers.qemu_meaning import At, QemuMeaning, UnreadableError
+from ramblock.trace.readers.qemu_meaning import QemuMeaning, UnreadableError
 from ramblock.trace.readers.qemu_messages import Failures, find_message
-from ramblock.trace.readers.qemu_table import EVENTS, IGNORED, forms_of
+from ramblock.trace.readers.qemu_table import EVENTS, IGNORED, Reading, Value, forms_of
 
 __all__ = ["TextReader"]
 
@@ -92,7 +92,7 @@ class TextReader(LineReader):
                 known = self._fault(raw, number, found) or self._message(raw, number, found)
         if known:
             return
-        if _LOST.search(raw) is not None:
+        if (b"LOST" in raw or b"Lost" in raw) and _LOST.search(raw) is not None:
             self._append(
                 Remark(None, self.source, number, "lost", shorten(raw).strip(), lost=True), found
             )
@@ -200,7 +200,7 @@ class TextReader(LineReader):
         if self._is_copy(head, raw[match.start() : end]):
             return end
         source = self.guest(head.process)
-        at = At(head.time, source, number, head.thread)
+        at = head.time, source, number, head.thread
         meaning, _ = self._guest(source)
         events: list[Event] = []
         try:
@@ -212,7 +212,9 @@ class TextReader(LineReader):
             self._append(event, found)
         return end
 
-    def _printed(self, raw: bytes, match: re.Match[bytes]):  # type: ignore[no-untyped-def]
+    def _printed(
+        self, raw: bytes, match: re.Match[bytes]
+    ) -> tuple[Reading, tuple[Value, ...], Head] | None:
         """Read a line of QEMU's simpletrace.py: microseconds since the last, process, fields."""
         told = _PRINTED.match(raw, match.end())
         if told is None or match.start():
@@ -227,7 +229,7 @@ class TextReader(LineReader):
 
     def _is_unreadable(self, raw: bytes, match: re.Match[bytes], number: int) -> bool:
         """Whether a name is an event's, whose text cannot be read: it is counted."""
-        before = raw[: match.start()][-16:]
+        before = raw[max(match.start() - 16, 0) : match.start()]
         if _ASKED.search(before) is not None:
             return False
         self.counts.note_unreadable(number, raw)
@@ -293,7 +295,7 @@ class TextReader(LineReader):
             if guest != source.guest:
                 others.flush(found)
                 del self._telling[guest]
-        failures.tell(message, match, raw, At(head.time, source, number), meaning, found)
+        failures.tell(message, match, raw, (head.time, source, number, None), meaning, found)
         self._telling[source.guest] = failures
         if message.evidence:
             self.counts.note("message")
