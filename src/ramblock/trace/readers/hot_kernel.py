@@ -154,7 +154,11 @@ class HotKernel(TextReader):
         """Append the events behind one that differ from it in time and place; return how many."""
         kind = match.lastindex or 0
         run = find_run(
-            block, match, _RUNS[kind], most, free_from=match.end(kind) if kind == _ENTRY else None
+            block,
+            match,
+            _RUNS[kind],
+            most,
+            free_from=match.end(kind) + 2 if kind == _ENTRY else None,
         )
         if run is None:
             return 0
