@@ -290,6 +290,9 @@ Event: TypeAlias = (
     | StateChange
     | Map
     | Unmap
+    | Region
+    | Reset
+    | Viommu
     | Discard
     | Access
     | Attach
@@ -297,7 +300,4 @@ Event: TypeAlias = (
     | PlugRequest
     | Plug
     | Remark
-    | Region
-    | Reset
-    | Viommu
 )
