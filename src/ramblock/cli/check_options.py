@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ramblock.cli.trace_format import trace_format
+
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
@@ -73,7 +75,8 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     )
     reading.add_argument(
         "--format",
-        choices=("ramblock", "qemu", "simpletrace", "ftrace", "perf", "bpftrace"),
+        type=trace_format,
+        metavar="NAME",
         help="of all files (default: found out from each)",
     )
     reading.add_argument(

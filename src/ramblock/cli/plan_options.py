@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ramblock.cli.trace_format import trace_format
+
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
@@ -130,7 +132,8 @@ def _add_working(parser: argparse.ArgumentParser) -> None:
     )
     working.add_argument(
         "--format",
-        choices=("ramblock", "qemu", "simpletrace", "ftrace", "perf", "bpftrace"),
+        type=trace_format,
+        metavar="NAME",
         help="of the recording (default: found out from it)",
     )
 
