@@ -399,7 +399,7 @@ class GuestAudit:
             return
         target.maps += count
         mapping = Mapping.of(event, judge.number, judge.now)
-        there = target.mappings.some(start, end, 1)
+        there = target.mappings.single(start, end) is not None
         if there and not self._map_again(event, target, mapping):
             return
         if event.host is not None:
@@ -407,17 +407,42 @@ class GuestAudit:
         if judge.observer is not None:
             judge.observer.mapped(judge.now, target.label, start, end)
         # After a virtual IOMMU was seen, no state is known any more.
-        shared = self._shared.some(start, end, _MOST)
-        known = (
-            shared[0][1] - shared[0][0] if len(shared) == 1 else self._shared.covered(start, end)
-        )
-        if known < end - start:
-            known += self._private.covered(start, end)
+        shared = self._shared.single(start, end)
+        if isinstance(shared, Reason) and not there and not self._pluggable and not target.gone:
+            evidence.judged_bytes += end - start
+            self._mapped_at_once(event, target, shared)
+            target.add(mapping, start, end)
+            return
+        self._look_at_pages(event, target, mapping)
+        if there:
+            for gap_start, gap_end in target.mappings.gaps(start, end):
+                target.add(mapping, gap_start, gap_end)
+        else:
+            target.add(mapping, start, end)
+
+    def _mapped_at_once(self, event: Map, target: TargetState, reason: Reason) -> None:
+        """Judge a map of pages that became shared together: nearly all are such."""
+        judge, conversion = self._judge, reason.conversion
+        if target.expected_from is None:
+            target.expected_from = judge.number
+        elif reason.born >= target.expected_from:
+            if conversion is not None and not conversion.over:
+                judge.not_yet_mapped.add(judge.now - reason.since)
+            else:
+                start, end = event.start, event.end
+                judge.window(FindingKind.MISSING, target, start, end, reason, None, event)
+        if conversion is not None:
+            conversion.last = judge.now
+
+    def _look_at_pages(self, event: Map, target: TargetState, mapping: Mapping) -> None:
+        """Judge what a map ends, where its pages have different states."""
+        start, end = event.start, event.end
+        judge, evidence = self._judge, self._evidence
+        shared = self._shared.some(start, end, _MOST)[:_MOST]
+        known = self._shared.covered(start, end) + self._private.covered(start, end)
         evidence.judged_bytes += known
         evidence.stateless_bytes += end - start - known
         if shared and target.expected_from is not None:
-            if len(shared) > _MOST:
-                shared = shared[:_MOST]
             for piece_start, piece_end, reason in shared:
                 self._no_longer_missing(target, piece_start, piece_end, reason, event)
         elif known and target.expected_from is None:
@@ -431,11 +456,6 @@ class GuestAudit:
         if self._unplugged and self._unplugged.some(start, end, 1):
             # QEMU maps before it answers the guest that the memory is plugged.
             mapping.excuse = self.conversions.step(start, end, judge.now, event.source)
-        if there:
-            for gap_start, gap_end in target.mappings.gaps(start, end):
-                target.add(mapping, gap_start, gap_end)
-        else:
-            target.add(mapping, start, end)
 
     def _map_again(self, event: Map, target: TargetState, mapping: Mapping) -> bool:
         """
@@ -496,10 +516,24 @@ class GuestAudit:
         start, end = event.start, event.end
         if end <= start:
             return
-        mappings = target.kept_in(start, end)
-        if mappings is None:
-            self._unmap_of_nothing(event, target)
+        mappings = target.mappings
+        only = mappings.single(start, end)
+        if (
+            isinstance(only, Mapping)
+            and event.done
+            and not target.copies
+            and (event.unmapped is None or event.unmapped >= end - start)
+            and only.is_exactly(start, end, (end - start) // count)
+        ):
+            target.untold += 0 if event.unmapped else count
+            self._unmapped(event, target, [(start, end, only)], start, end)
             return
+        if only is None or target.copies:
+            kept = target.kept_in(start, end)
+            if kept is None:
+                self._unmap_of_nothing(event, target)
+                return
+            mappings = kept
         if self._is_refused(event, target, mappings, count):
             return
         if event.unmapped is not None and event.unmapped < mappings.covered(start, end):
@@ -513,8 +547,6 @@ class GuestAudit:
             return
         pieces = mappings.pieces(start, end)
         self._unmapped(event, target, pieces, pieces[0][0], pieces[-1][1])
-        if not target.declared and not target.mappings:
-            self._note_emptied(target)
 
     def _unmapped(
         self,
@@ -530,12 +562,16 @@ class GuestAudit:
         for piece_start, piece_end, mapping in pieces:
             self._judge_piece(target, piece_start, piece_end, mapping, event)
         target.remove(start, end)
-        if target.expected_from is not None and self._shared.some(start, end, 1):
+        if target.expected_from is not None and self._shared.single(start, end) is not None:
             conversion: ActiveConversion | None
             conversion = conversions.step(start, end, judge.now, event.source)
             reason = judge.reason(event, conversion)
             for piece_start, piece_end, _ in pieces:
                 target.gone.set(piece_start, piece_end, reason)
+            if not target.declared and not target.mappings:
+                self._note_emptied(target)
+        elif not target.declared and not target.mappings:
+            self._note_emptied(target)
         elif conversions.active:
             conversion = conversions.find(start, end)
             if conversion is not None:
@@ -620,7 +656,11 @@ class GuestAudit:
             for low, high, reason in target.refused.pieces(start, end):
                 self._judge.window(FindingKind.STALE, target, low, high, reason, mapping, event)
         for kind, reasons in self._bad:
-            if not reasons:
+            only = reasons.single(start, end)
+            if only is None:
+                continue
+            if isinstance(only, Reason):
+                self._window(kind, target, start, end, only, mapping, event)
                 continue
             pieces = reasons.some(start, end, _MOST)
             for low, high, reason in pieces[:_MOST]:

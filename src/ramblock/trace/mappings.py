@@ -71,6 +71,12 @@ class Mapping(msgspec.Struct, eq=False, gc=False):
             return False
         return not self.stride or bool((address - self.start) % self.stride)
 
+    def is_exactly(self, start: int, end: int, size: int) -> bool:
+        """Whether a range of it is a mapping; or, in steps of *size*, each of them is."""
+        if not self.stride:
+            return self.start == start and self.end == end and size == end - start
+        return size == self.stride and not (self.cuts(start) or self.cuts(end))
+
     def is_copy(self, event: Map) -> bool:
         """Whether an event maps the same physical addresses to the same places."""
         return (
@@ -199,7 +205,6 @@ def bisects(mappings: RangeMap[Mapping], start: int, end: int) -> bool:
 def is_exact(mappings: RangeMap[Mapping], start: int, end: int, size: int | None = None) -> bool:
     """Whether a range is one whole mapping; or, in steps of *size*, each of them is."""
     pieces = mappings.some(start, end, 2)
-    if len(pieces) != 1 or pieces[0][:2] != (start, end) or bisects(mappings, start, end):
+    if len(pieces) != 1 or pieces[0][:2] != (start, end):
         return False
-    mapping = pieces[0][2]
-    return (size or end - start) == (mapping.stride or mapping.end - mapping.start)
+    return pieces[0][2].is_exactly(start, end, size or end - start)

@@ -12,12 +12,20 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from enum import Enum
 from itertools import compress
 from typing import Generic, TypeVar
 
-__all__ = ["RangeMap"]
+__all__ = ["Many", "RangeMap"]
 
 V = TypeVar("V")
+
+
+class Many(Enum):
+    """Stands for the values of a range that has several, or one of them in a part."""
+
+    MANY = 1
+
 
 # A block is walked where a range ends in it, and summed up where it changed.
 _MOST_RUNS = 512
@@ -113,6 +121,20 @@ class RangeMap(Generic[V]):
         """Return the value at one address."""
         starts, values = self._blocks[bisect_right(self._firsts, address) - 1]
         return values[bisect_right(starts, address) - 1]
+
+    def single(self, start: int, end: int) -> V | None | Many:
+        """Return the value of a range that has only one; None: it has none."""
+        firsts = self._firsts
+        index = bisect_right(firsts, start) - 1
+        starts, values = self._blocks[index]
+        at = bisect_right(starts, start)
+        if at < len(starts):
+            border = starts[at]
+        elif index + 1 < len(firsts):
+            border = firsts[index + 1]
+        else:
+            border = end
+        return values[at - 1] if end <= border else Many.MANY
 
     def pieces(self, start: int, end: int) -> list[tuple[int, int, V]]:
         """Return the runs with a value in the range, clipped, ascending: (start, end, value)."""
