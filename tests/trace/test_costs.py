@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ramblock.trace import conversions, faults, guest_audit, judge, mappings, places, ranges
 from ramblock.trace import audit as audit_module
+from ramblock.trace import conversions, faults, guest_audit, judge, mappings, places, ranges
 from ramblock.trace.audit import Audit
 from ramblock.trace.events import (
     Access,

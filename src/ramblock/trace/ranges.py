@@ -122,7 +122,7 @@ class RangeMap(Generic[V]):
         starts, values = self._blocks[bisect_right(self._firsts, address) - 1]
         return values[bisect_right(starts, address) - 1]
 
-    def single(self, start: int, end: int) -> V | None | Many:
+    def single(self, start: int, end: int) -> V | Many | None:
         """Return the value of a range that has only one; None: it has none."""
         firsts = self._firsts
         index = bisect_right(firsts, start) - 1
