@@ -24,7 +24,7 @@ from ramblock.trace.qemu import QemuReader
 from ramblock.trace.reader import TraceReader
 from ramblock.trace.simpletrace import SimpletraceReader
 
-__all__ = ["CASE", "run"]
+__all__ = ["CASE", "qemu_text", "run"]
 
 CASE = "check: read and audit a trace"
 
@@ -120,7 +120,8 @@ def _own(block: int) -> bytes:
     return "".join(lines).encode()
 
 
-def _qemu(block: int) -> bytes:
+def qemu_text(block: int) -> bytes:
+    """Make a block of QEMU's text, some 8,000 lines."""
     lines = []
     for time, gpa, private in _conversions(block):
         stamp = f"1@{time // _SECOND}.{time % _SECOND // 1000:06}:"
@@ -208,7 +209,7 @@ _HEADS = {
 _SOURCE = Source("made", "made")
 _FORMATS: dict[str, tuple[Callable[[], TraceReader], Callable[[int], bytes]]] = {
     "ramblock": (lambda: OwnReader(_SOURCE), _own),
-    "QEMU, text": (lambda: QemuReader(_SOURCE), _qemu),
+    "QEMU, text": (lambda: QemuReader(_SOURCE), qemu_text),
     "QEMU, binary": (lambda: SimpletraceReader(_SOURCE), _simpletrace),
     "ftrace": (lambda: FtraceReader(_SOURCE), _ftrace),
     "bpftrace": (lambda: BpftraceReader(_SOURCE), _bpftrace),
