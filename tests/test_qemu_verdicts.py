@@ -17,7 +17,8 @@ from ramblock.check import check_file, check_merged
 from ramblock.check.job import CheckOptions
 from ramblock.trace.findings import FAILURES
 from ramblock.trace.findings import FindingKind as Kind
-from ramblock.trace.qemu_events import _MIXTURE, _STATES
+from ramblock.trace.readers.qemu_meaning import MIXTURE as _MIXTURE
+from ramblock.trace.readers.qemu_meaning import STATES as _STATES
 
 _DATA = Path(__file__).parent / "data"
 _CALL = re.compile(r"vfio_user_dma_(map|unmap) +iova (0x[0-9a-f]+) size (0x[0-9a-f]+) ")

@@ -13,7 +13,7 @@ import pytest
 
 from ramblock.cli import main
 from ramblock.cli.check_how import BPFTRACE, QEMU_EVENTS
-from ramblock.trace.qemu_formats import FORMATS, IGNORED
+from ramblock.trace.readers.qemu_table import EVENTS as FORMATS, IGNORED
 from trace_samples import DATA, recording
 
 _CLEAN = str(DATA / "run-soft.jsonl.gz")

@@ -133,6 +133,9 @@ class Conversions:
         """Find the conversion that a step on this range belongs to."""
         if not self.active or start >= end:
             return None
+        only = self._where.single(start, end)
+        if only is None:
+            return None
         for _, _, conversion in self._where.some(start, end, 8):
             if vcpu is None or conversion.vcpu is None or conversion.vcpu == vcpu:
                 return conversion
@@ -209,6 +212,10 @@ class Conversions:
         del self.active[conversion]
         if conversion.vcpu in self._of_vcpu:
             self._of_vcpu[conversion.vcpu].remove(conversion)
-        for start, end, value in self._where.pieces(conversion.start, conversion.end):
+        start, end = conversion.start, conversion.end
+        if self._where.single(start, end) is conversion:
+            self._where.set(start, end, None)
+            return
+        for low, high, value in self._where.pieces(start, end):
             if value is conversion:
-                self._where.set(start, end, None)
+                self._where.set(low, high, None)

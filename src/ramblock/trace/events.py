@@ -228,6 +228,7 @@ class Access(_Event):
     refused: bool
     """The IOMMU refused it: a fault."""
     device: str | None = None
+    """As the trace names it: a PCI address, or bus, device and function."""
 
 
 class Attach(_Event):

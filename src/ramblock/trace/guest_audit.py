@@ -248,10 +248,9 @@ class GuestAudit:
         self._count_judged(start, end)
 
     def _count_judged(self, start: int, end: int) -> None:
-        judged = 0
-        for target in self._compared():
-            judged = max(judged, target.mappings.covered(start, end))
-        self._evidence.judged_bytes += judged
+        self._evidence.judged_bytes += max(
+            (target.mappings.covered(start, end) for target in self._compared()), default=0
+        )
 
     # -- virtio-mem, and memory that is given back
 
@@ -652,7 +651,7 @@ class GuestAudit:
         self, target: TargetState, start: int, end: int, mapping: Mapping, event: Event | None
     ) -> None:
         """Judge what a piece of a mapping was wrong for, which goes now."""
-        if target.refused:
+        if target.has_refused:
             for low, high, reason in target.refused.pieces(start, end):
                 self._judge.window(FindingKind.STALE, target, low, high, reason, mapping, event)
         for kind, reasons in self._bad:

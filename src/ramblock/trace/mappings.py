@@ -142,6 +142,11 @@ class TargetState:
             before = mapping
         return TargetSummary(self.label, self.maps, self.unmaps, self.faults, mapped, entries)
 
+    @property
+    def has_refused(self) -> bool:
+        """Whether any unmap was refused so far."""
+        return self._quiet is not None
+
     # -- mapping
 
     def add(self, mapping: Mapping, start: int, end: int) -> None:

@@ -178,6 +178,9 @@ class RangeMap(Generic[V]):
 
         Those that are not asked for cost nothing.
         """
+        only = self.single(start, end)
+        if only is not Many.MANY:
+            return [] if only is None or start >= end else [(start, end, only)]
         found: list[tuple[int, int, V]] = []
         for first, last in self._blocks_with(self._covered, start, end):
             found += self.pieces(first, last)
@@ -199,6 +202,9 @@ class RangeMap(Generic[V]):
         *most*: the first ones, as many or a few more. Runs between gaps that are not asked for cost
         nothing, and a block of runs without a gap is not looked into.
         """
+        only = self.single(start, end)
+        if only is not Many.MANY:
+            return [(start, end)] if only is None and start < end else []
         found: list[tuple[int, int]] = []
         for first, last in self._blocks_with(self._free, start, end):
             position = first
@@ -216,6 +222,9 @@ class RangeMap(Generic[V]):
         """Count the bytes in the range that have a value."""
         if start >= end:
             return 0
+        only = self.single(start, end)
+        if only is not Many.MANY:
+            return 0 if only is None else end - start
         firsts = self._firsts
         low = bisect_right(firsts, start) - 1
         high = bisect_left(firsts, end)  # the block behind
