@@ -13,7 +13,8 @@ import pytest
 
 from ramblock.cli import main
 from ramblock.cli.check_how import BPFTRACE, QEMU_EVENTS
-from ramblock.trace.readers.qemu_table import EVENTS as FORMATS, IGNORED
+from ramblock.trace.readers.qemu_table import EVENTS as FORMATS
+from ramblock.trace.readers.qemu_table import IGNORED
 from trace_samples import DATA, recording
 
 _CLEAN = str(DATA / "run-soft.jsonl.gz")
@@ -80,7 +81,7 @@ def test_one_of_several_that_cannot_be_read(
     code, out, _ = _run(capsys, "--jobs", "1", _CLEAN, str(path))
     assert code == 3
     assert "2 recordings: 1 not read to the end, 1 clean" in out
-    assert "its format is not known" in out
+    assert "this is a program or a core dump, not a trace" in out
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ramblock.cli.check_how import HOW
+
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
@@ -50,7 +52,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--how",
-        choices=("qemu", "ftrace", "bpftrace"),
+        choices=tuple(HOW),
         help="print the commands that record a trace for the check, and exit",
     )
     _add_reading(parser)
@@ -73,8 +75,9 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     )
     reading.add_argument(
         "--format",
-        choices=("ramblock", "qemu", "simpletrace", "ftrace", "perf", "bpftrace"),
-        help="of all files (default: found out from each)",
+        metavar="NAME",
+        help="of all files: ramblock, qemu, simpletrace, ftrace, perf, bpftrace, ..."
+        " (default: found out from each)",
     )
     reading.add_argument(
         "--layout",

@@ -147,7 +147,9 @@ def _print_faults(terminal: Terminal, result: AuditResult) -> None:
         who = first.device or first.target or "-"
         page = f"{first.start // PAGE_SIZE * PAGE_SIZE:#x}"
         lines = _lines(each, several_files=len(result.sources) > 1)
-        rows.append([f"{each.number:,}", who, page, _after(first, result), first.note or "-", lines])
+        rows.append(
+            [f"{each.number:,}", who, page, _after(first, result), first.note or "-", lines]
+        )
     terminal.table(
         rows,
         header=["number", "device", "page", "first after", "which", "at"],

@@ -247,7 +247,13 @@ class OwnReader(TraceReader):
     def _conversion(self, line: OwnConversion, number: int) -> Event:
         gpa, size = line.gpa, line.size
         # A request that could not be meant was refused, and ended all the same.
-        if not isinstance(gpa, int) or not isinstance(size, int) or gpa < 0 or size < 0 or gpa + size > _EVERYTHING:
+        if (
+            not isinstance(gpa, int)
+            or not isinstance(size, int)
+            or gpa < 0
+            or size < 0
+            or gpa + size > _EVERYTHING
+        ):
             gpa = size = 0
         return ConversionEnd(
             line.t,
