@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ramblock.cli.trace_format import trace_format
+from ramblock.cli.check_how import HOW
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -52,7 +53,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--how",
-        choices=("qemu", "ftrace", "bpftrace"),
+        choices=tuple(HOW),
         help="print the commands that record a trace for the check, and exit",
     )
     _add_reading(parser)

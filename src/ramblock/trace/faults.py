@@ -95,12 +95,10 @@ class Faults:
 
     def _finding(self, storm: _Storm, cause: _Cause | None) -> Finding:
         event, timed = storm.first, self._judge.timed
-        notes = []
-        if storm.count > 1:
-            notes.append(f"{storm.count:,} faults")
+        note = ""
         if cause is not None:
             before = f" {(storm.began - cause.time) / 1e6:.3f} ms before" if timed else " before"
-            notes.append(f"{cause.word}{before}, at {cause.origin}")
+            note = f"{cause.word}{before}, at {cause.origin}"
         page = event.start // PAGE_SIZE * PAGE_SIZE
         return Finding(
             kind=FindingKind.FAULT,
@@ -110,6 +108,7 @@ class Faults:
             since=storm.began if timed else None,
             until=storm.last if timed else None,
             opened=event.origin,
-            note="; ".join(notes),
+            note=note,
             device=event.device,
+            count=storm.count,
         )
