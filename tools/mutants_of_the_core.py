@@ -319,18 +319,23 @@ _in(
     f"{_NOTIFICATION}.tell",
     (
         "one run begins in front of the section",
-        replace("max(self._start, whole.offset)", "self._start"),
+        replace("start if start > whole.offset else whole.offset", "start"),
         (ATTRIBUTES, MANAGER),
     ),
     (
         "one run ends behind the section",
-        replace("min(self._end, whole.offset + whole.size)", "self._end"),
+        replace("end if end < self._end else self._end", "self._end"),
         (ATTRIBUTES, MANAGER),
     ),
     (
         "an interrupted listener counts as one that refused",
         replace("isinstance(error, Exception)", "True"),
         (OTHER_LISTENER, REGISTER),
+    ),
+    (
+        "a second device hears of the first one's section",
+        replace("registration.section is not whole", "whole is None"),
+        (ATTRIBUTES, MANAGER),
     ),
     ("who was told is not counted", drop("self._told += 1"), (MANAGER, ONE_FAILURE)),
     (
@@ -701,32 +706,33 @@ _in(
 # -- interrupts ------------------------------------------------------------------------------------
 
 _in(
-    "interrupts:_Hold.note",
-    ("a signal is dropped", drop("self.waiting.append((number, frame))"), INTERRUPTS),
+    "interrupts:_note",
+    ("a signal is dropped", drop("_waiting.append((number, frame))"), INTERRUPTS),
     (
         "a signal is delivered inside",
-        prepend("return self.handlers[number](number, frame)"),
+        prepend("return _handlers[number](number, frame)"),
         INTERRUPTS,
     ),
     (
         "patience is ignored: a second signal never kills",
-        replace("now - self.since >= PATIENCE_SECONDS", "False"),
+        replace("now - _since >= PATIENCE_SECONDS", "False"),
         INTERRUPTS,
     ),
     (
         "patience is ignored: a second signal always kills",
-        replace("now - self.since >= PATIENCE_SECONDS", "True"),
+        replace("now - _since >= PATIENCE_SECONDS", "True"),
         INTERRUPTS,
     ),
-    ("patience: counted from long ago", drop("self.since = now"), INTERRUPTS),
-    ("a handler that was left swallows signals", drop("if self.over: ..."), INTERRUPTS),
+    ("patience: counted from long ago", drop("_since = now"), INTERRUPTS),
+    ("a handler that was left swallows signals", drop("if not _depth: ..."), INTERRUPTS),
+    ("a handler that was left stays", drop("_put_back_all()"), INTERRUPTS),
 )
 _in(
-    "interrupts:_Hold.hand_over",
+    "interrupts:_hand_over",
     ("a second handler is not called", replace("error = raised", "raise"), INTERRUPTS),
     (
         "signals are handled latest first",
-        replace("self.waiting.pop(0)", "self.waiting.pop()"),
+        replace("_waiting.pop(0)", "_waiting.pop()"),
         INTERRUPTS,
     ),
     (
@@ -736,33 +742,41 @@ _in(
     ),
 )
 _in(
-    "interrupts:_Hold.hand_over",
+    "interrupts:_hand_over",
     (
         "the error of the work takes the place of earlier signals",
         drop("error.__context__ = context"),
         INTERRUPTS,
     ),
 )
-_in("interrupts:_HELD_BACK", ("SIGTERM is not held back", drop("_signal.SIGTERM"), INTERRUPTS))
 _in(
     "interrupts:uninterrupted",
+    ("SIGINT is not held back", drop("signal(SIGINT, _note)"), INTERRUPTS),
+    ("SIGTERM is not held back", drop("signal(SIGTERM, _note)"), INTERRUPTS),
+    ("SIGINT's handler is not put back", drop("_restore(SIGINT)"), INTERRUPTS),
+    ("SIGTERM's handler is not put back", drop("_restore(SIGTERM)"), INTERRUPTS),
     (
-        "handlers are not put back",
-        drop("for number, handler in handlers.items(): ..."),
-        INTERRUPTS,
-    ),
-    (
-        "a handler that set another one is put back over it",
-        replace("found is not note", "False"),
+        "a handler that was left is taken for the application's",
+        replace("interrupt is not _note", "True"),
         INTERRUPTS,
     ),
     ("handlers of other threads' operations", drop("if get_ident() != _main: ..."), INTERRUPTS),
-    ("nested operations: the outer one is forgotten", drop("hold.outer = _hold"), INTERRUPTS),
-    ("what waits is not handed over", drop("while hold.waiting: ..."), INTERRUPTS),
+    ("nested operations: the inner one hands over", drop("if _depth: ..."), INTERRUPTS),
+    ("nested operations: the inner one is not counted", drop("_depth += 1"), INTERRUPTS),
+    ("what waits is not handed over", drop("while _waiting: ..."), INTERRUPTS),
+)
+_in(
+    "interrupts:_restore",
+    (
+        "a handler that set another one is put back over it",
+        replace("found is not _note", "False"),
+        INTERRUPTS,
+    ),
 )
 _in(
     "interrupts:hand_over",
     ("an operation that could be left goes on", prepend("return"), INTERRUPTS),
+    ("an operation inside another is left", replace("_depth == 1", "True"), INTERRUPTS),
 )
 _in(
     "discard.attributes:RamBlockAttributes.observe",

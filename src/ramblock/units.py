@@ -10,7 +10,7 @@ from ramblock.errors import UsageError, describe_range
 
 __all__ = [
     "ADDRESS_LIMIT", "GIB", "KIB", "MIB", "PAGE_SIZE", "TIB", "check_granularity",
-    "check_positive", "check_range", "format_size", "parse_size",
+    "check_positive", "check_range", "format_size", "new_tuple", "parse_size",
 ]  # fmt: skip
 
 #: The host's page, in bytes: the granularity of states (QEMU: qemu_real_host_page_size()).
@@ -19,6 +19,8 @@ PAGE_SIZE = PAGESIZE
 #: does not wrap around, so check_range() sees a range past it.
 ADDRESS_LIMIT = 1 << 64
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+#: Makes a NamedTuple without its own constructor, a function in Python: half the time of it.
+new_tuple = tuple.__new__
 
 
 def check_range(start: int, size: int, *, limit: int, align: int, what: str) -> None:

@@ -112,15 +112,20 @@ class Notification:
     def tell(self) -> None:
         """Tell every listener; whatever one raises, or a source, calls for :meth:`take_back`."""
         populate = self._populate
+        whole: RamSection | None = None
+        sections: Iterable[RamSection] = ()
         for registration in self._registrations:
             listener = registration.listener
             notify = listener.notify_populate if populate else listener.notify_discard
             if self._runs is None and not self._others:
-                # Nearly every conversion: one run, without a call to find that out.
-                whole = registration.section
-                start = max(self._start, whole.offset)
-                end = min(self._end, whole.offset + whole.size)
-                sections: Iterable[RamSection] = (whole.part(start, end),) if start < end else ()
+                # Nearly every conversion: one run, without a call to find that out, and the same
+                # one for each device.
+                if registration.section is not whole:
+                    whole = registration.section
+                    start, end = self._start, whole.offset + whole.size
+                    start = start if start > whole.offset else whole.offset
+                    end = end if end < self._end else self._end
+                    sections = (whole.part(start, end),) if start < end else ()
             else:
                 sections = self._heard(registration, populate=populate)
             for section in sections:

@@ -37,7 +37,7 @@ from ramblock.errors import (
 )
 from ramblock.logs import Sparingly
 from ramblock.process import OfOneProcess
-from ramblock.units import PAGE_SIZE
+from ramblock.units import PAGE_SIZE, new_tuple
 
 __all__ = ["Mapper", "SectionMapper"]
 
@@ -247,7 +247,8 @@ class SectionMapper:
     def _map_piece(self, page: int, pages: int) -> None:
         section, start = self.section, page * PAGE_SIZE
         block, offset = section.block, section.offset + start
-        memory = HostRange(block.fd, offset, block.address + offset, pages * PAGE_SIZE)
+        at = block.fd, offset, block.address + offset, pages * PAGE_SIZE
+        memory = new_tuple(HostRange, at)
         self.mapper.map_calls += 1
         self.target.map(section.gpa + start, memory, writable=not section.readonly)
 

@@ -35,11 +35,11 @@ from ramblock.discard.attributes import PageState, RamBlockAttributes
 from ramblock.discard.bitmap_source import BitmapChange
 from ramblock.discard.guard import Guard
 from ramblock.discard.notification import reserve
-from ramblock.discard.section import RamSection
 from ramblock.discard.undo import Entry, put_back
 from ramblock.errors import ConversionError, PoisonedError, UsageError, describe_range
 from ramblock.guest.places import Place, PlaceMap
 from ramblock.guest.vm import Vm, set_attribute
+from ramblock.units import new_tuple
 
 __all__ = ["ConversionPiece", "ConversionResult", "convert_pieces"]
 
@@ -61,7 +61,8 @@ class ConversionPiece(NamedTuple):
     """The part of a conversion that lies in one section, where something changes."""
 
     place: Place
-    section: RamSection
+    start: int  #: First byte of it in the block.
+    end: int  #: First byte behind it.
     attributes: RamBlockAttributes
     change: BitmapChange
     vm: Vm | None
@@ -69,9 +70,8 @@ class ConversionPiece(NamedTuple):
     def set_attribute(self) -> None:
         """Set the attribute of the whole piece: one call, which changes nothing where it is set."""
         if self.vm is not None or self.place.block.in_place is not None:
-            start = self.section.offset
-            end = start + self.section.size
-            set_attribute(self.vm, self.place, start, end, private=not self.change.populate)
+            private = not self.change.populate
+            set_attribute(self.vm, self.place, self.start, self.end, private=private)
 
     def put_attribute_back(self) -> None:
         """Undo :meth:`set_attribute`, however far it came: only where it differed."""
@@ -91,8 +91,9 @@ class ConversionPiece(NamedTuple):
             used, unused = unused, used
         if used is None or unused is None:
             return 0  # in place, the page stays in use
-        used.keep_used(self.section.offset, self.section.size)
-        return unused.free(self.section.offset, self.section.size)
+        size = self.end - self.start
+        used.keep_used(self.start, size)
+        return unused.free(self.start, size)
 
 
 _Call: TypeAlias = Callable[[ConversionPiece], None]
@@ -137,15 +138,17 @@ def convert_pieces(
     """
     pieces = []
     limited = False
-    for place, section in places.pieces(gpa, size):
+    for place, start, end in places.pieces(gpa, size):
         attributes = place.block.attributes
         if attributes is None:
-            where = f"{describe_range(gpa, size)}: block {place.block.name!r} at {section.gpa:#x}"
+            at = place.section.gpa + start - place.section.offset
+            where = f"{describe_range(gpa, size)}: block {place.block.name!r} at {at:#x}"
             text, expected = f"{where} has no private backing", "RAM with private backing"
-            raise UsageError(text, value=section.gpa, expected=expected, reason="no private side")
-        change = attributes.plan(section.offset, section.size, populate=to is PageState.SHARED)
+            raise UsageError(text, value=at, expected=expected, reason="no private side")
+        change = attributes.plan(start, end - start, populate=to is PageState.SHARED)
         if change is not None:
-            pieces.append(ConversionPiece(place, section, attributes, change, vm))
+            piece = new_tuple(ConversionPiece, (place, start, end, attributes, change, vm))
+            pieces.append(piece)
             if place.block.discard_manager.registry.limited:
                 limited = True
     if limited:

@@ -35,7 +35,7 @@ from ramblock.interrupts import hand_over, uninterrupted
 from ramblock.logs import Sparingly
 from ramblock.process import OfOneProcess
 from ramblock.ranges import Runs, merge_adjacent
-from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_positive, check_range
+from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_positive, check_range, new_tuple
 
 __all__ = ["GuestMemory"]
 
@@ -103,9 +103,9 @@ class GuestMemory(OfOneProcess):
         :raises UsageError: Nothing is mapped there.
         """
         check_range(gpa, 1, limit=ADDRESS_LIMIT, align=1, what="guest address")
-        ((place, section),) = self._places.pieces(gpa, 1)
+        ((place, offset, _),) = self._places.pieces(gpa, 1)
         attributes = place.block.attributes
-        shared = attributes is None or attributes.is_populated(section.offset, 1)
+        shared = attributes is None or attributes.is_populated(offset, 1)
         return PageState.SHARED if shared else PageState.PRIVATE
 
     def ranges(self, state: PageState) -> Iterator[tuple[int, int]]:
@@ -441,14 +441,14 @@ class GuestMemory(OfOneProcess):
         for piece in pieces:
             changed += piece.change.changed_bytes
             if self._guard.observer is not None:
-                start, length = piece.section.offset, piece.section.size
-                piece.attributes.observe(piece.change, start, length)
+                piece.attributes.observe(piece.change, piece.start, piece.end - piece.start)
         # Committed: freeing cannot be undone, and is not.
         not_freed = pieces[0].free() if len(pieces) == 1 else free_each(p.free for p in pieces)
         for attachment in self._attachments:
             map_calls += attachment.mapper.map_calls
             unmap_calls += attachment.mapper.unmap_calls
-        return ConversionResult(gpa, size, to, changed, map_calls, unmap_calls, not_freed)
+        account = (gpa, size, to, changed, map_calls, unmap_calls, not_freed)
+        return new_tuple(ConversionResult, account)
 
     def __repr__(self) -> str:
         sections, targets = len(self.sections), len(self._attachments)

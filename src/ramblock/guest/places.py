@@ -112,11 +112,12 @@ class PlaceMap:
             if not of_block:
                 del self._of_block[id(place.block)]
 
-    def pieces(self, gpa: int, size: int) -> list[tuple[Place, RamSection]]:
+    def pieces(self, gpa: int, size: int) -> list[tuple[Place, int, int]]:
         """
         Cut ``[gpa, gpa + size)`` at section boundaries.
 
-        :return: Parts of sections with their places, ascending, that together are the range.
+        :return: Places, each with the bytes (start, end) of its block that are meant; ascending,
+            together the range.
         :raises UsageError: A byte of it belongs to no section; the text names the first.
         """
         starts, places = self._index
@@ -127,8 +128,8 @@ class PlaceMap:
             start = gpa - section.gpa
             if start + size <= section.size:
                 start += section.offset
-                return [(places[index], section.part(start, start + size))]
-        pieces: list[tuple[Place, RamSection]] = []
+                return [(places[index], start, start + size)]
+        pieces: list[tuple[Place, int, int]] = []
         position, end = gpa, gpa + size
         while position < end:
             place = places[index] if 0 <= index < len(places) else None
@@ -138,7 +139,7 @@ class PlaceMap:
             section = place.section
             stop = min(end, section.gpa_end)
             shift = section.offset - section.gpa
-            pieces.append((place, section.part(position + shift, stop + shift)))
+            pieces.append((place, position + shift, stop + shift))
             position = stop
             index += 1
         return pieces

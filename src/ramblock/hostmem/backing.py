@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -21,7 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 # include/uapi/linux/falloc.h: KEEP_SIZE and PUNCH_HOLE.
-_PUNCH_HOLE = 0x01 | 0x02
+_PUNCH_HOLE = ctypes.c_int(0x01 | 0x02)
 # include/uapi/linux/memfd.h: the log2 of the page size sits in bits 26 and up.
 _MFD_HUGE_SHIFT = 26
 # include/uapi/asm-generic/mman-common.h; the mmap module has it only from Python 3.13 on.
