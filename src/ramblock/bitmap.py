@@ -19,8 +19,6 @@ from bitarray import bitarray, frozenbitarray
 
 from ramblock.ranges import complement
 
-__all__ = ["SavedBits", "SparseBitmap"]
-
 # A guest that touches a single bit makes us allocate a chunk: 8 KiB. 2**15 bits take half of that,
 # and a conversion of 1 GiB is a quarter slower.
 _CHUNK_SHIFT = 16

@@ -29,8 +29,6 @@ from threading import main_thread
 from types import FrameType
 from typing import Any, Final, TypeVar
 
-__all__ = ["PATIENCE_SECONDS", "hand_over", "uninterrupted"]
-
 T = TypeVar("T")
 
 #: When a signal has waited for so long, the next one ends the process as the kernel does by

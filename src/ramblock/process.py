@@ -8,8 +8,6 @@ from typing import NoReturn
 
 from ramblock.errors import UsageError
 
-__all__ = ["OfOneProcess", "current", "refuse_fork"]
-
 #: Grows in each fork. A number, since every operation compares it: getpid(2) is a system call.
 current = 0
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeAlias
 
-__all__ = ["Runs", "clip", "complement", "merge_adjacent"]
-
 Runs: TypeAlias = Iterator[tuple[int, int]]
 
 

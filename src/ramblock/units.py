@@ -8,11 +8,6 @@ from mmap import PAGESIZE
 
 from ramblock.errors import UsageError, describe_range
 
-__all__ = [
-    "ADDRESS_LIMIT", "GIB", "KIB", "MIB", "PAGE_SIZE", "TIB", "check_granularity",
-    "check_positive", "check_range", "format_size", "new_tuple", "parse_size",
-]  # fmt: skip
-
 #: The host's page, in bytes: the granularity of states (QEMU: qemu_real_host_page_size()).
 PAGE_SIZE = PAGESIZE
 #: First address that does not exist: guest physical and I/O virtual addresses have 64 bits. An int

@@ -14,8 +14,6 @@ from ramblock.errors import UsageError
 from ramblock.events import StateChanged
 from ramblock.units import PAGE_SIZE, check_range
 
-__all__ = ["PageState", "RamBlockAttributes", "check_state"]
-
 _log = logging.getLogger(__name__)
 
 

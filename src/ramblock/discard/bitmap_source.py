@@ -13,8 +13,6 @@ from ramblock.errors import describe_range
 from ramblock.process import OfOneProcess
 from ramblock.ranges import Runs
 
-__all__ = ["BitmapChange", "BitmapSource"]
-
 
 class BitmapSource(OfOneProcess):
     """One bit per granule of a block, a power of two of bytes; set means populated."""

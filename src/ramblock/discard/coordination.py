@@ -22,8 +22,6 @@ from enum import Enum
 
 from ramblock.errors import BusyError
 
-__all__ = ["DiscardCoordinator", "DiscardHold", "HoldKind"]
-
 
 class HoldKind(Enum):
     """A demand on the memory."""

@@ -23,8 +23,6 @@ from ramblock.errors import BusyError, PoisonedError, describe_range
 from ramblock.events import Observer
 from ramblock.interrupts import uninterrupted
 
-__all__ = ["Guard", "Home", "InDoubt", "MovedError"]
-
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")

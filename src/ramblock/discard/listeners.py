@@ -8,8 +8,6 @@ from typing import Protocol
 
 from ramblock.discard.section import RamSection
 
-__all__ = ["Budget", "BudgetedListener", "Listener"]
-
 
 class Listener(Protocol):
     """

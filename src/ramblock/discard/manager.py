@@ -28,8 +28,6 @@ from ramblock.process import OfOneProcess
 from ramblock.ranges import complement
 from ramblock.units import PAGE_SIZE, check_granularity, check_range
 
-__all__ = ["Freeing", "ManagedBlock", "RamDiscardManager"]
-
 T = TypeVar("T")
 
 

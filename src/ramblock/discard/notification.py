@@ -21,8 +21,6 @@ from ramblock.discard.sources import Source, joint_runs
 from ramblock.errors import describe_error
 from ramblock.ranges import Runs, clip
 
-__all__ = ["Board", "Notification", "reserve"]
-
 
 class Board(Protocol):
     """The side of a discard manager that a notification needs."""

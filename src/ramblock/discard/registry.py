@@ -11,8 +11,6 @@ from typing import NamedTuple, cast
 from ramblock.discard.listeners import BudgetedListener, Listener
 from ramblock.discard.section import RamSection
 
-__all__ = ["Registration", "Registry"]
-
 
 class Registration(NamedTuple):
     """A listener, its section, and its abilities beyond the two verbs."""

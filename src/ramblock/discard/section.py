@@ -10,8 +10,6 @@ from ramblock.errors import describe_range
 from ramblock.hostmem.backing import PrivateBacking
 from ramblock.units import ADDRESS_LIMIT, check_range
 
-__all__ = ["Block", "RamSection"]
-
 
 class Block(Protocol):
     """All that whoever maps a section needs of its block; ``ramblock.RamBlock`` is one."""

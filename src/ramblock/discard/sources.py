@@ -11,8 +11,6 @@ from typing import Protocol
 from ramblock.errors import UsageError, describe_range
 from ramblock.ranges import Runs, complement, merge_adjacent
 
-__all__ = ["Source", "held_back_by", "joint_runs", "populated_in"]
-
 
 class Source(Protocol):
     """

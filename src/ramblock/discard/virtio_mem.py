@@ -9,8 +9,6 @@ from ramblock.discard.manager import ManagedBlock
 from ramblock.errors import UsageError, describe_range
 from ramblock.units import PAGE_SIZE, check_granularity, check_range
 
-__all__ = ["VirtioMem"]
-
 
 class VirtioMem(BitmapSource):
     """

@@ -39,8 +39,6 @@ from ramblock.logs import Sparingly
 from ramblock.process import OfOneProcess
 from ramblock.units import PAGE_SIZE, new_tuple
 
-__all__ = ["Mapper", "SectionMapper"]
-
 _log = logging.getLogger(__name__)
 
 # Reports pages that a target may or may not still reach: section, listener, reason.

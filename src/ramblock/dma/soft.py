@@ -27,8 +27,6 @@ from ramblock.hostmem.host_calls import write_own_memory
 from ramblock.process import OfOneProcess
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_granularity, check_positive, check_range
 
-__all__ = ["FaultRecord", "Mapping", "MappingTable", "SoftIommu"]
-
 # Enough to look at, not enough for a device that faults forever to fill memory with.
 _FAULTS_KEPT = 1024
 

@@ -18,8 +18,6 @@ from ramblock.hostmem.prealloc import Progress
 from ramblock.process import OfOneProcess
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_range, format_size
 
-__all__ = ["Placement", "RamBlock"]
-
 _log = logging.getLogger(__name__)
 
 

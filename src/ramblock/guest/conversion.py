@@ -41,8 +41,6 @@ from ramblock.guest.places import Place, PlaceMap
 from ramblock.guest.vm import Vm, set_attribute
 from ramblock.units import new_tuple
 
-__all__ = ["ConversionPiece", "ConversionResult", "convert_pieces"]
-
 
 class ConversionResult(NamedTuple):
     """The account of one conversion."""

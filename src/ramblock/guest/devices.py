@@ -24,8 +24,6 @@ from ramblock.errors import UsageError, describe_range
 from ramblock.guest.places import Place, PlaceMap
 from ramblock.hostmem.backing import SharedBacking
 
-__all__ = ["Attachment"]
-
 # Entries that one batch maps: some milliseconds on a fast target, and conversions wait no longer.
 _BATCH = 256
 # Runs that one batch looks at before anything is mapped, to count the entries.

@@ -38,8 +38,6 @@ from ramblock.logs import Sparingly
 from ramblock.ranges import Runs, complement
 from ramblock.units import PAGE_SIZE
 
-__all__ = ["Reclaimer", "Sides", "free_each"]
-
 _log = logging.getLogger(__name__)
 
 # How many earlier failures one call tries again: the work of a request must not grow with the

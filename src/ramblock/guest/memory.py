@@ -37,8 +37,6 @@ from ramblock.process import OfOneProcess
 from ramblock.ranges import Runs, merge_adjacent
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_positive, check_range, new_tuple
 
-__all__ = ["GuestMemory"]
-
 _log = logging.getLogger(__name__)
 
 

@@ -15,8 +15,6 @@ from ramblock.guest.block import RamBlock
 from ramblock.ranges import Runs
 from ramblock.units import PAGE_SIZE
 
-__all__ = ["Place", "PlaceMap"]
-
 
 @dataclass(slots=True, eq=False)
 class Place:

@@ -37,8 +37,6 @@ from ramblock.guest.places import PlaceMap
 from ramblock.guest.vm import Vm, change_slot, make_private, share, try_to, withdraw
 from ramblock.hostmem.backing import PrivateBacking, check_private
 
-__all__ = ["reset_guest"]
-
 
 def reset_guest(
     guard: Guard,

@@ -19,8 +19,6 @@ from ramblock.discard.undo import UndoLog
 from ramblock.guest.places import Place
 from ramblock.hostmem.in_place import set_attributes
 
-__all__ = ["MAKE_PRIVATE", "MAKE_SHARED", "MemorySlots", "Vm"]
-
 _log = logging.getLogger(__name__)
 
 #: Values of the last argument of ``set_memory_attributes``.

@@ -17,8 +17,6 @@ from ramblock.hostmem.numa import NumaBinding, NumaPolicy, list_nodes
 from ramblock.hostmem.prealloc import Progress, preallocate
 from ramblock.units import GIB, MIB, PAGE_SIZE, check_range, format_size
 
-__all__ = ["BackendKind", "HostMemoryBackend"]
-
 # The last offset into a file that there is: loff_t is signed.
 _SIZE_LIMIT = (1 << 63) - 1
 

@@ -16,11 +16,6 @@ from ramblock.hostmem.hugetlb import describe_shortage
 from ramblock.process import OfOneProcess
 from ramblock.units import PAGE_SIZE, check_range, format_size
 
-__all__ = [
-    "AnonymousBacking", "MemfdBacking", "PrivateBacking", "SharedBacking", "StandInPrivate",
-    "check_private", "punch_hole", "read_fd", "write_fd",
-]  # fmt: skip
-
 # include/uapi/linux/falloc.h: KEEP_SIZE and PUNCH_HOLE.
 _PUNCH_HOLE = ctypes.c_int(0x01 | 0x02)
 # include/uapi/linux/memfd.h: the log2 of the page size sits in bits 26 and up.

@@ -7,10 +7,6 @@ from pathlib import Path
 
 from ramblock.units import KIB
 
-__all__ = [
-    "NODES", "allowed_nodes", "available_bytes", "available_on", "nodes_with_memory", "parse_list",
-]  # fmt: skip
-
 #: Documentation/ABI/stable/sysfs-devices-node
 NODES = Path("/sys/devices/system/node")
 _PROC = Path("/proc")

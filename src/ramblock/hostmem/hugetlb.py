@@ -9,8 +9,6 @@ from pathlib import Path
 from ramblock.hostmem.host_facts import NODES
 from ramblock.units import GIB, KIB, format_size
 
-__all__ = ["HugePagePool", "describe_shortage", "lacking_on"]
-
 _POOLS = Path("/sys/kernel/mm/hugepages")
 
 

@@ -24,10 +24,6 @@ from weakref import WeakSet
 from ramblock.errors import UsageError
 from ramblock.hostmem.backing import PrivateBacking, SharedBacking
 
-__all__ = [
-    "TRIES", "InPlaceBacking", "check_in_place", "is_in_place", "set_attributes", "take_in_place",
-]  # fmt: skip
-
 #: Calls for an attribute that is refused with EAGAIN. Nobody waits in between: the memory's lock is
 #: held, and the guest asks again anyway (KVM answers TDG.VP.VMCALL<MapGPA> with RETRY). Meanwhile
 #: the kernel drops its own short holds, such as its per-CPU lists of pages.

@@ -12,8 +12,6 @@ from ramblock.hostmem.backing import SharedBacking
 from ramblock.hostmem.host_calls import populate
 from ramblock.units import MIB, format_size
 
-__all__ = ["Progress", "preallocate"]
-
 #: Called after each piece, with the bytes so far and the bytes in total.
 Progress: TypeAlias = Callable[[int, int], object]
 
