@@ -477,7 +477,7 @@ _in(
 # -- who listens where -----------------------------------------------------------------------------
 
 _in(
-    "discard.registry:Registry.overlapping",
+    "discard.listeners:Registry.overlapping",
     ("overlapping: long sections are not found", replace("1 << shift", "1 << shift - 1"), REGISTRY),
     (
         "overlapping: the section behind",
@@ -497,7 +497,7 @@ _in(
     # no section begins there.
 )
 _in(
-    "discard.registry:Registry.discard",
+    "discard.listeners:Registry.discard",
     (
         "registry: another section of the same offset goes",
         replace("registrations.index(...)", "bisect_left(offsets, section.offset)"),
@@ -505,7 +505,7 @@ _in(
     ),
 )
 _in(
-    "discard.registry:Registry.add",
+    "discard.listeners:Registry.add",
     ("registry: a listener is there twice", drop("self.discard(registration.listener)"), REGISTRY),
     (
         "registry: budgets are not counted",

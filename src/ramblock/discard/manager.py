@@ -17,9 +17,8 @@ from typing import Protocol, TypeVar
 
 from ramblock.discard.coordination import DiscardHold
 from ramblock.discard.guard import Guard, MovedError
-from ramblock.discard.listeners import Listener
+from ramblock.discard.listeners import Listener, Registration, Registry
 from ramblock.discard.notification import Notification, reserve
-from ramblock.discard.registry import Registration, Registry
 from ramblock.discard.section import Block, RamSection
 from ramblock.discard.sources import Source, held_back_by, joint_runs
 from ramblock.discard.undo import UndoLog

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from ramblock.discard.guard import Guard
-from ramblock.discard.listeners import Budget
-from ramblock.discard.registry import Registration, Registry
+from ramblock.discard.listeners import Budget, Registration, Registry
 from ramblock.discard.section import Block, RamSection
 from ramblock.discard.sources import Source, joint_runs
 from ramblock.errors import describe_error

@@ -11,10 +11,9 @@ from ramblock.discard.guard import Guard
 from ramblock.discard.manager import RamDiscardManager
 from ramblock.errors import UsageError
 from ramblock.guest.freeing import Sides
-from ramblock.hostmem.backend import HostMemoryBackend
+from ramblock.hostmem.backend import HostMemoryBackend, Progress
 from ramblock.hostmem.backing import PrivateBacking, SharedBacking, StandInPrivate, check_private
 from ramblock.hostmem.in_place import check_in_place, is_in_place, take_in_place
-from ramblock.hostmem.prealloc import Progress
 from ramblock.process import OfOneProcess
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_range, format_size
 

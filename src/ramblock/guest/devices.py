@@ -14,8 +14,8 @@ from collections.abc import Generator, Iterable
 from itertools import islice
 
 from ramblock.discard.guard import Guard
+from ramblock.discard.listeners import Registration
 from ramblock.discard.notification import reserve
-from ramblock.discard.registry import Registration
 from ramblock.discard.section import RamSection
 from ramblock.discard.undo import UndoLog
 from ramblock.dma.mapper import Mapper, SectionMapper

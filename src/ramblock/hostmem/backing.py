@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ramblock.errors import UsageError
 from ramblock.hostmem.host_calls import address_of, failure, libc, write_own_memory
-from ramblock.hostmem.hugetlb import describe_shortage
+from ramblock.hostmem.host_facts import describe_shortage
 from ramblock.process import OfOneProcess
 from ramblock.units import PAGE_SIZE, check_range, format_size
 
