@@ -921,10 +921,8 @@ def picture_of(guest: Guest) -> Picture:
             runs = list(block.attributes.ranges(SHARED))
             assert block.attributes.shared_bytes == sum(size for _, size in runs), "shared_bytes"
         own = sum(section.block is block for section in memory.sections) * len(memory.mappers)
-        own += any(
-            entry.listener is guest.listener for entry in block.discard_manager.registrations
-        )
-        assert len(block.discard_manager.registrations) == own, "registrations"
+        own += any(entry.listener is guest.listener for entry in block.discard_manager.registry)
+        assert len(list(block.discard_manager.registry)) == own, "registrations"
     return Picture(
         shared=_pages(memory.ranges(SHARED)),
         private=_pages(memory.ranges(PRIVATE)),
@@ -938,7 +936,7 @@ def picture_of(guest: Guest) -> Picture:
         mapped=tuple(mapped_by(iommu) for iommu in guest.iommus),
         attached=tuple(any(target is entry for entry in attached) for target in guest.targets),
         held=frozenset(guest.listener.held),
-        listening=any(entry.listener is guest.listener for entry in manager.registrations),
+        listening=any(entry.listener is guest.listener for entry in manager.registry),
         source=any(entry is guest.source for entry in manager.sources),
         plugged=None if virtio_mem is None else _pages(virtio_mem.ranges(0, virtio_mem.block.size)),
         states=tuple(
@@ -1250,7 +1248,7 @@ def assert_doubts_cover(guest: Guest) -> list[object]:
     manager = block_of(listener.section).discard_manager
     shift = listener.section.gpa - listener.section.offset
     ought = set()
-    if any(entry.listener is listener for entry in manager.registrations):
+    if any(entry.listener is listener for entry in manager.registry):
         ought = {page for part in manager.populated(listener.section) for page in _offsets(part)}
     in_doubt = _pages(doubt[:2] for doubt in doubts if doubt.target is listener)
     assert {page + shift for page in listener.held ^ ought} <= in_doubt, "the listener"

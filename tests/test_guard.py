@@ -480,7 +480,7 @@ def test_a_listener_leaves_a_poisoned_block_whatever_it_says(guest: Guest) -> No
     guest.listener.refuse_all("discard")
     manager = guest.block.discard_manager
     manager.unregister_listener(guest.listener)
-    assert guest.listener not in [entry.listener for entry in manager.registrations]
+    assert guest.listener not in [entry.listener for entry in manager.registry]
     doubted = [doubt for doubt in guest.memory.in_doubt() if doubt.target is guest.listener]
     assert [(doubt.gpa, doubt.size) for doubt in doubted] == [(0, 2 * PAGE)]
 

@@ -236,18 +236,18 @@ _in(
     "discard.bitmap_source:BitmapSource.change",
     (
         "a source's change: nothing is put back",
-        drop("put_back(manager.guard, begun)"),
+        replace("notification.take_back", "int"),
         (ATTRIBUTES, VIRTIO_MEM),
     ),
     (
         "a source's change: bits before listeners",
-        swap("notification.tell()", "change.flip()"),
+        swap("undo.do('notify', ...)", "undo.do('state', ...)"),
         (ATTRIBUTES, VIRTIO_MEM),
     ),
     ("a source's change: no budget", replace("manager.registry.limited", "False"), VIRTIO_MEM),
     (
-        "a source's change: the undo of the bits is not noted",
-        drop("begun.append(...)"),
+        "a source's change: the undo of the bits is left out",
+        replace("change.flip_back", "int"),
         f"{INJECTION}::test_plug",
     ),
 )
@@ -415,8 +415,9 @@ _in(
 )
 _in("ranges:complement", ("complement: without its last run", drop("if position < end: ..."), RUNS))
 _in(
-    "ranges:merge_adjacent",
-    ("runs that touch are not joined", replace("run_start != end", "True"), RUNS),
+    "ranges:merge",
+    ("runs that touch are not joined", replace("run_start > end", "True"), RUNS),
+    ("a run inside the one before cuts it short", replace("run_end > end", "True"), RUNS),
 )
 _in(
     "discard.sources:populated_in",
@@ -1098,8 +1099,6 @@ _in(
     _RESET,
     ("reset: nothing is unmapped", drop("undo.do('unmap', ...)"), RESET),
     ("reset: undo of unmap left out", replace("farewell.take_back", "int"), RESET),
-    # Not here: no budget for the undo of the unmapping. All of a section goes, in whole mappings,
-    # which give back what they need: what is reserved is always 0.
     (
         "reset: the slot stays with the old side",
         drop("change_slot(undo, old_vm, place, ...)"),

@@ -135,18 +135,6 @@ class SparseBitmap:
                 total += end_bit - bit if chunk is _ONES else chunk.count(1, bit, end_bit)
         return total
 
-    def all(self, start: int, end: int) -> bool:
-        """Whether every bit of the range is set; stops at the first that is not."""
-        for index in range(start >> _CHUNK_SHIFT, ((end - 1) >> _CHUNK_SHIFT) + 1):
-            chunk = self._chunks.get(index)
-            if chunk is None:
-                return False
-            if chunk is not _ONES:
-                base = index << _CHUNK_SHIFT
-                if chunk.find(0, max(start - base, 0), min(end - base, _CHUNK_BITS)) >= 0:
-                    return False
-        return True
-
     def span(self, start: int, end: int, *, value: bool) -> tuple[int, int] | None:
         """Find the smallest range around all bits in it that equal *value*; None: there is none."""
         runs = self.runs(start, end)

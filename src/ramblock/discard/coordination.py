@@ -2,15 +2,11 @@
 """
 Who needs RAM to be discardable, and who forbids it.
 
-Two kinds of discard. *Coordinated*: the listeners are told first (page conversions, virtio-mem).
-*Uncoordinated*: memory just goes (a plain balloon). Two kinds of user stand against them. One that
-pins memory and hears nothing forbids both. One that a listener drives forbids the uncoordinated
-kind.
-
-QEMU commit 852f0048f3 ("RAMBlock: make guest_memfd require uncoordinated discard") is the reason:
-conversions discarded memory that VFIO had pinned, VFIO was not told, and its mappings went stale;
-so that commit made the two exclude each other. A discard manager makes the conversion coordinated,
-and they live together. QEMU keeps four counters for the whole process (system/physmem.c,
+A discard is *coordinated* if the listeners are told first; else memory just goes. The reason is
+QEMU commit 852f0048f3 ("RAMBlock: make guest_memfd require uncoordinated discard"): conversions
+discarded memory that VFIO had pinned, VFIO was not told, and its mappings went stale; so that
+commit made the two exclude each other. A discard manager makes the conversion coordinated, and they
+live together. QEMU keeps four counters for the whole process (system/physmem.c,
 ram_block_discard_disable() and its kin); here they belong to one guest memory.
 """
 
@@ -26,9 +22,12 @@ from ramblock.errors import BusyError
 class HoldKind(Enum):
     """A demand on the memory."""
 
+    #: Discards will happen, and listeners are told: page conversions, virtio-mem.
     REQUIRE_COORDINATED = "requires coordinated discards"
+    #: Discards will happen, and nobody is told: a plain balloon.
     REQUIRE_UNCOORDINATED = "requires uncoordinated discards"
-    FORBID_ALL = "forbids all discards"
+    FORBID_ALL = "forbids all discards"  #: The memory is pinned by somebody who hears nothing.
+    #: It is pinned by somebody whom a listener drives: a mapper.
     FORBID_UNCOORDINATED = "forbids uncoordinated discards"
 
 
@@ -73,22 +72,6 @@ class DiscardCoordinator:
     def holds(self) -> tuple[DiscardHold, ...]:
         """The claims that are held now, oldest first."""
         return tuple(self._holds)
-
-    def require_coordinated(self, owner: str) -> DiscardHold:
-        """Discards will happen, and listeners are told (conversions). See :meth:`hold`."""
-        return self.hold(owner, HoldKind.REQUIRE_COORDINATED)
-
-    def require_uncoordinated(self, owner: str) -> DiscardHold:
-        """Discards will happen and nobody is told (a plain balloon). See :meth:`hold`."""
-        return self.hold(owner, HoldKind.REQUIRE_UNCOORDINATED)
-
-    def forbid_all(self, owner: str) -> DiscardHold:
-        """Memory is pinned by somebody who hears nothing. See :meth:`hold`."""
-        return self.hold(owner, HoldKind.FORBID_ALL)
-
-    def forbid_uncoordinated(self, owner: str) -> DiscardHold:
-        """Memory is pinned by somebody who listens (a mapper). See :meth:`hold`."""
-        return self.hold(owner, HoldKind.FORBID_UNCOORDINATED)
 
     def hold(self, owner: str, kind: HoldKind) -> DiscardHold:
         """

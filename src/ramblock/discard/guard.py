@@ -22,6 +22,7 @@ from ramblock.discard.section import Block, RamSection
 from ramblock.errors import BusyError, PoisonedError, describe_range
 from ramblock.events import Observer
 from ramblock.interrupts import uninterrupted
+from ramblock.ranges import merge
 
 _log = logging.getLogger(__name__)
 
@@ -177,16 +178,11 @@ class Guard:
         for section, target in list(self.doubts):  # another thread may add some
             _, ranges = by_target.setdefault(id(target), (target, []))
             ranges.append((section.gpa, section.gpa_end))
-        result: list[InDoubt] = []
-        for target, ranges in by_target.values():
-            start, end = min(ranges)
-            for low, high in sorted(ranges):
-                if low > end:
-                    result.append(InDoubt(start, end - start, target))
-                    start = low
-                end = max(end, high)
-            result.append(InDoubt(start, end - start, target))
-        return result
+        return [
+            InDoubt(start, end - start, target)
+            for target, ranges in by_target.values()
+            for start, end in merge(sorted(ranges))
+        ]
 
     def leave_with(self, other: Guard, block: Block, holds: list[DiscardHold]) -> None:
         """Give a block that goes to *other* its own: *holds*, doubts, and the poison."""

@@ -35,15 +35,9 @@ class Freeing(Protocol):
 
     def free(self, offset: int, size: int) -> int:
         """Free a range, where nobody uses it any more; return the bytes that wait."""
-        return 0
 
     def keep_used(self, offset: int, size: int) -> None:
         """Note that the part of the range in use is no longer waiting to be freed."""
-        return
-
-
-class _NothingToFree(Freeing):
-    """Until a block has its sides: its page attributes are added before that."""
 
 
 def _nothing() -> None:
@@ -70,7 +64,7 @@ class RamDiscardManager(OfOneProcess):
         self.guard = Guard()
         #: Claims on discards that go with the block.
         self.holds: list[DiscardHold] = []
-        self.freeing: Freeing = _NothingToFree()
+        self.freeing: Freeing  # the block's sides, which need this manager
         self.closed = False
         #: The sources, oldest first. Callers change them by the methods below.
         self.sources: tuple[Source, ...] = ()
@@ -96,11 +90,6 @@ class RamDiscardManager(OfOneProcess):
         """Raise :class:`UsageError` if the block is closed."""
         if self.closed:
             raise UsageError(f"{self._place} is closed", value=self.block.name)
-
-    @property
-    def registrations(self) -> tuple[Registration, ...]:
-        """The listeners, in the order of registration."""
-        return tuple(self.registry)
 
     @property
     def min_granularity(self) -> int:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ramblock.discard.bitmap_source import BitmapSource
-from ramblock.discard.coordination import DiscardHold
+from ramblock.discard.coordination import DiscardHold, HoldKind
 from ramblock.discard.manager import ManagedBlock
 from ramblock.errors import UsageError, describe_range
 from ramblock.units import PAGE_SIZE, check_granularity, check_range
@@ -108,7 +108,7 @@ class VirtioMem(BitmapSource):
     def on_adding(self) -> None:
         """Claim that discards will happen; the manager calls it before it adds the device."""
         manager = self.block.discard_manager
-        self._hold = manager.guard.discards.require_coordinated(self.place)
+        self._hold = manager.guard.discards.hold(self.place, HoldKind.REQUIRE_COORDINATED)
         manager.holds.append(self._hold)
 
     def on_removed(self) -> None:

@@ -28,13 +28,7 @@ from collections.abc import Callable, Iterable
 from ramblock.bitmap import SavedBits, SparseBitmap
 from ramblock.discard.section import RamSection
 from ramblock.dma.target import DmaTarget, HostRange, MappingPolicy
-from ramblock.errors import (
-    DmaError,
-    MappingLimitError,
-    UsageError,
-    describe_error,
-    describe_range,
-)
+from ramblock.errors import DmaError, MappingLimitError, UsageError, describe_error, describe_range
 from ramblock.logs import Sparingly
 from ramblock.process import OfOneProcess
 from ramblock.units import PAGE_SIZE, new_tuple
@@ -144,7 +138,7 @@ class SectionMapper:
     @property
     def in_doubt(self) -> bool:
         """Whether the target may still reach pages that it was told to let go of."""
-        return self.uncertain.span(0, self.pages, value=True) is not None
+        return bool(self.uncertain.count(0, self.pages))
 
     def notify_populate(self, section: RamSection) -> None:
         """

@@ -7,6 +7,7 @@ import logging
 from typing import Protocol
 
 from ramblock.discard.attributes import RamBlockAttributes
+from ramblock.discard.coordination import HoldKind
 from ramblock.discard.guard import Guard
 from ramblock.discard.manager import RamDiscardManager
 from ramblock.errors import UsageError
@@ -68,12 +69,13 @@ class RamBlock(OfOneProcess):
         self.attributes: RamBlockAttributes | None = None
         if private is not None:
             self.attributes = RamBlockAttributes(self)
-            manager.add_source(self.attributes)
-            owner = f"page conversion of block {name!r}"
-            manager.holds.append(self.guard.discards.require_coordinated(owner))
         #: The use of its memory, and freeing the rest.
         self.sides = Sides(manager, self.attributes, shared, self._discard_private)
         manager.freeing = self.sides
+        if self.attributes is not None:
+            manager.add_source(self.attributes)
+            owner, kind = f"page conversion of block {name!r}", HoldKind.REQUIRE_COORDINATED
+            manager.holds.append(self.guard.discards.hold(owner, kind))
 
     def _discard_private(self, offset: int, size: int) -> None:
         # Not bound once: a reset puts another backing here.

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Generator, Iterable
 from itertools import islice
 
+from ramblock.discard.coordination import HoldKind
 from ramblock.discard.guard import Guard
 from ramblock.discard.listeners import Registration
 from ramblock.discard.notification import reserve
@@ -55,7 +56,8 @@ class Attachment:
         self.complete = False
         for place in places:
             self._check(place)
-        self._hold = guard.discards.forbid_uncoordinated(f"DMA mapper of {target!r}")
+        owner = f"DMA mapper of {target!r}"
+        self._hold = guard.discards.hold(owner, HoldKind.FORBID_UNCOORDINATED)
         # By listener. Nothing in here leads back to the target: else neither would ever go.
         self._reachable: dict[int, SharedBacking] = {}
         self._anchor: weakref.finalize[..., DmaTarget] | None = None

@@ -15,13 +15,7 @@ from ramblock.discard.section import RamSection
 from ramblock.discard.undo import UndoLog
 from ramblock.dma.mapper import Mapper
 from ramblock.dma.target import DmaTarget, MappingPolicy
-from ramblock.errors import (
-    BusyError,
-    ConversionError,
-    PoisonedError,
-    UsageError,
-    describe_error,
-)
+from ramblock.errors import BusyError, ConversionError, PoisonedError, UsageError, describe_error
 from ramblock.events import Observer
 from ramblock.guest.block import RamBlock
 from ramblock.guest.conversion import ConversionResult, convert_pieces
@@ -34,7 +28,7 @@ from ramblock.hostmem.backing import PrivateBacking
 from ramblock.interrupts import hand_over, uninterrupted
 from ramblock.logs import Sparingly
 from ramblock.process import OfOneProcess
-from ramblock.ranges import Runs, merge_adjacent
+from ramblock.ranges import Runs, merge
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_positive, check_range, new_tuple
 
 _log = logging.getLogger(__name__)
@@ -116,7 +110,7 @@ class GuestMemory(OfOneProcess):
         :raises UsageError: Not a page state.
         """
         check_state(state)
-        runs = merge_adjacent(self._runs(shared=state is PageState.SHARED))
+        runs = merge(self._runs(shared=state is PageState.SHARED))
         return ((start, end - start) for start, end in runs)
 
     def _runs(self, *, shared: bool) -> Runs:
@@ -325,7 +319,6 @@ class GuestMemory(OfOneProcess):
             not run: call it again. (A backing that was replaced is closed, and not tried again.)
         :raises UsageError: *vm* is no VM, or a block cannot take a new private backing; nothing has
             changed.
-        :raises MappingLimitError: A budget does not hold for the undo; nothing has changed.
         :raises BaseException: From a target or VM; everything is as before.
         :raises PoisonedError: This memory is poisoned, or this call poisoned it.
         """

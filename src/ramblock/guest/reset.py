@@ -28,7 +28,7 @@ from functools import partial
 from ramblock.discard.attributes import RamBlockAttributes
 from ramblock.discard.bitmap_source import BitmapChange
 from ramblock.discard.guard import Guard
-from ramblock.discard.notification import Notification, reserve
+from ramblock.discard.notification import Notification
 from ramblock.discard.undo import UndoLog
 from ramblock.discard.virtio_mem import VirtioMem
 from ramblock.errors import UsageError
@@ -68,7 +68,7 @@ def reset_guest(
         for block in blocks
         if _resettable(block)
     }
-    reserve(farewells.values())
+    # No budget is asked: whole blocks are unmapped and put back, so that no mapping is cut.
     flips: list[BitmapChange] = []
     with UndoLog(guard, "reset") as undo:
         for block, farewell in farewells.items():
