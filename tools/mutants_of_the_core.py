@@ -60,6 +60,7 @@ UNMAP = f"{INJECTION}::test_unmap"
 ATTACH = f"{INJECTION}::test_attach"
 DETACH = f"{INJECTION}::test_detach"
 INJECTED_RESET = f"{INJECTION}::test_reset"
+INJECTED_RENEWAL = f"{INJECTION}::test_reset_with_a_new_vm_or_new_private_sides"
 REGISTER = f"{INJECTION}::test_register_listener"
 UNREGISTER = f"{INJECTION}::test_unregister_listener"
 ADD_SOURCE = f"{INJECTION}::test_add_source"
@@ -780,6 +781,14 @@ _in(
     ("an operation inside another is left", replace("_depth == 1", "True"), INTERRUPTS),
 )
 _in(
+    "discard.attributes:RamBlockAttributes._state_change",
+    (
+        "states change without the VM's attributes",
+        replace("manager.guard.has_vm", "False"),
+        ATTRIBUTES,
+    ),
+)
+_in(
     "discard.attributes:RamBlockAttributes.observe",
     ("an observer can stop a conversion", narrow("observer(event)"), GUEST),
 )
@@ -905,12 +914,17 @@ _in(
         replace("any(...)", "False"),
         f"{INJECTION}::test_attributes_that_could_not_be_reset_are_set_for_ordinary_memory",
     ),
+    (
+        "attributes that stayed private are set for ever",
+        drop("if place.block.in_place is None: ..."),
+        f"{INJECTION}::test_attributes_that_were_set_meanwhile_are_not_set_again",
+    ),
 )
 _in(
     f"{_MEMORY}._try_to_withdraw",
     (
         "attributes that stayed private are forgotten",
-        drop("self._not_reset.append(place.section)"),
+        drop("self._not_reset.append(...)"),
         f"{INJECTION}::test_attributes_that_could_not_be_reset_are_set_for_ordinary_memory",
     ),
 )
@@ -1107,13 +1121,13 @@ _in(
     (
         "reset: a slot that does not come back is no doubt",
         drop_keyword("stuck", of="change_slot(undo, old_vm, ...)"),
-        RESET,
+        INJECTED_RENEWAL,
     ),
     ("reset: the new private side is not taken", drop("undo.do('private side', ...)"), RESET),
     (
         "reset: undo of the private side left out",
         replace("partial(swap, block.private)", "int"),
-        RESET,
+        INJECTED_RENEWAL,
     ),
     ("reset: attributes are not made private", drop("undo.do('attribute', ...)"), RESET),
     (
@@ -1139,13 +1153,13 @@ _in(
     (
         "reset: slots before attributes",
         swap("for place in places: ...", "for place in again: ..."),
-        RESET,
+        INJECTED_RENEWAL,
     ),
     ("reset: a new VM gets no slots", drop("change_slot(undo, new_vm, ...)"), RESET),
     (
         "reset: a slot that stays with the new side leaves the state shared",
         drop_keyword("stuck", of="change_slot(undo, new_vm, ...)"),
-        RESET,
+        INJECTED_RENEWAL,
     ),
     ("reset: the states stay", drop("undo.do('state', ...)"), RESET),
     ("reset: undo of the state left out", replace("change.flip_back", "int"), _RESETS),
@@ -1191,7 +1205,7 @@ _in(
 _in("guest.reset:_settle", ("reset: stuck does nothing", prepend("return"), _RESETS))
 _in(
     "guest.memory:GuestMemory._reset",
-    ("reset: the new VM is not taken", drop("self._vm = ..."), RESET),
+    ("reset: the new VM is not taken", replace("vm is not None", "False"), RESET),
     ("reset: nothing is freed", replace("free_each(frees)", "0"), RESET),
 )
 _in(

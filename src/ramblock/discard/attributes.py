@@ -87,8 +87,8 @@ class RamBlockAttributes(BitmapSource):
         ``GuestMemory.convert`` is the one to call.
 
         :param offset: In bytes, as *size*; both multiples of the page size.
-        :raises UsageError: Unaligned, empty, outside the block, or not a page state; nothing has
-            changed.
+        :raises UsageError: Unaligned, empty, outside the block, not a page state, or in a guest
+            that has a VM; nothing has changed.
         :raises MappingLimitError: A mapper has no room for it; nothing has changed.
         :raises PoisonedError: The block is poisoned, or this call poisoned it.
         :raises Exception: Whatever a listener raised when it refused; nothing has changed.
@@ -100,6 +100,9 @@ class RamBlockAttributes(BitmapSource):
         if manager.closed:
             manager.check_open()
         check_state(to)
+        if manager.guard.has_vm:
+            text = f"{self.place} is in a guest with a VM, whose attributes would stay behind"
+            raise UsageError(text, value=self.block.name, expected="GuestMemory.convert")
         check_range(offset, size, limit=self.block.size, align=PAGE_SIZE, what=self.place)
         change = self.plan(offset, size, populate=to is PageState.SHARED)
         if change is not None:

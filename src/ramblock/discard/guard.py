@@ -66,6 +66,8 @@ class Guard:
         self.doubts: list[tuple[RamSection, object]] = []
         self.discards = DiscardCoordinator()
         self.observer: Observer | None = None
+        #: Whether a VM has page attributes, which go with the page states.
+        self.has_vm = False
 
     def run(
         self,

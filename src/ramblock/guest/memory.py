@@ -28,7 +28,7 @@ from ramblock.hostmem.backing import PrivateBacking
 from ramblock.interrupts import hand_over, uninterrupted
 from ramblock.logs import Sparingly
 from ramblock.process import OfOneProcess
-from ramblock.ranges import Runs, merge
+from ramblock.ranges import Runs, clip, complement, merge
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_positive, check_range, new_tuple
 
 _log = logging.getLogger(__name__)
@@ -50,13 +50,15 @@ class GuestMemory(OfOneProcess):
     def __init__(self, vm: Vm | None = None) -> None:
         self._guard = Guard()
         self._vm = vm
+        self._guard.has_vm = vm is not None
         self._places = PlaceMap()
         self._attachments: list[Attachment] = []
         self._log_failure = Sparingly(_log)
         #: Who needs discards of this memory, and who forbids them.
         self.discards: DiscardCoordinator = self._guard.discards
-        # Sections that have gone, and whose attributes the VM did not reset.
-        self._not_reset: list[RamSection] = []
+        # Guest addresses, as (start, end), of sections that have gone and whose attributes the VM
+        # did not reset.
+        self._not_reset: list[tuple[int, int]] = []
         # The claims that each block's own guard held when it came here, by the block's id.
         self._adopted: dict[int, list[DiscardHold]] = {}
 
@@ -272,14 +274,21 @@ class GuestMemory(OfOneProcess):
             attachment.forget(place)
 
     def _set_attributes(self, place: Place) -> None:
-        section = place.section
+        section, vm = place.section, self._vm
+        ours = section.gpa, section.gpa_end
         if place.block.attributes is not None:
-            establish(self._vm, place)
-        elif self._vm is not None and any(
-            old.gpa < section.gpa_end and section.gpa < old.gpa_end for old in self._not_reset
+            establish(vm, place)
+        elif vm is not None and any(
+            low < ours[1] and ours[0] < high for low, high in self._not_reset
         ):
             # Ordinary RAM has the kernel's default, which an earlier section may have left changed.
-            self._vm.set_memory_attributes(section.gpa, section.size, MAKE_SHARED)
+            vm.set_memory_attributes(section.gpa, section.size, MAKE_SHARED)
+        if place.block.in_place is None:  # else the VM's are as they were
+            self._not_reset = [
+                rest
+                for run in self._not_reset
+                for rest in complement(clip(iter((ours,)), *run), *run)
+            ]
 
     def _try_to_withdraw(self, place: Place) -> None:
         # For a section that the guest does not see. Where the VM refuses, nobody is harmed: nothing
@@ -287,7 +296,7 @@ class GuestMemory(OfOneProcess):
         try:
             withdraw(self._vm, place)
         except BaseException as error:
-            self._not_reset.append(place.section)
+            self._not_reset.append((place.section.gpa, place.section.gpa_end))
             _log.warning("%r: attributes are not reset: %s", place.section, error)
 
     def forget(self, block: RamBlock) -> None:
@@ -326,7 +335,8 @@ class GuestMemory(OfOneProcess):
 
     def _reset(self, vm: Vm | None, private: Mapping[RamBlock, PrivateBacking]) -> int:
         frees = reset_guest(self._guard, self._places, self._vm, vm, private)
-        self._vm = self._vm if vm is None else vm
+        if vm is not None:
+            self._vm, self._guard.has_vm, self._not_reset = vm, True, []
         return free_each(frees)
 
     def attach(
