@@ -133,7 +133,7 @@ _in(
 )
 _in(
     "guest.conversion:_FLIP",
-    ("undo of the state left out", replace("piece.change.flip_back()", "None"), ONE_FAILURE),
+    ("undo of the state left out", replace("it.change.flip_back()", "None"), ONE_FAILURE),
 )
 _in(
     "guest.conversion:ConversionPiece.settle_in_doubt",
@@ -278,12 +278,12 @@ _in(
     ),
     (
         "runs begin in front of the section",
-        replace("max(self._start, section.offset)", "self._start"),
+        replace("start if start > self._start else self._start", "self._start"),
         (MANAGER, VIRTIO_MEM),
     ),
     (
         "runs end behind the section",
-        replace("min(self._end, section.offset + section.size)", "self._end"),
+        replace("end if end < self._end else self._end", "self._end"),
         (MANAGER, VIRTIO_MEM),
     ),
     (
@@ -318,16 +318,6 @@ _in(
 )
 _in(
     f"{_NOTIFICATION}.tell",
-    (
-        "one run begins in front of the section",
-        replace("start if start > whole.offset else whole.offset", "start"),
-        (ATTRIBUTES, MANAGER),
-    ),
-    (
-        "one run ends behind the section",
-        replace("end if end < self._end else self._end", "self._end"),
-        (ATTRIBUTES, MANAGER),
-    ),
     (
         "an interrupted listener counts as one that refused",
         replace("isinstance(error, Exception)", "True"),
@@ -970,7 +960,7 @@ _in(
     "hostmem.in_place:set_attributes",
     (
         "in place: any error is tried again",
-        drop("if error.errno != errno.EAGAIN: ..."),
+        replace("error.errno != errno.EAGAIN or not left", "not left"),
         IN_PLACE,
     ),
     (

@@ -20,10 +20,8 @@ _log = logging.getLogger(__name__)
 class PageState(Enum):
     """The state of a guest page. Everything starts private."""
 
-    PRIVATE = "private"
-    """Only the guest can read it. For a discard manager: discarded."""
-    SHARED = "shared"
-    """The host and its devices can read it. For a discard manager: populated."""
+    PRIVATE = "private"  #: Only the guest can read it. For a discard manager: discarded.
+    SHARED = "shared"  #: The host and its devices can read it. For a discard manager: populated.
 
 
 def check_state(to: object) -> None:

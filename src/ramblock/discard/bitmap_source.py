@@ -9,7 +9,6 @@ from ramblock.bitmap import SavedBits, SparseBitmap
 from ramblock.discard.manager import ManagedBlock
 from ramblock.discard.notification import Notification, reserve
 from ramblock.discard.undo import UndoLog
-from ramblock.errors import describe_range
 from ramblock.process import OfOneProcess
 from ramblock.ranges import Runs
 
@@ -123,7 +122,3 @@ class BitmapChange:
             bits.clear(start, end)
         else:
             bits.set(start, end)
-
-    def __repr__(self) -> str:
-        start, end = (bit << self.source.shift for bit in self._span)
-        return f"<BitmapChange {describe_range(start, end - start)} of {self.source.block.name!r}>"

@@ -74,11 +74,7 @@ class DiscardCoordinator:
         return tuple(self._holds)
 
     def hold(self, owner: str, kind: HoldKind) -> DiscardHold:
-        """
-        Claim *kind* for *owner* until the result is released.
-
-        :raises BusyError: Somebody holds a contradicting claim; both are named. Nothing is held.
-        """
+        """Claim *kind* for *owner*; BusyError: somebody's claim contradicts it, nothing is held."""
         hold = DiscardHold(self, owner, kind)
         self._check(hold)
         self._holds.append(hold)
@@ -100,11 +96,7 @@ class DiscardCoordinator:
     def adopt(
         self, other: DiscardCoordinator, only: Collection[DiscardHold] | None = None
     ) -> list[DiscardHold]:
-        """
-        Take over the claims of *other*, all or *only* some, with the block that comes from there.
-
-        :raises BusyError: One of them contradicts one of ours. Nothing has moved.
-        """
+        """Take over claims, all or *only* some; BusyError: one contradicts ours, none has moved."""
         moving = [hold for hold in other.holds if only is None or hold in only]
         for hold in moving:
             self._check(hold)

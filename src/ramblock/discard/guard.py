@@ -32,11 +32,9 @@ T = TypeVar("T")
 class InDoubt(NamedTuple):
     """A range of the guest where a target may reach discarded pages, or miss populated ones."""
 
-    gpa: int
-    """Guest physical address, in bytes, like the size."""
+    gpa: int  #: Guest physical address, in bytes, like the size.
     size: int
-    target: object
-    """The DMA target; for a listener that is no mapper, the listener."""
+    target: object  #: The DMA target; for a listener that is no mapper, the listener.
 
 
 class MovedError(Exception):

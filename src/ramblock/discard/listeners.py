@@ -41,10 +41,8 @@ class Budget(Protocol):
 class BudgetedListener(Listener, Protocol):
     """A listener whose entries are counted before anything is done."""
 
-    mapper: Budget
-    """Whose entries they are."""
-    granularity: int
-    """Smallest piece that it can let go of, in bytes."""
+    mapper: Budget  #: Whose entries they are.
+    granularity: int  #: Smallest piece that it can let go of, in bytes.
 
     def let_go(self) -> None:
         """Let go of all it holds, as far as it can; report the rest as in doubt."""
@@ -59,8 +57,7 @@ class BudgetedListener(Listener, Protocol):
 class Registration(NamedTuple):
     """A listener, its section, and its abilities beyond the two verbs."""
 
-    number: int
-    """Grows with each registration."""
+    number: int  #: Grows with each registration.
     listener: Listener
     section: RamSection
     sparse: bool

@@ -39,11 +39,7 @@ class Source(Protocol):
 
 
 def populated_in(source: Source, start: int, end: int) -> Runs:
-    """
-    Yield the populated runs of *source* inside [start, end), as (start, end).
-
-    :raises UsageError: Its runs do not ascend, overlap, or cut granules.
-    """
+    """Yield the populated runs of *source* in [start, end); UsageError: an impossible answer."""
     ranges = getattr(source, "ranges", None)
     if ranges is None:
         yield from merge(_granules(source, start, end))

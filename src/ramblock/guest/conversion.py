@@ -95,8 +95,6 @@ class ConversionPiece(NamedTuple):
 
 
 _Call: TypeAlias = Callable[[ConversionPiece], None]
-
-
 # Name, do, undo; a function called when undo failed, so that our records say what is true now.
 _Step: TypeAlias = tuple[str, _Call, _Call, _Call | None]
 
@@ -105,10 +103,7 @@ _TELL: tuple[_Call, _Call] = (
     lambda piece: piece.change.notification.tell(),
     lambda piece: piece.change.notification.take_back(),
 )
-_FLIP: tuple[_Call, _Call] = (
-    lambda piece: piece.change.flip(),
-    lambda piece: piece.change.flip_back(),
-)
+_FLIP: tuple[_Call, _Call] = (lambda it: it.change.flip(), lambda it: it.change.flip_back())
 
 TO_PRIVATE: tuple[_Step, ...] = (
     ("unmap", *_TELL, None),
@@ -128,12 +123,7 @@ TO_SHARED: tuple[_Step, ...] = (
 def convert_pieces(
     guard: Guard, places: PlaceMap, vm: Vm | None, gpa: int, size: int, to: PageState
 ) -> list[ConversionPiece]:
-    """
-    Convert, but for freeing; return the pieces in which something changed.
-
-    The table runs step by step: all pieces are unmapped before the first attribute changes. Raises
-    as ``GuestMemory.convert``; an exception that is no Exception goes on as it is.
-    """
+    """Convert, but for freeing, as ``GuestMemory.convert``; return the pieces that changed."""
     pieces = []
     limited = False
     for place, start, end in places.pieces(gpa, size):
@@ -153,6 +143,7 @@ def convert_pieces(
         reserve([piece.change.notification for piece in pieces])
     begun: list[Entry] = []  # as an UndoLog keeps, without a call for each step
     try:
+        # Step by step: all pieces are unmapped before the first attribute changes.
         for step, do, undo, stuck in TO_PRIVATE if to is PageState.PRIVATE else TO_SHARED:
             for piece in pieces:
                 begun.append((step, piece, undo, stuck, (piece,)))

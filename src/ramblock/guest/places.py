@@ -68,12 +68,7 @@ class PlaceMap:
         return places[index] if index >= 0 and places[index].section == section else None
 
     def check_free(self, block: RamBlock, section: RamSection) -> None:
-        """
-        Check that *section* could be added.
-
-        :raises UsageError: Its guest addresses are taken, or, with private backing, its part of the
-            block is.
-        """
+        """Raise UsageError if its addresses, or its part of a confidential block, are taken."""
         starts, places = self._index
         after = bisect_left(starts, section.gpa_end)
         if after and section.gpa < places[after - 1].section.gpa_end:
@@ -112,10 +107,8 @@ class PlaceMap:
 
     def pieces(self, gpa: int, size: int) -> list[tuple[Place, int, int]]:
         """
-        Cut ``[gpa, gpa + size)`` at section boundaries.
+        Cut a range at section borders: ascending places, each with its bytes (start, end).
 
-        :return: Places, each with the bytes (start, end) of its block that are meant; ascending,
-            together the range.
         :raises UsageError: A byte of it belongs to no section; the text names the first.
         """
         starts, places = self._index

@@ -124,11 +124,10 @@ def preallocate(
     hint: Callable[[], str] = str,
 ) -> None:
     """
-    Put a page everywhere in *backing*, which nobody uses yet; *what* names it in the message.
+    Put a page everywhere in *backing*; the pages so far stay if something is raised.
 
-    :param hint: The rest of the message: the cause, and the cure.
-    :raises OSError: ENOMEM, and how much could be had. The pages so far stay.
-    :raises BaseException: From *progress*, or Ctrl-C; likewise.
+    :param hint: Adds to the message the cause, and the cure.
+    :raises OSError: ENOMEM, and how much could be had.
     """
     done, total = 0, backing.size
     while done < total:

@@ -43,8 +43,8 @@ class PrivateBacking(Protocol):
         """Free ``[offset, offset + size)``; raise when it could not be done."""
 
 
-class SharedBacking(Protocol):
-    """Memory that the host and its devices read."""
+class HostMemory(Protocol):
+    """A place on this host."""
 
     @property
     def fd(self) -> int | None:
@@ -57,6 +57,10 @@ class SharedBacking(Protocol):
     @property
     def size(self) -> int:
         """In bytes."""
+
+
+class SharedBacking(HostMemory, Protocol):
+    """Memory that the host and its devices read."""
 
     @property
     def page_size(self) -> int:

@@ -87,12 +87,10 @@ def take_in_place(private: InPlaceBacking) -> None:
 
 def set_attributes(backing: InPlaceBacking, offset: int, size: int, *, private: bool) -> None:
     """Set attributes, :data:`TRIES` times while a page is held; OSError: part of it may be done."""
-    for _ in range(TRIES - 1):
+    for left in reversed(range(TRIES)):
         try:
             backing.set_attributes(offset, size, private)
-        except OSError as error:
-            if error.errno != errno.EAGAIN:
-                raise
-        else:
             return
-    backing.set_attributes(offset, size, private)
+        except OSError as error:
+            if error.errno != errno.EAGAIN or not left:
+                raise
