@@ -15,7 +15,7 @@ from ramblock.guest.freeing import Sides
 from ramblock.hostmem.backend import HostMemoryBackend, Progress
 from ramblock.hostmem.backing import PrivateBacking, SharedBacking, StandInPrivate, check_private
 from ramblock.hostmem.in_place import check_in_place, is_in_place, take_in_place
-from ramblock.process import OfOneProcess
+from ramblock.process import ClosedAtEnd
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_range, format_size
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def _check_name(name: object) -> None:
         raise UsageError(f"{name!r} is not a name", value=name, expected="text without NUL")
 
 
-class RamBlock(OfOneProcess):
+class RamBlock(ClosedAtEnd):
     """
     Guest RAM: its backings, page states and discard manager.
 
@@ -235,12 +235,6 @@ class RamBlock(OfOneProcess):
             self.shared.close()
         if self._own_private is not None:
             self._own_private.close()
-
-    def __enter__(self) -> RamBlock:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<RamBlock {self.name!r}: {format_size(self.size)}>"
