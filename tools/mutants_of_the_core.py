@@ -749,7 +749,9 @@ _in(
     ("SIGTERM's handler is not put back", drop("_restore(SIGTERM)"), INTERRUPTS),
     (
         "a handler that was left is taken for the application's",
-        replace("interrupt is not _note", "True"),
+        replace(
+            "if handler is not _note:\n _handlers[SIGINT] = handler", "_handlers[SIGINT] = handler"
+        ),
         INTERRUPTS,
     ),
     ("handlers of other threads' operations", drop("if get_ident() != _main: ..."), INTERRUPTS),

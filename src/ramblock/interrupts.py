@@ -122,20 +122,22 @@ def uninterrupted(work: Callable[..., T], *arguments: object) -> T:
             return work(*arguments)
         finally:
             _depth -= 1
-    # For each signal the same lines: a loop over two is a tenth of all this. A handler that is none
-    # is the kernel's default, or "ignore": it raises nothing.
-    interrupt = terminate = None
+    # For each signal the same lines: a loop over two is a tenth of all this. A handler that is not
+    # callable is the kernel's default, or "ignore": it raises nothing.
+    interrupt = terminate = False
     _depth = 1
     try:
-        interrupt = getsignal(SIGINT)
-        if callable(interrupt):
-            if interrupt is not _note:
-                _handlers[SIGINT] = interrupt
+        handler = getsignal(SIGINT)
+        if callable(handler):
+            if handler is not _note:
+                _handlers[SIGINT] = handler
+            interrupt = True
             signal(SIGINT, _note)
-        terminate = getsignal(SIGTERM)
-        if callable(terminate):
-            if terminate is not _note:
-                _handlers[SIGTERM] = terminate
+        handler = getsignal(SIGTERM)
+        if handler is not SIG_DFL and callable(handler):
+            if handler is not _note:
+                _handlers[SIGTERM] = handler
+            terminate = True
             signal(SIGTERM, _note)
         return work(*arguments)
     finally:
@@ -146,9 +148,9 @@ def uninterrupted(work: Callable[..., T], *arguments: object) -> T:
             # CPython looks for signals behind calls and at jumps back. There is neither between the
             # last look at `_waiting` and this line, so none is noted behind it and forgotten.
             _depth = 0
-            if callable(interrupt):
+            if interrupt:
                 _restore(SIGINT)
-            if callable(terminate):
+            if terminate:
                 _restore(SIGTERM)
 
 
