@@ -86,10 +86,8 @@ class RamBlockAttributes(BitmapSource):
 
         :param offset: In bytes, as *size*; both multiples of the page size.
         :raises UsageError: Unaligned, empty, outside the block, not a page state, or in a guest
-            that has a VM; nothing has changed.
-        :raises MappingLimitError: A mapper has no room for it; nothing has changed.
-        :raises PoisonedError: The block is poisoned, or this call poisoned it.
-        :raises Exception: Whatever a listener raised when it refused; nothing has changed.
+            that has a VM. Else it raises as :meth:`RamDiscardManager.notify_populate`, after which
+            all is as before.
         """
         self.block.discard_manager.run("state_change", self._state_change, offset, size, to)
 

@@ -38,10 +38,13 @@ class GuestMemory(OfOneProcess):
     """
     The memory of one guest.
 
-    Every changing call takes the one lock of this memory. It raises
-    :class:`~ramblock.errors.BusyError` when a listener, target or VM calls back in, and
-    :class:`~ramblock.errors.UsageError` in a fork of the process that made the memory. Ctrl-C waits
-    until it has ended (:mod:`ramblock.interrupts`).
+    Every changing call takes the one lock of this memory and is all or nothing. It raises
+    :class:`~ramblock.errors.UsageError` for arguments that do not fit, and in a fork of the process
+    that made the memory; :class:`~ramblock.errors.BusyError` when a listener, target or VM calls
+    back in; :class:`~ramblock.errors.MappingLimitError` when a budget does not hold for it and its
+    undo; else the exception of a target or VM that refused. All is as before then, unless it is
+    :class:`~ramblock.errors.PoisonedError`: this memory is poisoned, or this call poisoned it.
+    Ctrl-C waits until a call has ended (:mod:`ramblock.interrupts`).
 
     :param vm: Sets page attributes (and memory slots, where it has them); None: they are only
         tracked.
@@ -131,7 +134,7 @@ class GuestMemory(OfOneProcess):
         readonly: bool = False,
     ) -> RamSection:
         """
-        Let *block*, or ``[offset, offset + size)`` of it, appear at *gpa*. All or nothing.
+        Let *block*, or ``[offset, offset + size)`` of it, appear at *gpa*.
 
         The attributes of a block with private backing are set before the guest can see it (its
         memory slot), so that the guest at no instant could run with pages shared that are tracked
@@ -143,12 +146,8 @@ class GuestMemory(OfOneProcess):
         :param readonly: Devices may not write to it.
         :raises UsageError: Unaligned, outside the block or the address space, overlapping another
             section in guest addresses or (with private backing) in the block, or the block is
-            closed or in another memory; nothing has changed.
-        :raises BusyError: The block's users and this memory's contradict each other about discards;
-            nothing has changed.
-        :raises MappingLimitError: A mapper has no room for it; nothing has changed.
-        :raises OSError: The VM or a target refused; everything is as before.
-        :raises PoisonedError: This memory or the block is poisoned, or this call poisoned it.
+            closed or in another memory.
+        :raises BusyError: The block's users and this memory's contradict each other about discards.
         """
         if not isinstance(block, RamBlock):
             raise UsageError(f"{block!r} is not a RAM block", value=block, expected="a RamBlock")
@@ -214,13 +213,11 @@ class GuestMemory(OfOneProcess):
 
     def unmap(self, section: RamSection) -> None:
         """
-        Take *section* out: from every target, then its slot, then its attributes. All or nothing.
+        Take *section* out: from every target, then its slot, then its attributes.
 
         On a poisoned memory it does as much as can be done and keeps the doubts.
 
         :raises UsageError: It is not a section of this memory.
-        :raises OSError: The VM or a target refused; everything is as before.
-        :raises PoisonedError: This call poisoned the memory.
         """
         self._guard.run("unmap", self._unmap, section, even_poisoned=True)
 
@@ -317,7 +314,7 @@ class GuestMemory(OfOneProcess):
         self, vm: Vm | None = None, private: Mapping[RamBlock, PrivateBacking] | None = None
     ) -> int:
         """
-        Reset the guest. All or nothing until it is committed.
+        Reset the guest.
 
         All confidential pages become private, virtio-mem is unplugged, no device maps either, and
         all that memory is freed on both sides.
@@ -326,10 +323,7 @@ class GuestMemory(OfOneProcess):
         :param private: New private backings by block, where they are recreated.
         :return: Bytes of the old guest that could not be freed. Unless it is 0 the new guest must
             not run: call it again. (A backing that was replaced is closed, and not tried again.)
-        :raises UsageError: *vm* is no VM, or a block cannot take a new private backing; nothing has
-            changed.
-        :raises BaseException: From a target or VM; everything is as before.
-        :raises PoisonedError: This memory is poisoned, or this call poisoned it.
+        :raises UsageError: *vm* is no VM, or a block cannot take a new private backing.
         """
         return self._guard.run("reset", self._reset, vm, dict(private or {}))
 
@@ -347,18 +341,15 @@ class GuestMemory(OfOneProcess):
         max_mappings: int | None = None,
     ) -> Mapper:
         """
-        Keep *target* in step from now on: it maps the populated pages. All or nothing.
+        Keep *target* in step from now on: it maps the populated pages.
 
         It maps in batches; conversions get between them, and so does Ctrl-C, which undoes it.
 
         :param max_mappings: The operator's budget; the smaller of it and the target's counts.
         :return: The mapper that watches over it; hand it to :meth:`detach`.
         :raises UsageError: RUN on a target that cannot cut, page size above a block's granularity,
-            a section outside its IOVA ranges, or attached here already; nothing has changed.
-        :raises BusyError: Somebody needs uncoordinated discards; nothing has changed.
-        :raises MappingLimitError: No room for the populated pages; nothing has changed.
-        :raises DmaError: The target refused; its mappings are unmapped again.
-        :raises PoisonedError: This memory is poisoned, or this call poisoned it.
+            a section outside its IOVA ranges, or attached here already.
+        :raises BusyError: Somebody needs uncoordinated discards.
         """
         if max_mappings is not None:
             check_positive(max_mappings, "max_mappings")
@@ -382,14 +373,11 @@ class GuestMemory(OfOneProcess):
 
     def detach(self, mapper: Mapper) -> None:
         """
-        Unmap all that *mapper* mapped and stop watching; the target is not closed. All or nothing.
+        Unmap all that *mapper* mapped and stop watching; the target is not closed.
 
         On a poisoned memory it unmaps as much as can be unmapped and keeps the doubts.
 
         :raises UsageError: It is not attached here.
-        :raises DmaError: The target refused; everything is mapped as before and *mapper* is still
-            attached.
-        :raises PoisonedError: This call poisoned the memory.
         """
         self._guard.run("detach", self._detach, mapper, even_poisoned=True)
 
@@ -407,13 +395,9 @@ class GuestMemory(OfOneProcess):
         :param gpa: In bytes, a multiple of the page size.
         :param size: In bytes, a multiple of the page size.
         :raises UsageError: Unaligned, empty, past 2**64, over a hole or over RAM without private
-            backing; nothing has changed.
-        :raises MappingLimitError: A budget does not hold for it and its undo; nothing has changed.
-        :raises ConversionError: A step failed, and every step was put back: nothing has changed.
-            The cause is chained. In place, an OSError with EAGAIN: somebody holds a page, and the
-            guest may ask again later.
-        :raises PoisonedError: This memory is poisoned, or this call poisoned it: see
-            :meth:`in_doubt`.
+            backing.
+        :raises ConversionError: A step failed, and every step was put back. The cause is chained.
+            In place, an OSError with EAGAIN: somebody holds a page, and the guest may ask again.
         :raises KeyboardInterrupt: It came meanwhile and waited: the conversion is done, or put back
             with its error as the context.
         """
