@@ -170,15 +170,18 @@ class ConfidentialGuest:
         self.firmware.wait_ready(_START_SECONDS)
 
     def _channels(self, folder: Path) -> list[str]:
-        events = folder / "events"
-        events.write_text("".join(f"{name}\n" for name in TRACED))
         return [
             "-S",
             *("-chardev", f"socket,id=com1,path={folder}/com1,server=on,wait=off"),
             *("-serial", "chardev:com1"),
             *("-qmp", f"unix:{folder}/qmp,server=on,wait=off"),
-            *("-msg", "timestamp=on", "-trace", f"events={events}", "-D", str(self.log.path)),
+            *(self.options.tracing or self._tracing(folder)),
         ]
+
+    def _tracing(self, folder: Path) -> list[str]:
+        events = folder / "events"
+        events.write_text("".join(f"{name}\n" for name in TRACED))
+        return ["-msg", "timestamp=on", "-trace", f"events={events}", "-D", str(self.log.path)]
 
     # -- the guest's orders
 
@@ -335,9 +338,7 @@ class ConfidentialGuest:
 
     def _check_alive(self) -> None:
         if (status := self.process.poll()) is not None:
-            raise QemuEnded(
-                status, self.output(), reason=self._reason(), history=self._history()
-            )
+            raise QemuEnded(status, self.output(), reason=self._reason(), history=self._history())
 
     def _reason(self) -> str | None:
         events = self.qmp.remaining_events() if self._opened else []

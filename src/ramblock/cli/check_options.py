@@ -49,7 +49,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--how",
-        choices=("qemu", "ftrace", "bpftrace"),
+        choices=("qemu", "ftrace", "trace-cmd", "perf", "bpftrace"),
         help="print the commands that record a trace for the check, and exit",
     )
     _add_reading(parser)
