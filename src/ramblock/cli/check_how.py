@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 __all__ = ["BPFTRACE", "HOW", "KERNEL_EVENTS", "QEMU_EVENTS", "RECIPES", "Recipe"]
 
-#: By the first version that has them (QEMU's ``trace-events`` files at its releases).
+#: By the versions that have them, the first if there is no last (QEMU's ``trace-events`` files at its
+#: releases).
 QEMU_EVENTS = {
     "7.2, or older": (
         "kvm_set_user_memory",
-        "ram_block_discard_range",
         "vfio_iommu_map_notify",
         "vfio_listener_region_add_iommu",
         "vfio_listener_region_add_ram",
@@ -28,6 +28,7 @@ QEMU_EVENTS = {
         "virtio_mem_unplugged_all",
         "kvm_sev_init",
     ),
+    "7.2 to 11.0": ("ram_block_discard_range",),
     "8.2": (
         "iommufd_backend_alloc_ioas",
         "iommufd_backend_free_id",
@@ -43,7 +44,7 @@ QEMU_EVENTS = {
         "vfio_user_dma_unmap",
         "vfio_user_version",
     ),
-    "11.1": ("ram_block_discard_guest_memfd_range", "ram_block_discard_shared_range"),
+    "11.1": ("ram_block_discard_shared_range",),
 }
 
 #: ``subsystem:event``, as tracefs lists them.
