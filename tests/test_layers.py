@@ -21,7 +21,9 @@ import pytest
 # higher than the part. Members of one layer are strangers to each other, except in the lowest,
 # whose members are single modules that belong together (a bitmap raises errors).
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"bitmap", "errors", "events", "interrupts", "logs", "process", "ranges", "units"}),
+    frozenset(
+        {"bitmap", "errors", "events", "interrupts", "logs", "process", "ranges", "text", "units"}
+    ),
     # Numbers and layouts of kernel interfaces; what uses them lies above.
     frozenset({"uapi"}),
     frozenset({"hostmem"}),

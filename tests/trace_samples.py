@@ -3,17 +3,14 @@
 import gzip
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from ramblock.trace.bpftrace import BpftraceReader
 from ramblock.trace.events import Event, Source
-from ramblock.trace.ftrace import FtraceReader
-from ramblock.trace.own import OwnReader
-from ramblock.trace.qemu import QemuReader
-from ramblock.trace.reader import TraceReader
-from ramblock.trace.simpletrace import SimpletraceReader
+from ramblock.trace.readers.base import TraceReader
+from ramblock.trace.readers.registry import make_reader
 from simpletrace_writer import simpletrace_of
 
 __all__ = [
@@ -23,6 +20,7 @@ __all__ = [
     "qemu_lines",
     "read",
     "read_in_pieces",
+    "reader_of",
     "recording",
     "sample",
     "show",
@@ -31,14 +29,15 @@ __all__ = [
 DATA = Path(__file__).parent / "data"
 BLOCK = 2 << 20
 
+
+def reader_of(name: str, **options: int) -> TraceReader:
+    """Make a format's reader."""
+    return make_reader(name, Source("f", name), **options)
+
+
 READERS: dict[str, Callable[[], TraceReader]] = {
-    "ramblock": lambda: OwnReader(Source("f", "ramblock")),
-    "qemu": lambda: QemuReader(Source("f", "qemu"), virtio_mem_block_size=BLOCK),
-    "simpletrace": lambda: SimpletraceReader(
-        Source("f", "simpletrace"), virtio_mem_block_size=BLOCK
-    ),
-    "ftrace": lambda: FtraceReader(Source("f", "ftrace")),
-    "bpftrace": lambda: BpftraceReader(Source("f", "bpftrace")),
+    name: partial(reader_of, name, virtio_mem_block_size=BLOCK)
+    for name in ("ramblock", "qemu", "simpletrace", "ftrace", "bpftrace")
 }
 
 Shown = tuple[object, ...]

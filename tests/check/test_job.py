@@ -1,6 +1,8 @@
 """Audits of one file, of several at once, on a cluster, and merged."""
 
 import gzip
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from trace_samples import BLOCK, DATA, recording
 
 _OPTIONS = CheckOptions(reader=ReaderOptions(virtio_mem_block_size=BLOCK))
 _FILES = [str(path) for path in sorted(DATA.glob("*.gz"))]
+_RUNS = [path for path in _FILES if "/run-" in path]
 
 
 def _plain(results: list[AuditResult]) -> list[object]:
@@ -106,3 +109,42 @@ def test_what_has_no_times_cannot_be_merged(tmp_path: Path) -> None:
     path.write_text("iommufd_backend_alloc_ioas  iommufd=1 ioas=2\n")
     with pytest.raises(UsageError, match=r"qemu.txt:1 has no time, so it cannot be merged"):
         check_merged([str(path), _FILES[0]], CheckOptions(), [0, 0])
+
+
+def test_a_file_that_is_not_there_is_a_result(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    for jobs in (1, 2):
+        first, second, third = check_files([_RUNS[0], missing, _RUNS[1]], _OPTIONS, jobs)
+        assert (second.error, second.events) == (f"{missing}: No such file or directory", 0)
+        assert _plain([first, third]) == _plain([check_file(_RUNS[n], _OPTIONS) for n in (0, 1)])
+
+
+def test_a_worker_that_dies_takes_no_other_file_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel kills one that needs too much memory."""
+    deadly = str(tmp_path / "deadly")
+
+    def check(path: str, options: CheckOptions) -> AuditResult:
+        if path == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return check_file(path, options)
+
+    monkeypatch.setattr("ramblock.check.job.check_file", check)
+    paths = [_RUNS[0], deadly, *_RUNS[1:4]]
+    results = list(check_files(paths, _OPTIONS, 2))
+    assert [result.sources for result in results] == [[path] for path in paths]
+    assert results[1].error == f"{deadly}: the process that audited it was killed"
+    assert [result.error for result in results[:1] + results[2:]] == [None] * 4
+
+
+def test_a_fault_of_ours_takes_no_other_file_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(path: str, options: CheckOptions) -> AuditResult:
+        if path == _RUNS[1]:
+            raise ZeroDivisionError("ours")
+        return check_file(path, options)
+
+    monkeypatch.setattr("ramblock.check.job.check_file", check)
+    results = list(check_files(_RUNS[:3], _OPTIONS, 1))
+    assert results[1].error == f"{_RUNS[1]}: its audit failed: ZeroDivisionError('ours')"
+    assert results[2].error is None

@@ -161,7 +161,8 @@ def test_a_cluster_makes_the_same_table(tmp_path: Path) -> None:
     assert sum(told) == len(sweep) == alone.guests
     files = [tmp_path / "alone.csv", tmp_path / "spread.csv"]
     for path, swept in zip(files, (alone, spread), strict=True):
-        write_table(path, swept.rows)
+        with path.open("wb") as stream:
+            write_table(stream, path.suffix, swept.rows)
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -187,7 +188,8 @@ def test_csv_and_parquet_hold_the_same(tmp_path: Path) -> None:
     swept = run_sweep(_sweep("memory=1G..4G"), 1, _quiet)
     for name in ("t.csv", "t.parquet"):
         check_table(tmp_path / name)
-        write_table(tmp_path / name, swept.rows)
+        with (tmp_path / name).open("wb") as stream:
+            write_table(stream, Path(name).suffix, swept.rows)
     table = parquet.read_table(tmp_path / "t.parquet")
     assert table.column_names == list(COLUMNS)
     assert table.to_pylist() == swept.rows

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramblock.report.shades import Shade
-from ramblock.report.timeline import Rectangle, Timeline
+from ramblock.report.picture import Rectangle, Shade
+from ramblock.report.timeline import Timeline
 
 _PAGES = 8
 _TARGETS = ("a", "b")
@@ -58,7 +58,7 @@ def test_rectangles_are_what_pages_were(changes: list[tuple[str, int, int]]) -> 
                 private[page] = what == "private"
         for page in range(pages):
             expected[time, page] = _shade(private[page], bool(mapped[page]))
-    drawn: dict[tuple[int, int], Shade] = {}
+    drawn: dict[tuple[int, int], int] = {}
     for since, until, low, high, shade in timeline.rectangles():
         for time in range(since, until):
             for page in range(low, high):
@@ -67,7 +67,7 @@ def test_rectangles_are_what_pages_were(changes: list[tuple[str, int, int]]) -> 
     last = len(changes)
     for key, shade in expected.items():
         if key[0] < last:
-            assert drawn.get(key, Shade.NOTHING) is shade
+            assert drawn.get(key, Shade.NOTHING) == shade
     if changes:
         count = timeline.counts()[-1]
         now = [expected[last, page] for page in range(pages)]

@@ -35,6 +35,8 @@ SOURCE = Source("made", "ramblock")
 WINDOWS = {FindingKind.STALE, FindingKind.MISSING}
 #: Longer than any trace here: the end of a trace in the middle of a conversion is another test's.
 GRACE = 10**12
+#: Nanoseconds between two events; too many for the audit to join them.
+APART = 2_000_000
 
 Step = Callable[[int, int], Event]
 
@@ -49,7 +51,7 @@ class Writer:
 
     def _add(self, kind: type, *fields: object) -> None:
         line = len(self.events) + 1
-        self.events.append(kind(line * 1000, SOURCE, line, *fields))
+        self.events.append(kind(line * APART, SOURCE, line, *fields))
 
     def start(self) -> None:
         self._add(Layout, (), TARGETS, None, False, True)
@@ -131,7 +133,7 @@ def renumbered(events: Sequence[Event]) -> list[Event]:
     """The same in this order: lines and times that fit."""
     found = []
     for line, event in enumerate(events, start=1):
-        copy = msgspec.structs.replace(event, line=line, time=line * 1000)
+        copy = msgspec.structs.replace(event, line=line, time=line * APART)
         found.append(copy)
     return found
 
@@ -175,10 +177,10 @@ def test_any_order_of_any_events(data: st.DataObject) -> None:
         last = data.draw(st.integers(first, min(first + 6, len(PAGES) - 1)))
         return first * PAGE_SIZE, (last + 1) * PAGE_SIZE
 
-    events: list[Event] = [Layout(1000, SOURCE, 1, (), TARGETS, ends=True)]
+    events: list[Event] = [Layout(APART, SOURCE, 1, (), TARGETS, ends=True)]
     for line in range(2, data.draw(st.integers(3, 40))):
         start, end = a_range()
-        time = line * 1000
+        time = line * APART
         match data.draw(st.sampled_from("amue")):
             case "a":
                 events.append(Attributes(time, SOURCE, line, start, end, data.draw(st.booleans())))

@@ -2,39 +2,37 @@
 
 import pytest
 
-from ramblock.trace.events import Source
-from ramblock.trace.ftrace import FtraceReader
-from trace_samples import Shown, as_shown, read
+from trace_samples import Shown, as_shown, read, reader_of
 
 _HEADS = {
     "ftrace with tgid": (
         "          python-62      (     62) [000] .....    23.969546: ",
         23_969_546_000,
-        "python-62",
+        "62",
         "iommu of process 62",
     ),
     "ftrace": (
         "           <...>-62      [001] d..1.    23.969546: ",
         23_969_546_000,
-        "<...>-62",
+        "62",
         "iommu",
     ),
     "ftrace, tgid not known": (
         "     CPU 0/KVM-63      (-------) [001] .....    23.969546: ",
         23_969_546_000,
-        "CPU 0/KVM-63",
+        "63",
         "iommu",
     ),
     "trace-cmd": (
         "     CPU 0/KVM-63      [001]    23.969546: ",
         23_969_546_000,
-        "CPU 0/KVM-63",
+        "63",
         "iommu",
     ),
     "perf": (
         "CPU 0/KVM 62/63 [001]    23.969546123: ",
         23_969_546_123,
-        "CPU 0/KVM-63",
+        "63",
         "iommu of process 62",
     ),
 }
@@ -71,7 +69,7 @@ _LINES: list[tuple[str, Shown | None]] = [
             "io_page_fault: IOMMU:pci 0000:00:09.0 driver=vfio-pci iova=0x0000000000005000"
             " flags=0x0001"
         ),
-        ("Access", "faults", 0x5000, None, True, True),
+        ("Access", "faults", 0x5000, None, True, True, "0000:00:09.0"),
     ),
     (
         "kvm_vm_set_mem_attributes: 0x00000000000010 -- 0x00000000000020 [0x8]",
@@ -102,7 +100,7 @@ def test_line(head: str, text: str, expected: Shown | None) -> None:
     prefix, time, thread, target = _HEADS[head]
     if head == "perf":
         prefix += "kvm:" if text.startswith("kvm_") else "iommu:"
-    reader = FtraceReader(Source("f", "ftrace"))
+    reader = reader_of("ftrace")
     shown = as_shown(read(reader, f"{prefix}{text}\n".encode()))
     assert reader.counts.unknown == 0, reader.counts.examples
     names = {"T": target, "C": thread}
@@ -112,7 +110,7 @@ def test_line(head: str, text: str, expected: Shown | None) -> None:
 
 
 def test_without_processes_it_says_so() -> None:
-    reader = FtraceReader(Source("f", "ftrace"))
+    reader = reader_of("ftrace")
     read(reader, (_HEADS["ftrace"][0] + _LINES[0][0]).encode())
     assert "record-tgid" in reader.needs["process"]
 
@@ -121,7 +119,7 @@ def test_without_processes_it_says_so() -> None:
     "line", ["CPU:0 [LOST 62 EVENTS]", "CPU:1 [LOST EVENTS]", "perf: LOST 17 events!"]
 )
 def test_lost_events(line: str) -> None:
-    (remark,) = as_shown(read(FtraceReader(Source("f", "ftrace")), line.encode()))
+    (remark,) = as_shown(read(reader_of("ftrace"), line.encode()))
     assert remark[3:5] == ("lost", line)
     assert remark[-1] is True
 
@@ -132,6 +130,7 @@ def test_comments_and_other_events() -> None:
         "# tracer: nop\n#\ncpus=2\n\n##### CPU 1 buffer started ####\n"
         f"{head}sched_switch: prev_comm=x\n{head}map: IOMMU: iova=nonsense\nwhat is this\n"
     )
-    reader = FtraceReader(Source("f", "ftrace"))
+    reader = reader_of("ftrace")
     assert read(reader, text.encode()) == []
-    assert [line for line, _ in reader.counts.examples] == [6, 7, 8]
+    assert [line for line, _ in reader.counts.examples] == [6, 8]
+    assert reader.counts.unreadable == [(7, f"{head}map: IOMMU: iova=nonsense")]

@@ -3,15 +3,13 @@
 import pytest
 
 from ramblock.errors import TraceError
-from ramblock.trace.events import Source
-from ramblock.trace.own import OwnReader
-from trace_samples import as_shown, read
+from trace_samples import as_shown, read, reader_of
 
 _START = b'{"t":1,"event":"start","version":1,"blocks":[{"name":"low","gpa":0,"size":4096,"confidential":true}],"targets":{"iommu0":"soft"}}\n'
 
 
 def _shown(data: bytes) -> list[tuple[object, ...]]:
-    return as_shown(read(OwnReader(Source("f", "ramblock")), data))
+    return as_shown(read(reader_of("ramblock"), data))
 
 
 @pytest.mark.parametrize(
@@ -21,7 +19,7 @@ def _shown(data: bytes) -> list[tuple[object, ...]]:
         (b'{"t":5,"event":"map","target":"a","iova":4096,"size":4096,"writable":false}', ("Map", "a", 4096, 8192, False, True, None, None)),
         (b'{"t":5,"event":"unmap","target":"a","iova":0,"size":4096,"unmapped":0}', ("Unmap", "a", 0, 4096, 0, True)),
         (b'{"t":5,"event":"unmap","target":"a","iova":0,"size":0,"unmapped":9}', ("Unmap", "a", 0, 1 << 64, 9, True)),
-        (b'{"t":5,"event":"fault","target":"a","iova":0,"size":8,"write":true}', ("Access", "a", 0, 8, True, True)),
+        (b'{"t":5,"event":"fault","target":"a","iova":0,"size":8,"write":true}', ("Access", "a", 0, 8, True, True, None)),
         (b'{"t":5,"event":"free","side":"private","gpa":0,"size":4096}', ("Discard", 0, 4096, False, None, True)),
         (b'{"t":5,"event":"state_change","block":"low","offset":0,"size":4096,"before":"shared","after":"private"}', ("StateChange", "low", 0, 4096, True)),
         (b'{"t":5,"event":"conversion","gpa":0,"size":4096,"to":"shared","result":"done","took":2}', ("ConversionEnd", 0, 4096, False, 3, "done")),
@@ -49,7 +47,7 @@ def test_start_places_blocks() -> None:
 
 
 def test_events_and_fields_of_the_future_are_let_pass() -> None:
-    reader = OwnReader(Source("f", "ramblock"))
+    reader = reader_of("ramblock")
     data = (
         _START
         + b'{"t":2,"event":"teleport","to":1}\n\n{"t":3,"event":"connect","target":"x","new":1}\n'
@@ -73,7 +71,7 @@ def test_events_and_fields_of_the_future_are_let_pass() -> None:
     ],
 )
 def test_a_broken_line_ends_the_reading(line: bytes, message: str) -> None:
-    reader = OwnReader(Source("f", "ramblock"))
+    reader = reader_of("ramblock")
     assert len(reader.feed(_START + line + b"\n" + _START)) == 1
     with pytest.raises(TraceError, match=message) as caught:
         reader.finish()
@@ -83,7 +81,7 @@ def test_a_broken_line_ends_the_reading(line: bytes, message: str) -> None:
 
 
 def test_a_last_line_that_is_cut() -> None:
-    reader = OwnReader(Source("f", "ramblock"))
+    reader = reader_of("ramblock")
     assert len(reader.feed(_START + b'{"t":5,"event":"ma')) == 1
     with pytest.raises(TraceError, match="f:2: the last line is cut"):
         reader.finish()

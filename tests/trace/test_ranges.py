@@ -45,6 +45,18 @@ def check(values: RangeMap[str], model: dict[int, str], most_runs: int) -> None:
     assert all(values.get(address) == model.get(address) for address in range(END + 3))
     gaps = {a for start, end in values.gaps(0, END + 3) for a in range(start, end)}
     assert gaps == set(range(END + 3)) - model.keys()
+    for (_, end), (start, _) in itertools.pairwise(values.gaps(0, END + 3)):
+        assert end < start  # maximal
+    for start, end in ((0, END + 3), (3, 17), (0, 1 << 64)):
+        inside = [address for address in model if start <= address < end]
+        assert values.covered(start, end) == len(inside)
+        assert values.last(start, end) == (max(inside) + 1 if inside else start)
+        some = values.some(start, end, 2)
+        assert len(some) >= min(2, len(values.pieces(start, end)))
+        assert [a for first, last, _ in some for a in range(first, last)] == sorted(inside)[
+            : sum(last - first for first, last, _ in some)
+        ]
+        assert values.gaps(start, end, 1)[:1] == values.gaps(start, end)[:1]
     assert bool(values) == bool(model)
     assert [starts[0] for starts, _ in values._blocks] == values._firsts
     for starts, kept in values._blocks:

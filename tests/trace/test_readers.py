@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ramblock.errors import TraceError
 from ramblock.trace.audit import Audit
-from ramblock.trace.reader import MAX_LINE
+from ramblock.trace.readers.base import MAX_LINE
 from trace_samples import READERS, as_shown, read, read_in_pieces, sample
 
 NAMES = sorted(READERS)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ramblock.check.job import CheckOptions, check_file
-from ramblock.errors import RamblockError, UsageError
+from ramblock.check.job import CheckOptions, check_one_of_several, not_checked
+from ramblock.errors import RamblockError, UsageError, describe_error
 from ramblock.trace.result import AuditResult
 
 __all__ = ["check_on_cluster"]
@@ -25,7 +25,8 @@ def check_on_cluster(
 
     :param address: Of the scheduler, as ``tcp://10.0.0.1:8786``.
     :raises UsageError: The extra ``dask`` is not installed.
-    :raises RamblockError: The scheduler does not answer, or a worker was lost too often.
+    :raises RamblockError: The scheduler does not answer. If workers were lost too often, that is
+        the result of their file.
     """
     try:
         from distributed import Client
@@ -39,6 +40,10 @@ def check_on_cluster(
         raise RamblockError(f"the scheduler at {address} does not answer: {error}") from error
     with client:
         # Not pure: a file may have changed since another client asked for the same.
-        futures = [client.submit(check_file, path, options, pure=False) for path in paths]
-        for future in futures:
-            yield future.result()
+        futures = [client.submit(check_one_of_several, path, options, pure=False) for path in paths]
+        for path, future in zip(paths, futures, strict=True):
+            try:
+                result: AuditResult = future.result()
+            except Exception as error:
+                result = not_checked(path, f"{path}: its worker was lost: {describe_error(error)}")
+            yield result

@@ -4,22 +4,26 @@
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from itertools import repeat
 
 import msgspec
 
 from ramblock.check.input import open_input
 from ramblock.check.readers import ReaderOptions, Recording
-from ramblock.errors import UsageError
+from ramblock.errors import TraceError, UsageError, describe_error
 from ramblock.trace.audit import DEFAULT_GRACE, Audit
 from ramblock.trace.events import Block, Event
 from ramblock.trace.observer import AuditObserver
 from ramblock.trace.result import AuditResult
 
-__all__ = ["CheckOptions", "check_file", "check_files", "check_merged"]
+__all__ = [
+    "CheckOptions", "check_file", "check_files", "check_merged", "check_one_of_several",
+    "not_checked",
+]  # fmt: skip
+
+_log = logging.getLogger(__name__)
 
 
 class CheckOptions(msgspec.Struct, frozen=True):
@@ -45,16 +49,21 @@ def check_file(
 
     :param path: ``-`` is standard input.
     :param progress: Called with the number of events since the last call.
-    :return: Findings in the part that could be read; ``error`` says why that is not all.
+    :return: Findings in the part that could be read; ``error`` says why that is not all, or why it
+        is nothing.
+    :raises UsageError: A package is missing that the file needs.
     """
     options = options or CheckOptions()
     audit = _make_audit(options, observer)
-    with open_input(path) as stream:
-        recording = Recording(path, stream, options.reader)
-        for events in recording.batches():
-            audit.feed(events)
-            if progress is not None:
-                progress(len(events))
+    try:
+        with open_input(path) as stream:
+            recording = Recording(path, stream, options.reader)
+            for events in recording.batches():
+                audit.feed(events)
+                if progress is not None:
+                    progress(len(events))
+    except TraceError as error:
+        return not_checked(path, str(error))
     return _complete(audit.finish(), [recording])
 
 
@@ -62,14 +71,55 @@ def check_files(paths: Sequence[str], options: CheckOptions, jobs: int) -> Itera
     """
     Audit recordings that have nothing to do with each other, in processes of their own.
 
-    In the order of *paths*.
+    In the order of *paths*, and each of them: one that cannot be audited has its error as a result.
     """
     if jobs == 1 or len(paths) == 1:
         for path in paths:
-            yield check_file(path, options)
+            yield check_one_of_several(path, options)
         return
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
     with ProcessPoolExecutor(min(jobs, len(paths))) as pool:
-        yield from pool.map(check_file, paths, repeat(options))
+        futures = [pool.submit(check_one_of_several, path, options) for path in paths]
+        for path, future in zip(paths, futures, strict=True):
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                # One process that dies takes the whole pool with it, and nobody tells which file it
+                # had.
+                result = _check_in_a_process(path, options)
+            yield result
+
+
+def _check_in_a_process(path: str, options: CheckOptions) -> AuditResult:
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    with ProcessPoolExecutor(1) as pool:
+        try:
+            return pool.submit(check_one_of_several, path, options).result()
+        except BrokenProcessPool:
+            return not_checked(path, f"{path}: the process that audited it was killed")
+
+
+def check_one_of_several(path: str, options: CheckOptions) -> AuditResult:
+    """Audit one recording; whatever goes wrong with it is the result, and not the others' end."""
+    try:
+        return check_file(path, options)
+    except UsageError as error:
+        expected = "" if error.expected is None else f", expected {error.expected}"
+        return not_checked(path, f"{error}{expected}")
+    except Exception as error:
+        _log.exception("the audit of %s failed", path)
+        return not_checked(path, f"{path}: its audit failed: {describe_error(error)}")
+
+
+def not_checked(path: str, error: str) -> AuditResult:
+    """Return the result for a recording of which nothing was audited."""
+    result = Audit().finish()
+    result.sources, result.error = [path], error
+    return result
 
 
 def check_merged(
@@ -84,6 +134,7 @@ def check_merged(
 
     :param offsets: Nanoseconds to add to the times of each, where their clocks differ.
     :raises UsageError: One of them has no times.
+    :raises TraceError: One of them cannot be opened. A part of a system is not judged.
     """
     audit = _make_audit(options, observer)
     with ExitStack() as stack:

@@ -3,53 +3,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 
 import msgspec
 
 from ramblock.check.input import STDIN, read_chunks
 from ramblock.errors import TraceError
-from ramblock.trace.bpftrace import BpftraceReader
-from ramblock.trace.detect import detect
 from ramblock.trace.events import Event, Source
-from ramblock.trace.ftrace import FtraceReader
-from ramblock.trace.own import OwnReader
-from ramblock.trace.qemu import QemuReader
-from ramblock.trace.reader import TraceReader
-from ramblock.trace.simpletrace import SimpletraceReader
+from ramblock.trace.readers.base import TraceReader
+from ramblock.trace.readers.detect import HEAD, TEXT, detect, format_of, not_known
+from ramblock.trace.readers.registry import make_reader
 
-__all__ = ["FORMATS", "ReaderOptions", "Recording"]
-
-_HEAD = 1 << 16
+__all__ = ["ReaderOptions", "Recording"]
 
 
 class ReaderOptions(msgspec.Struct, frozen=True):
     """Facts that a trace does not tell of itself."""
 
     format: str | None = None
-    """None: found out from the first bytes."""
+    """One of :func:`~ramblock.trace.readers.registry.names`; None: found out from the content."""
     virtio_mem_block_size: int | None = None
     """Bytes; QEMU's traces count in blocks."""
     offset: int = 0
     """Nanoseconds to add to its times."""
-
-
-_MAKE: dict[str, Callable[[Source, ReaderOptions], TraceReader]] = {
-    "ramblock": lambda source, _: OwnReader(source),
-    "qemu": lambda source, options: QemuReader(
-        source, virtio_mem_block_size=options.virtio_mem_block_size
-    ),
-    "simpletrace": lambda source, options: SimpletraceReader(
-        source, virtio_mem_block_size=options.virtio_mem_block_size
-    ),
-    "ftrace": lambda source, _: FtraceReader(source),
-    "perf": lambda source, _: FtraceReader(source),
-    "bpftrace": lambda source, _: BpftraceReader(source),
-}
-
-#: Names for ``--format``.
-FORMATS = tuple(_MAKE)
 
 
 class Recording:
@@ -82,34 +59,53 @@ class Recording:
     def _batches(self) -> Iterator[list[Event]]:
         chunks = read_chunks(self._stream, self.path)  # type: ignore[arg-type]
         head = b""
-        for chunk in chunks:
-            head += chunk
-            if len(head) >= _HEAD:
-                break
-        self.reader = reader = self._make_reader(head)
-        offset = self._options.offset
-        for chunk in chain((head,), chunks):
+        error = None
+        try:
+            for chunk in chunks:
+                head += chunk
+                if len(head) >= HEAD:
+                    break
+        except TraceError as caught:  # the part before it is good
+            error = caught
+        reader, is_known = self._make_reader(head)
+        self.reader = reader
+        for chunk in chain((head,), () if error is not None else chunks):
             events = reader.feed(chunk)
-            if offset:
-                _shift(events, offset)
-            yield events
-        events = reader.finish()
-        if offset:
-            _shift(events, offset)
-        yield events
+            if not is_known and reader.recognized:
+                reader.name_format(format_of(reader.counts.by_name))
+                is_known = True
+            yield self._shifted(events)
+        if error is not None:
+            raise error
+        yield self._shifted(reader.finish())
+        if not is_known and not reader.recognized:
+            raise self._named(not_known(head))
 
-    def _make_reader(self, head: bytes) -> TraceReader:
-        name = "<stdin>" if self.path == STDIN else self.path
-        format_name = self._options.format
-        if format_name is None:
+    def _make_reader(self, head: bytes) -> tuple[TraceReader, bool]:
+        """Return the reader, and whether its format is known."""
+        name = self._options.format
+        is_known = True
+        if name is None:
             try:
-                format_name = detect(head)
+                name = detect(head[:HEAD])
             except TraceError as error:
-                raise TraceError(f"{name}: {error}", path=name, line=error.line) from error
-        return _MAKE[format_name](Source(name, format_name), self._options)
+                raise self._named(error) from error
+            is_known = name is not None
+        source = Source(self._name, name or TEXT)
+        block = self._options.virtio_mem_block_size
+        return make_reader(name or TEXT, source, virtio_mem_block_size=block), is_known
 
+    @property
+    def _name(self) -> str:
+        return "<stdin>" if self.path == STDIN else self.path
 
-def _shift(events: list[Event], offset: int) -> None:
-    for event in events:
-        if event.time is not None:
-            event.time += offset
+    def _named(self, error: TraceError) -> TraceError:
+        return TraceError(f"{self._name}: {error}", path=self._name, line=error.line)
+
+    def _shifted(self, events: list[Event]) -> list[Event]:
+        offset = self._options.offset
+        if offset:
+            for event in events:
+                if event.time is not None:
+                    event.time += offset
+        return events

@@ -4,22 +4,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from time import monotonic
+from collections.abc import Iterator, Sequence
 
-import msgspec
-
-from ramblock.check import CheckOptions, check_file, check_files, check_merged
 from ramblock.check.input import STDIN
+from ramblock.check.job import CheckOptions, check_file, check_files, check_merged
 from ramblock.check.readers import ReaderOptions
+from ramblock.check.verdict import Judgement, judge, worst
 from ramblock.cli.check_how import HOW
+from ramblock.cli.check_json import print_json
 from ramblock.cli.check_outputs import Outputs
 from ramblock.cli.check_summary import print_result, print_verdict
+from ramblock.cli.outputs import refuse_shared
+from ramblock.cli.progress import counting
+from ramblock.cli.terminal import out, print_error
 from ramblock.errors import UsageError
 from ramblock.trace.events import Block
 from ramblock.trace.result import AuditResult
@@ -33,21 +32,30 @@ _UNITS = {"ns": 1, "us": 10**3, "µs": 10**3, "ms": 10**6, "s": 10**9}
 def start(arguments: argparse.Namespace) -> int:
     """Audit; return the exit code."""
     if arguments.how is not None:
-        print(HOW[arguments.how], end="")
+        terminal = out()
+        for line in HOW[arguments.how].splitlines():
+            terminal.verbatim(line)
         return 0
     _check_usage(arguments)
-    results = []
-    with _outputs(arguments) as outputs:
+    refuse_shared({"--report": arguments.report, "--perfetto": arguments.perfetto}, arguments.file)
+    results: list[AuditResult] = []
+    judgements: list[Judgement] = []
+    title = ", ".join(arguments.file)
+    with Outputs(arguments.report, arguments.perfetto, title) as outputs:
         for result in _audits(arguments, outputs):
+            judgement = judge(result, strict=arguments.strict, allow_empty=arguments.allow_empty)
             results.append(result)
-            outputs.finish(result, strict=arguments.strict)
+            judgements.append(judgement)
+            outputs.finish(result, judgement, strict=arguments.strict)
+            if not result.events and result.error is not None:
+                print_error(result.error)
             if not arguments.json:
-                print_result(result, strict=arguments.strict)
+                print_result(result, judgement, strict=arguments.strict)
     if arguments.json:
-        print(json.dumps(_as_json(results, strict=arguments.strict), indent=2))
+        print_json(results, judgements, strict=arguments.strict)
     elif len(results) > 1:
-        print_verdict(results, strict=arguments.strict)
-    return _exit_code(results, strict=arguments.strict)
+        print_verdict(judgements)
+    return worst(judgements).exit_code
 
 
 def _check_usage(arguments: argparse.Namespace) -> None:
@@ -81,7 +89,7 @@ def _audits(arguments: argparse.Namespace, outputs: Outputs) -> Iterator[AuditRe
         jobs = arguments.jobs or len(os.sched_getaffinity(0))
         yield from check_files(files, options, 1 if STDIN in files else jobs)
         return
-    with _progress(quiet=arguments.quiet) as progress:
+    with counting("events", quiet=arguments.quiet) as progress:
         if arguments.merge:
             offsets = _offsets(arguments.offset, files)
             result = check_merged(files, options, offsets, outputs.observer, progress)
@@ -141,51 +149,3 @@ def _offsets(given: Sequence[str], files: Sequence[str]) -> list[int]:
         sign = -1 if seconds.startswith("-") else 1
         offsets[name] = sign * _nanoseconds(seconds.lstrip("+-"), "--offset")
     return list(offsets.values())
-
-
-@contextmanager
-def _outputs(arguments: argparse.Namespace) -> Iterator[Outputs]:
-    title = ", ".join(arguments.file)
-    with Outputs(arguments.report, arguments.perfetto, title) as outputs:
-        yield outputs
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[Callable[[int], None] | None]:
-    """Show on a terminal how many events were read, from a second on."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    began = shown = monotonic()
-    total = 0
-
-    def update(events: int) -> None:
-        nonlocal shown, total
-        total += events
-        now = monotonic()
-        if now - shown > 0.5:
-            shown = now
-            rate = total / (now - began)
-            sys.stderr.write(f"\r{total:,} events, {rate:,.0f}/s ")
-            sys.stderr.flush()
-
-    try:
-        yield update
-    finally:
-        if shown != began:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
-
-
-def _as_json(results: Sequence[AuditResult], *, strict: bool) -> dict[str, object]:
-    return {
-        "failures": sum(result.failures(strict=strict) for result in results),
-        "exit_code": _exit_code(results, strict=strict),
-        "audits": [msgspec.to_builtins(result, str_keys=True) for result in results],
-    }
-
-
-def _exit_code(results: Sequence[AuditResult], *, strict: bool) -> int:
-    if any(result.error is not None for result in results):
-        return 3
-    return 1 if any(result.failures(strict=strict) for result in results) else 0

@@ -27,7 +27,8 @@ examples:
   ramblock check --unmap exact qemu.trace   mappings that a server with exact unmaps would keep
 
 exit codes: 0 nothing found, 1 stale or missing mappings or broken rules, 2 usage, 3 an input could
-not be read to its end
+not be read to its end and nothing was found in the rest, 4 cannot tell: the trace shows nothing
+that could be judged; of several files the worst counts, 1 over 3 over 4 over 0
 """
 
 
@@ -106,7 +107,13 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
     judging.add_argument(
         "--strict",
         action="store_true",
-        help="windows inside of their own conversion, and of length zero, are failures too",
+        help="notes are failures too: windows inside of their own conversion or of length zero,"
+        " faults, unmaps of nothing and other rules of the protocol",
+    )
+    judging.add_argument(
+        "--allow-empty",
+        action="store_true",
+        help="exit code 0, not 4, if nothing could be judged",
     )
 
 

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
-from ramblock.errors import UsageError
+from ramblock.check.groups import group_faults, group_notes
+from ramblock.check.verdict import Judgement, failing_kinds
+from ramblock.cli.outputs import OutputFile, open_page
 from ramblock.trace.events import Access, ConversionEnd
 from ramblock.trace.findings import Finding
 from ramblock.trace.observer import AuditObserver
 from ramblock.trace.result import AuditResult
+from ramblock.units import format_size
 
 __all__ = ["Outputs", "report_summary"]
 
@@ -26,58 +30,49 @@ class Outputs:
     """
 
     def __init__(self, report: Path | None, perfetto: Path | None, title: str) -> None:
-        self._report = report
         self._title = title
-        self._stack = ExitStack()
+        self._report: IO[bytes] | None = None
         observers: list[AuditObserver] = []
-        if report is not None:
-            from ramblock.report.html import require_plotly
-            from ramblock.report.timeline import Timeline
+        with ExitStack() as stack:
+            if report is not None:
+                from ramblock.report.timeline import Timeline
 
-            require_plotly()
-            self._timeline = Timeline()
-            observers.append(self._timeline)
-        if perfetto is not None:
-            from ramblock.report.perfetto import PerfettoWriter
+                self._report = stack.enter_context(open_page("--report", report))
+                self._timeline = Timeline()
+                observers.append(self._timeline)
+            if perfetto is not None:
+                from ramblock.report.perfetto import PerfettoWriter
 
-            try:
-                stream = self._stack.enter_context(perfetto.open("wb"))
-            except OSError as error:
-                raise UsageError(
-                    f"--perfetto {perfetto}: {error.strerror}", value=str(perfetto)
-                ) from error
-            writer = PerfettoWriter(stream)
-            self._stack.callback(writer.close)
-            observers.append(writer)
+                writer = PerfettoWriter(stack.enter_context(OutputFile("--perfetto", perfetto)))
+                stack.push(_if_well(writer.close))
+                observers.append(writer)
+            self._stack = stack.pop_all()
         self.observer: AuditObserver | None
         self.observer = (
             observers[0] if len(observers) == 1 else _Both(observers) if observers else None
         )
 
-    def finish(self, result: AuditResult, *, strict: bool) -> None:
+    def finish(self, result: AuditResult, judgement: Judgement, *, strict: bool = False) -> None:
         """
         Write the report.
 
-        :raises UsageError: It cannot be written.
+        :raises OSError: It cannot be written.
         """
         if self._report is None:
             return
         from ramblock.report.page import write_report
 
-        try:
-            write_report(
-                self._report,
-                self._timeline,
-                result.findings,
-                title=self._title,
-                summary=report_summary(result, strict=strict),
-                limits=result.limits,
-                timed=result.began is not None,
-            )
-        except OSError as error:
-            raise UsageError(
-                f"--report {self._report}: {error.strerror}", value=str(self._report)
-            ) from error
+        write_report(
+            self._report,
+            self._timeline,
+            result,
+            title=self._title,
+            summary=report_summary(result, judgement),
+            sentence=judgement.sentence,
+            failing=failing_kinds(strict=strict),
+            faults=[group.findings for group in group_faults(result.findings)],
+            notes=[group.findings for group in group_notes(result.findings)],
+        )
 
     def __enter__(self) -> Outputs:
         return self
@@ -88,26 +83,35 @@ class Outputs:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._stack.close()
+        self._stack.__exit__(kind, error, traceback)
 
 
-def report_summary(result: AuditResult, *, strict: bool) -> dict[str, object]:
+def _if_well(close: Callable[[], None]) -> Callable[..., None]:
+    def leave(kind: object, error: BaseException | None, _: object) -> None:
+        if error is None:
+            close()
+
+    return leave
+
+
+def report_summary(result: AuditResult, judgement: Judgement) -> list[tuple[str, str]]:
     """Return the pairs at the head of a report."""
-    failures = result.failures(strict=strict)
-    summary: dict[str, object] = {
-        "verdict": "nothing found"
-        if not failures
-        else f"{failures:,} failure{'s' * (failures > 1)}",
-        "sources": ", ".join(result.sources),
-        "events": f"{result.events:,}",
-        "conversions": f"{result.conversions:,}",
-    }
-    if result.began is not None and result.ended is not None:
-        summary["covers"] = f"{(result.ended - result.began) / 1e9:.3f} s"
-    summary |= {str(kind): f"{count.count:,}" for kind, count in sorted(result.counts.items())}
+    summary = [("verdict", judgement.verdict.value)]
+    if judgement.failures:
+        summary.append(("failures", f"{judgement.failures:,}"))
     if result.error is not None:
-        summary["not read to its end"] = result.error
-    return summary
+        summary.append(("not read to its end", result.error))
+    summary += [("why", reason) for reason in result.cannot_tell]
+    summary += [
+        ("sources", ", ".join(result.sources)),
+        ("events", f"{result.events:,}"),
+        ("conversions", f"{result.conversions:,}"),
+        ("judged", format_size(result.judged_bytes)),
+    ]
+    if result.began is not None and result.ended is not None:
+        summary.append(("covers", f"{(result.ended - result.began) / 1e9:.3f} s"))
+    counts = sorted(result.counts.items())
+    return summary + [(str(kind), f"{count.count:,}") for kind, count in counts]
 
 
 class _Both:

@@ -1,156 +1,114 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The findings of an audit, for people: worst first, neighbours together."""
+"""An audit for people: findings worst first, then faults, notes, limits, and the verdict."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from ramblock.check.groups import FindingGroup, group_faults, group_neighbours, group_notes
+from ramblock.check.verdict import Judgement, Verdict, failing_kinds
+from ramblock.cli.terminal import Cell, Styled, Terminal, out
 from ramblock.errors import describe_range
-from ramblock.trace.findings import FAILURES, MEANINGS, Finding, FindingKind
-from ramblock.trace.result import AuditResult, rank
-from ramblock.units import format_size
+from ramblock.trace.findings import MEANINGS, Finding, FindingKind
+from ramblock.trace.result import AuditResult
+from ramblock.units import PAGE_SIZE, format_size
 
-__all__ = ["FindingGroup", "group", "print_result", "print_verdict"]
+__all__ = ["print_result", "print_verdict"]
 
 _GROUPS_SHOWN = 20
+_EXAMPLES_SHOWN = 3
 
 
-class FindingGroup(NamedTuple):
-    """Findings of one kind and target that lie side by side and ended together."""
-
-    findings: list[Finding]
-
-    @property
-    def start(self) -> int:
-        """Address where the first begins."""
-        return self.findings[0].start
-
-    @property
-    def end(self) -> int:
-        """Address where the last ends."""
-        return self.findings[-1].end
-
-    @property
-    def worst(self) -> Finding:
-        """The worst of them."""
-        return min(self.findings, key=rank)
+def print_result(result: AuditResult, judgement: Judgement, *, strict: bool) -> None:
+    """Print one audit on stdout."""
+    terminal = out()
+    failing = failing_kinds(strict=strict)
+    failures = [finding for finding in result.findings if finding.kind in failing]
+    notes = [finding for finding in result.findings if finding.kind not in failing]
+    terminal.line(Styled(", ".join(result.sources), "bold"))
+    if result.events or result.error is None:
+        _print_head(terminal, result)
+        _print_counts(terminal, result, failing)
+        _print_failures(terminal, result, failures)
+        _print_faults(terminal, result)
+        _print_notes(terminal, result, notes)
+        _print_in_conversion(terminal, result)
+        _print_limits(terminal, result)
+    _print_last_lines(terminal, result, judgement)
 
 
-def group(findings: Iterable[Finding]) -> list[FindingGroup]:
-    """Put neighbours together; worst group first."""
-    groups: list[FindingGroup] = []
-    for finding in sorted(findings, key=_neighbourhood):
-        last = groups[-1].findings[-1] if groups else None
-        if (
-            last is not None
-            and last.end == finding.start
-            and _neighbourhood(last)[:-1] == _neighbourhood(finding)[:-1]
-        ):
-            groups[-1].findings.append(finding)
-        else:
-            groups.append(FindingGroup([finding]))
-    return sorted(groups, key=lambda each: rank(each.worst))
-
-
-def _neighbourhood(finding: Finding) -> tuple[str, str, str, str, int]:
-    # A window belongs to the event that closed it; a broken rule has no end, and belongs to nothing
-    # but its own event.
-    ended = str(finding.closed or ("" if finding.open else finding.opened))
-    return finding.kind, finding.target or "", ended, finding.note, finding.start
-
-
-def print_result(result: AuditResult, *, strict: bool) -> None:
-    """Print one audit on stdout; colours only on a terminal."""
-    console = Console(highlight=False, soft_wrap=False)
-    _print_head(console, result)
-    _print_counts(console, result, strict=strict)
-    _print_groups(console, result)
-    _print_in_conversion(console, result)
-    _print_limits(console, result)
-    _print_last_line(console, result, strict=strict)
-
-
-def _print_head(console: Console, result: AuditResult) -> None:
-    console.print(Text(", ".join(result.sources), style="bold"))
+def _print_head(terminal: Terminal, result: AuditResult) -> None:
     line = f"{result.events:,} events"
     if result.began is not None and result.ended is not None:
         line += f" in {_duration(result.ended - result.began)}"
-    line += f", {result.conversions:,} conversions"
-    console.print(line)
+    terminal.line(f"{line}, {result.conversions:,} conversions")
     for target in result.targets:
-        console.print(
-            Text(
-                f"{target.name}: {target.maps:,} maps, {target.unmaps:,} unmaps,"
-                f" {target.faults:,} faults;"
-                f" {target.entries:,} mappings of {format_size(target.mapped_bytes)} at the end",
-                style="dim",
-            )
+        text = (
+            f"{target.name}: {target.maps:,} maps, {target.unmaps:,} unmaps,"
+            f" {target.faults:,} faults;"
+            f" {target.entries:,} mappings of {format_size(target.mapped_bytes)} at the end"
         )
+        terminal.line(Styled(text, "dim"), hang=2)
 
 
-def _print_counts(console: Console, result: AuditResult, *, strict: bool) -> None:
-    if not result.counts:
-        return
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(justify="right")
-    table.add_column(no_wrap=True)
-    table.add_column()
-    for kind in FindingKind:
-        count = result.counts.get(kind)
-        if count is not None:
-            style = "bold red" if strict or kind in FAILURES else ""
-            table.add_row(Text(f"{count.count:,}", style), Text(kind, style), MEANINGS[kind])
-    console.print()
-    console.print(table)
+def _print_counts(terminal: Terminal, result: AuditResult, failing: frozenset[FindingKind]) -> None:
+    rows: list[list[Cell]] = [
+        [Styled(f"{count.count:,}", "bold red"), Styled(kind, "bold red"), MEANINGS[kind]]
+        for kind in FindingKind
+        if kind in failing and (count := result.counts.get(kind)) is not None
+    ]
+    if rows:
+        terminal.line()
+        terminal.table(rows, right=(0,))
 
 
-def _print_groups(console: Console, result: AuditResult) -> None:
-    groups = group(finding for finding in result.findings if finding.kind in FAILURES)
-    if not groups:
-        return
+def _print_failures(terminal: Terminal, result: AuditResult, failures: list[Finding]) -> None:
+    groups = group_neighbours(failures)
+    shown = groups[:_GROUPS_SHOWN]
     several_targets = len({each.worst.target for each in groups}) > 1
-    table = Table(box=None, pad_edge=False, collapse_padding=True)
-    table.add_column("what")
-    table.add_column("range", no_wrap=True)
-    for name in ("size", "after", "for"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("opened, closed")
-    for each in groups[:_GROUPS_SHOWN]:
-        table.add_row(*(Text(cell) for cell in _row(each, result, several_targets)))
-    console.print()
-    console.print(table)
-    if len(groups) > _GROUPS_SHOWN:
-        console.print(f"... and {len(groups) - _GROUPS_SHOWN:,} more groups (--json, --report)")
-    for note in _notes(groups[:_GROUPS_SHOWN]):
-        console.print(Text(note, style="dim"))
+    if shown:
+        terminal.line()
+    terminal.table(
+        [_row(each, result, several_targets=several_targets) for each in shown],
+        header=["what", "range", "size", "after", "for", "opened, closed"],
+        right=(2, 3, 4),
+        folds=(-1, 0),
+    )
+    _print_more(terminal, len(groups))
+    for remark in _remarks(shown):
+        terminal.line(Styled(remark, "dim"), hang=2)
+    if any(each.grace for each in shown):
+        terminal.line("* A longer --grace would clear it.")
 
 
-def _row(
-    each: FindingGroup,
-    result: AuditResult,
-    several_targets: bool,  # noqa: FBT001
-) -> list[str]:
+def _row(each: FindingGroup, result: AuditResult, *, several_targets: bool) -> list[Cell]:
     worst = each.worst
-    number = len(each.findings)
-    what = worst.kind if number == 1 else f"{number:,} {worst.kind}"
+    what = _count(each, worst.kind)
     if worst.target and several_targets:
         what += f" ({worst.target})"
-    since = "-"
-    if worst.since is not None and result.began is not None:
-        since = f"{(worst.since - result.began) / 1e9:.6f} s"
+    length = (
+        "to the end" if worst.open else "-" if not worst.duration else _duration(worst.duration)
+    )
     return [
         what,
-        f"[{each.start:#x}, {each.end:#x})" if each.end > each.start else "-",
+        describe_range(each.start, each.end - each.start) if each.end > each.start else "-",
         format_size(each.end - each.start) if each.end > each.start else "-",
-        since,
-        "to the end" if worst.open else "-" if not worst.duration else _duration(worst.duration),
+        _after(worst, result),
+        f"{length} *" if each.grace else length,
         _lines(each, several_files=len(result.sources) > 1),
     ]
+
+
+def _count(each: FindingGroup, kind: str) -> str:
+    number = len(each.findings)
+    return kind if number == 1 else f"{number:,} {kind}"
+
+
+def _after(finding: Finding, result: AuditResult) -> str:
+    """Tell when it began: seconds since the trace did, as in JSON and HTML."""
+    if finding.since is None or result.began is None:
+        return "-"
+    return f"{(finding.since - result.began) / 1e9:.6f} s"
 
 
 def _lines(each: FindingGroup, *, several_files: bool) -> str:
@@ -164,7 +122,7 @@ def _lines(each: FindingGroup, *, several_files: bool) -> str:
     return text
 
 
-def _notes(groups: Sequence[FindingGroup]) -> list[str]:
+def _remarks(groups: Sequence[FindingGroup]) -> list[str]:
     ranges: dict[str, list[str]] = {}
     for each in groups:
         if each.worst.note:
@@ -176,54 +134,120 @@ def _notes(groups: Sequence[FindingGroup]) -> list[str]:
     ]
 
 
-def _print_in_conversion(console: Console, result: AuditResult) -> None:
+def _print_faults(terminal: Terminal, result: AuditResult) -> None:
+    groups = group_faults(result.findings)
+    if not groups:
+        return
+    terminal.line()
+    terminal.line(Styled("Faults: accesses that the IOMMU refused", "bold"))
+    rows: list[list[Cell]] = []
+    for each in groups[:_GROUPS_SHOWN]:
+        first = each.first
+        who = first.device or first.target or "-"
+        page = f"{first.start // PAGE_SIZE * PAGE_SIZE:#x}"
+        lines = _lines(each, several_files=len(result.sources) > 1)
+        rows.append(
+            [f"{len(each.findings):,}", who, page, _after(first, result), first.note or "-", lines]
+        )
+    terminal.table(
+        rows,
+        header=["number", "device", "page", "first after", "which", "at"],
+        right=(0, 3),
+        folds=(4, 1),
+    )
+    _print_more(terminal, len(groups))
+
+
+def _print_notes(terminal: Terminal, result: AuditResult, notes: list[Finding]) -> None:
+    groups = group_notes(notes)
+    if not groups:
+        return
+    counts = ", ".join(
+        f"{count.count:,} {kind}"
+        for kind, count in sorted(result.counts.items(), key=lambda each: -each[1].count)
+        if any(each.first.kind is kind for each in groups)
+    )
+    terminal.line()
+    terminal.line(Styled("Notes", "bold"), f", which are no failures without --strict: {counts}")
+    rows: list[list[Cell]] = []
+    for each in groups[:_GROUPS_SHOWN]:
+        first = each.first
+        rows.append(
+            [
+                _count(each, first.kind),
+                describe_range(each.start, each.end - each.start) if each.end > each.start else "-",
+                _after(first, result),
+                _lines(each, several_files=len(result.sources) > 1),
+                "; ".join(filter(None, (first.target, first.note))) or "-",
+            ]
+        )
+    terminal.table(rows, header=["what", "in", "first after", "at", "of"], right=(2,), folds=(4, 3))
+    _print_more(terminal, len(groups))
+    for kind in {each.first.kind for each in groups}:
+        count = result.counts[kind]
+        if count.kept < count.count:
+            terminal.line(f"(Of {count.count:,} {kind} the worst {count.kept:,} are listed.)")
+
+
+def _print_more(terminal: Terminal, groups: int) -> None:
+    if groups > _GROUPS_SHOWN:
+        terminal.line(f"... and {groups - _GROUPS_SHOWN:,} more groups (--json, --report)")
+
+
+def _print_in_conversion(terminal: Terminal, result: AuditResult) -> None:
     for lengths, text in (
         (result.transitional, "private and still mapped, inside of their own conversion"),
         (result.not_yet_mapped, "shared and not mapped, inside of their own conversion (normal)"),
     ):
         if lengths.count:
-            console.print(
+            terminal.line(
                 f"{lengths.count:,} windows {text}:"
                 f" {_duration(lengths.total // lengths.count)} on average,"
                 f" {_duration(lengths.longest)} at most"
             )
 
 
-def _print_limits(console: Console, result: AuditResult) -> None:
+def _print_limits(terminal: Terminal, result: AuditResult) -> None:
     if result.unknown_lines:
-        console.print(f"{result.unknown_lines:,} lines were not understood:")
-        for example in result.unknown_examples[:3]:
-            console.print(Text(f"  {example}", style="dim"))
+        terminal.line(f"{result.unknown_lines:,} lines were not understood:")
+        for example in result.unknown_examples[:_EXAMPLES_SHOWN]:
+            terminal.line(Styled(f"  {example}", "dim"), hang=4)
     if result.limits:
-        console.print("\nWhat this trace cannot show:")
+        terminal.line()
+        terminal.line("What this trace cannot show:")
         for limit in result.limits:
-            console.print(Text(f"- {limit}"))
+            terminal.line(f"- {limit}", hang=2)
 
 
-def _print_last_line(console: Console, result: AuditResult, *, strict: bool) -> None:
+def _print_last_lines(terminal: Terminal, result: AuditResult, judgement: Judgement) -> None:
+    terminal.line()
     if result.error is not None:
-        console.print(
-            Text(
-                f"\nNot read to its end: {result.error}. The above is about the part before it.",
-                "bold red",
-            )
-        )
-    failures = result.failures(strict=strict)
-    console.print()
-    if failures:
-        console.print(Text(f"{failures:,} finding{'s' * (failures > 1)}", style="bold red"))
+        terminal.line(Styled(result.error, "bold red"), hang=2)
+    if judgement.verdict is Verdict.CANNOT_TELL:
+        terminal.line(Styled(f"{judgement.sentence}:", "bold yellow"))
+        for reason in result.cannot_tell:
+            terminal.line(f"- {reason}", hang=2)
+    elif judgement.verdict is Verdict.CLEAN:
+        terminal.line(f"{judgement.sentence}.")
     else:
-        console.print("Nothing found" + (" in what was read." if result.error else "."))
+        terminal.line(Styled(judgement.sentence, "bold red"))
 
 
-def print_verdict(results: Sequence[AuditResult], *, strict: bool) -> None:
-    """Print the last lines of an audit of several files."""
-    bad = [result for result in results if result.failures(strict=strict)]
-    unread = [result for result in results if result.error is not None]
-    print(
-        f"\n{len(results):,} recordings: {len(bad):,} with findings,"
-        f" {len(unread):,} not read to the end"
+def print_verdict(judgements: Sequence[Judgement]) -> None:
+    """Print the last line of an audit of several files."""
+    counts = ", ".join(
+        f"{number:,} {text}"
+        for verdict, text in (
+            (Verdict.FOUND, "with findings"),
+            (Verdict.UNREADABLE, "not read to the end"),
+            (Verdict.CANNOT_TELL, "cannot tell"),
+            (Verdict.CLEAN, "clean"),
+        )
+        if (number := sum(each.verdict is verdict for each in judgements))
     )
+    terminal = out()
+    terminal.line()
+    terminal.line(f"{len(judgements):,} recordings: {counts}")
 
 
 def _duration(nanoseconds: int) -> str:

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 
 import msgspec
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from ramblock.cli.terminal import Cell, Styled, out
+from ramblock.cli.terminal import Line as Shown
 from ramblock.doctor import Line, Purpose, Status, examine, fitness
 
 __all__ = ["start"]
@@ -30,7 +28,7 @@ def start(arguments: argparse.Namespace) -> int:
     purpose = None if arguments.purpose is None else Purpose(arguments.purpose)
     in_the_way = [] if purpose is None else fitness(lines, purpose)
     if arguments.json:
-        print(json.dumps(_as_json(lines, purpose, in_the_way), indent=2))
+        out().json("ramblock.doctor", 1, _fields(lines, purpose, in_the_way))
     else:
         _print_lines(lines)
         if purpose is not None:
@@ -38,7 +36,7 @@ def start(arguments: argparse.Namespace) -> int:
     return 1 if in_the_way else 0
 
 
-def _as_json(
+def _fields(
     lines: Sequence[Line], purpose: Purpose | None, in_the_way: Sequence[Line]
 ) -> dict[str, object]:
     result: dict[str, object] = {"lines": msgspec.to_builtins(lines)}
@@ -52,26 +50,25 @@ def _as_json(
 
 
 def _print_lines(lines: Sequence[Line]) -> None:
-    console = Console(highlight=False)
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column()
+    rows: list[list[Cell]] = []
     for line in lines:
-        text = Text(line.found)
+        cell: list[Shown] = [line.found]
         # Good lines need no words.
         if line.status is not Status.GOOD:
-            text.append(f"\n{line.why}", style="dim")
+            cell.append(Styled(line.why, "dim"))
         if line.todo:
-            text.append(f"\n-> {line.todo}")
-        table.add_row(Text(line.status, _STYLES[line.status]), line.name, text)
-    console.print(table)
+            cell.append(f"-> {line.todo}")
+        rows.append([Styled(line.status, _STYLES[line.status]), line.name, cell])
+    out().table(rows)
 
 
 def _print_verdict(purpose: Purpose, in_the_way: Sequence[Line]) -> None:
+    terminal = out()
+    terminal.line()
     if not in_the_way:
-        print(f"\nReady for {purpose}.")
+        terminal.line(f"Ready for {purpose}.")
         return
-    print(f"\nNot ready for {purpose}:")
+    terminal.line(f"Not ready for {purpose}:")
     for line in in_the_way:
-        print(f"- {line.name}: {line.found}" + (f"; {line.todo}" if line.todo else ""))
+        todo = f"; {line.todo}" if line.todo else ""
+        terminal.line(f"- {line.name}: {line.found}{todo}", hang=2)

@@ -5,20 +5,44 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ramblock.cli import check_options, doctor_options, plan_options, probe_options, run_options
+from ramblock.cli.terminal import ClosedPipe, Terminal, out, print_error
 from ramblock.errors import RamblockError, TraceError, UsageError
+from ramblock.text import printable
 
 __all__ = ["main", "make_parser"]
 
-EXIT_FAILED, EXIT_USAGE, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_USAGE, EXIT_UNREADABLE, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 5, 130
+# As of a process that SIGPIPE ended: nobody reads the rest, which is no failure of anything.
+_EXIT_CLOSED_PIPE = 141
 
 _EPILOG = """\
-exit codes: 0 done and clean, 1 the job found a violation or failed, 2 usage, 3 unreadable input,
-130 interrupted
+exit codes: 0 done and clean, 1 the job found what it looks for (a violation, a plan that does not
+fit), 2 usage, 3 unreadable input, 4 cannot tell: nothing that could be judged was seen, 5 the job
+itself failed (no memory, disk full, a lost peer), 130 interrupted
 """
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its messages quote the command line; so they go through the terminal's sink too."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if message:
+            terminal = Terminal(file or sys.stderr)
+            for line in message.removesuffix("\n").split("\n"):
+                terminal.verbatim(line)
+
+
+class _Formatter(logging.Formatter):
+    """One message is one line, and a traceback several."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(printable(line) for line in super().format(record).split("\n"))
 
 
 class _Version(argparse.Action):
@@ -27,13 +51,13 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib import metadata
 
-        print(f"ramblock {metadata.version('ramblock')}")
+        out().line(f"ramblock {metadata.version('ramblock')}")
         parser.exit()
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser; the commands declare their options in modules that import nothing heavy."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="ramblock",
         description="The memory of confidential VMs: page conversions,"
         " and DMA mappings that stay exactly in step.",
@@ -58,26 +82,47 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    arguments = make_parser().parse_args(argv)
-    logging.basicConfig(
-        level=arguments.log_level.upper(), format="%(name)s: %(levelname)s: %(message)s"
-    )
     try:
-        code: int = arguments.start(arguments)
-        return code
+        return _run(argv)
     except UsageError as error:
-        return _fail(error, EXIT_USAGE, error.expected)
+        return _fail(error, EXIT_USAGE)
     except TraceError as error:
-        return _fail(error, EXIT_UNREADABLE, None)
-    except (RamblockError, OSError) as error:
-        return _fail(error, EXIT_FAILED, None)
+        return _fail(error, EXIT_UNREADABLE)
+    except (ClosedPipe, BrokenPipeError):
+        return _give_up_stdout()
+    except (RamblockError, OSError, MemoryError) as error:
+        return _fail(error, EXIT_FAILED)
     except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPTED, None)
+        return _fail("interrupted", EXIT_INTERRUPTED)
 
 
-def _fail(error: BaseException | str, code: int, expected: str | None) -> int:
-    text = f"ramblock: error: {error}"
-    if expected is not None and expected not in text:
-        text += f", expected {expected}"
-    print(text, file=sys.stderr)
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        arguments = make_parser().parse_args(argv)
+        _log_to_stderr(arguments.log_level)
+        code: int = arguments.start(arguments)
+    finally:
+        sys.stdout.flush()  # here, where it is known what to do if it cannot be
     return code
+
+
+def _log_to_stderr(level: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(name)s: %(levelname)s: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def _fail(error: BaseException | str, code: int) -> int:
+    try:
+        print_error(error)
+    except ClosedPipe:
+        return _give_up_stdout()
+    return code
+
+
+def _give_up_stdout() -> int:
+    # Python flushes stdout once more when it ends, and would complain.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+    return _EXIT_CLOSED_PIPE

@@ -8,14 +8,17 @@ Sweeps have a module of their own.
 from __future__ import annotations
 
 import argparse
-import json
+from contextlib import ExitStack
+from typing import IO
 
 import msgspec
 
 from ramblock.check.readers import ReaderOptions
+from ramblock.cli.outputs import open_page, refuse_shared
 from ramblock.cli.plan_guest import guest_of, limits_of
-from ramblock.cli.plan_progress import counting
 from ramblock.cli.plan_summary import print_guest_plan, print_trace_plan
+from ramblock.cli.progress import counting
+from ramblock.cli.terminal import out, print_error
 from ramblock.dma.target import MappingPolicy
 from ramblock.errors import UsageError
 from ramblock.plan.guest_plan import plan_guest
@@ -25,6 +28,8 @@ from ramblock.plan.trace_plan import plan_trace
 from ramblock.plan.workload import End
 
 __all__ = ["start"]
+
+EXIT_CANNOT_TELL = 4
 
 # Options that describe a guest, and so say nothing of a recording.
 _OF_A_GUEST = (
@@ -36,15 +41,20 @@ _OF_A_GUEST = (
 def start(arguments: argparse.Namespace) -> int:
     """Plan; return the exit code."""
     _check_usage(arguments)
+    refuse_shared({"--plot": arguments.plot, "--table": arguments.table}, [arguments.trace])
     if arguments.sweep:
         from ramblock.cli.plan_sweep import start_sweep
 
         return start_sweep(arguments)
-    if arguments.plot is not None:
-        from ramblock.report.html import require_plotly
-
-        require_plotly()
-    return _plan_trace(arguments) if arguments.trace is not None else _plan_guest(arguments)
+    with ExitStack() as stack:
+        plot = (
+            None
+            if arguments.plot is None
+            else stack.enter_context(open_page("--plot", arguments.plot))
+        )
+        if arguments.trace is None:
+            return _plan_guest(arguments, plot)
+        return _plan_trace(arguments, plot)
 
 
 def _check_usage(arguments: argparse.Namespace) -> None:
@@ -71,7 +81,7 @@ def _check_usage(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--jobs {arguments.jobs}", value=arguments.jobs, expected="at least 1")
 
 
-def _plan_guest(arguments: argparse.Namespace) -> int:
+def _plan_guest(arguments: argparse.Namespace, plot: IO[bytes] | None) -> int:
     end = None if arguments.simulate is None else End(arguments.simulate)
     if end is None and arguments.plot is not None:
         end = End.EXPECTED
@@ -88,16 +98,16 @@ def _plan_guest(arguments: argparse.Namespace) -> int:
             seed=1 if arguments.seed is None else arguments.seed,
             progress=progress,
         )
-    if arguments.plot is not None:
-        write_guest_plan(arguments.plot, plan)
+    if plot is not None:
+        write_guest_plan(plot, plan)
     if arguments.json:
-        print(json.dumps(msgspec.to_builtins(plan), indent=2))
+        out().json("ramblock.plan", 1, msgspec.to_builtins(plan))
     else:
         print_guest_plan(plan)
     return int(plan.hopeless)
 
 
-def _plan_trace(arguments: argparse.Namespace) -> int:
+def _plan_trace(arguments: argparse.Namespace, plot: IO[bytes] | None) -> int:
     options = ReaderOptions(format=arguments.format)
     with counting("events and conversions", quiet=arguments.quiet) as progress:
         plan = plan_trace(arguments.trace, limits_of(arguments), options, progress)
@@ -106,10 +116,13 @@ def _plan_trace(arguments: argparse.Namespace) -> int:
         for each in plan.rows
         if arguments.policy in (None, each.policy) and arguments.target in (None, each.target)
     ]
-    if arguments.plot is not None:
-        write_trace_plan(arguments.plot, plan)
+    if plot is not None:
+        write_trace_plan(plot, plan)
     if arguments.json:
-        print(json.dumps(msgspec.to_builtins(plan), indent=2))
+        out().json("ramblock.plan-trace", 1, msgspec.to_builtins(plan))
     else:
         print_trace_plan(plan)
+    if plan.cannot_tell is not None:
+        print_error(f"cannot tell: {plan.cannot_tell}")
+        return EXIT_CANNOT_TELL
     return int(plan.hopeless)

@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from ramblock.cli.terminal import Cell, Line, Styled, Terminal, out
 from ramblock.plan.guest_plan import GuestPlan
 from ramblock.plan.row import Row, Verdict
 from ramblock.plan.shares import Share
@@ -30,32 +27,27 @@ _STYLES = {
 
 def print_guest_plan(plan: GuestPlan) -> None:
     """Print the plan of a guest."""
-    console = Console(highlight=False)
+    terminal = out()
     guest = plan.guest
-    print(
+    terminal.line(
         f"{format_size(guest.memory)} {guest.technology.upper()} guest, {guest.vcpus} vCPUs,"
         f" devices: {', '.join(guest.devices) or 'none'}, {', '.join(guest.os)}"
     )
-    _print_shares(console, plan)
-    _print_rows(console, plan.rows)
-    _print_costs(console, plan.rows)
-    _print_limits(plan.rows)
-    _print_fragmentation(plan)
+    _print_shares(terminal, plan)
+    _print_rows(terminal, plan.rows)
+    _print_costs(terminal, plan.rows)
+    _print_limits(terminal, plan.rows)
+    _print_fragmentation(terminal, plan)
     if plan.simulated is not None:
-        _print_simulated(console, plan)
+        _print_simulated(terminal, plan)
     if plan.advice:
-        print("\nWhat would make it fit, the best first")
+        terminal.line()
+        terminal.line("What would make it fit, the best first")
         for number, advice in enumerate(plan.advice, 1):
-            print(f"{number}. [{advice.target}] {advice.setting}\n   {advice.effect}")
+            terminal.line(f"{number}. [{advice.target}] {advice.setting}", hang=3)
+            terminal.line(f"   {advice.effect}", hang=3)
             if advice.caveat:
-                print(f"   but: {advice.caveat}")
-
-
-def _table(*columns: str, right: Iterable[int] = ()) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number in right else "left", no_wrap=number > 1)
-    return table
+                terminal.line(f"   but: {advice.caveat}", hang=3)
 
 
 def _size(span: Span) -> str:
@@ -64,34 +56,36 @@ def _size(span: Span) -> str:
     return f"{format_size(span.low)}..{format_size(span.high)}"
 
 
-def _print_shares(console: Console, plan: GuestPlan) -> None:
-    print("\nWhat it shares")
-    table = _table("when", "what", "size", "requests", right=(2, 3))
-
-    def add(when: str, share: Share, size: str) -> None:
-        what = Text(share.name)
-        what.append(f"\n{share.why}", style="dim")
-        if share.assumed:
-            what.append(" [assumed]", style="yellow")
-        table.add_row(when, what, size, str(share.requests))
-
-    for share in plan.boot_shares:
-        add("boot", share, _size(share.size))
-    for share in plan.later_shares:
-        add("later", share, _size(share.size))
-    add("passing", plan.firmware, "one at a time")
-    console.print(table)
+def _print_shares(terminal: Terminal, plan: GuestPlan) -> None:
+    terminal.line()
+    terminal.line("What it shares")
+    terminal.table(
+        [
+            *(_share("boot", share, _size(share.size)) for share in plan.boot_shares),
+            *(_share("later", share, _size(share.size)) for share in plan.later_shares),
+            _share("passing", plan.firmware, "one at a time"),
+        ],
+        header=["when", "what", "size", "requests"],
+        right=(2, 3),
+        folds=(1,),
+    )
     if any("accept" in profile for profile in plan.guest.os):
-        print(
-            "Accepting memory changes no mapping: a page is private before and after."
-            "\nAll of the guest's memory is taken"
-            f" {'at boot' if plan.guest.eager_accept else 'as it is used'}."
-        )
+        when = "at boot" if plan.guest.eager_accept else "as it is used"
+        terminal.line("Accepting memory changes no mapping: a page is private before and after.")
+        terminal.line(f"All of the guest's memory is taken {when}.")
 
 
-def _print_rows(console: Console, rows: Sequence[Row]) -> None:
-    print("\nMappings")
-    table = _table("policy", "target", "", "at boot", "at most", right=(3, 4))
+def _share(when: str, share: Share, size: str) -> list[Cell]:
+    why: Line = Styled(share.why, "dim")
+    if share.assumed:
+        why = (Styled(share.why, "dim"), Styled(" [assumed]", "yellow"))
+    return [when, [share.name, why], size, str(share.requests)]
+
+
+def _print_rows(terminal: Terminal, rows: Sequence[Row]) -> None:
+    terminal.line()
+    terminal.line("Mappings")
+    table: list[list[Cell]] = []
     cannot = []
     worst = 0
     for each in rows:
@@ -99,52 +93,64 @@ def _print_rows(console: Console, rows: Sequence[Row]) -> None:
         if need is None:
             cannot.append(each.target)
             continue
-        table.add_row(
-            each.policy,
-            each.target,
-            _verdict(each),
-            str(need.boot_entries),
-            str(need.peak_entries),
-        )
+        entries = (str(need.boot_entries), str(need.peak_entries))
+        table.append([each.policy, each.target, _verdict(each), *entries])
         worst = need.worst_entries
-    if table.row_count:
-        console.print(table)
-        print(
-            "At the end: between what it is at boot and the most."
-            f"\nWorst case, a guest that fragments on purpose: {worst:,}, one for each page."
+    if table:
+        terminal.table(
+            table, header=["policy", "target", "", "at boot", "at most"], right=(3, 4), folds=()
+        )
+        terminal.line("At the end: between what it is at boot and the most.")
+        terminal.line(
+            f"Worst case, a guest that fragments on purpose: {worst:,}, one for each page."
         )
     if cannot:
-        print(f"run: impossible on {', '.join(cannot)}: they cannot cut")
+        terminal.line(f"run: impossible on {', '.join(cannot)}: they cannot cut")
 
 
-def _verdict(each: Row) -> Text:
+def _verdict(each: Row) -> Styled:
     """Say whether it fits; QEMU counts all of the guest's memory, and may refuse all the same."""
     if each.verdict is not Verdict.REFUSED and each.qemu is not None and not each.qemu.passes:
-        return Text(f"{each.verdict}, not QEMU", "yellow")
-    return Text(each.verdict, _STYLES[each.verdict])
+        return Styled(f"{each.verdict}, not QEMU", "yellow")
+    return Styled(each.verdict, _STYLES[each.verdict])
 
 
-def _print_costs(console: Console, rows: Sequence[Row]) -> None:
+def _print_costs(terminal: Terminal, rows: Sequence[Row]) -> None:
     possible = [(each, each.need) for each in rows if each.need is not None]
     if not possible:
         return
-    print("\nCalls")
-    table = _table(
-        "policy", "target", "maps at boot", "unmaps", "maps/s after", "unmaps/s", right=range(2, 6)
+    terminal.line()
+    terminal.line("Calls")
+    terminal.table(
+        [
+            [
+                each.policy, each.target, str(need.boot_maps), str(need.boot_unmaps),
+                str(need.maps_per_second), str(need.unmaps_per_second),
+            ]
+            for each, need in possible
+        ],
+        header=["policy", "target", "maps at boot", "unmaps", "maps/s after", "unmaps/s"],
+        right=range(2, 6),
+        folds=(),
+    )  # fmt: skip
+    terminal.line()
+    terminal.line("Memory")
+    terminal.table(
+        [
+            [
+                each.policy,
+                each.target,
+                *map(_size, (need.pinned, need.held_twice, need.page_tables)),
+            ]
+            for each, need in possible
+        ],
+        header=["policy", "target", "pinned", "held twice", "IOMMU's tables"],
+        right=range(2, 5),
+        folds=(),
     )
-    for each, need in possible:
-        numbers = (need.boot_maps, need.boot_unmaps, need.maps_per_second, need.unmaps_per_second)
-        table.add_row(each.policy, each.target, *map(str, numbers))
-    console.print(table)
-    print("\nMemory")
-    table = _table("policy", "target", "pinned", "held twice", "IOMMU's tables", right=range(2, 5))
-    for each, need in possible:
-        sizes = (need.pinned, need.held_twice, need.page_tables)
-        table.add_row(each.policy, each.target, *map(_size, sizes))
-    console.print(table)
 
 
-def _print_limits(rows: Sequence[Row]) -> None:
+def _print_limits(terminal: Terminal, rows: Sequence[Row]) -> None:
     lines = []
     for each in rows:
         for room in each.headroom:
@@ -162,11 +168,13 @@ def _print_limits(rows: Sequence[Row]) -> None:
                 f" limit {check.limit:,}: QEMU {verdict}"
             )
     if lines:
-        print("\nLimits")
-        print("\n".join(lines))
+        terminal.line()
+        terminal.line("Limits")
+        for line in lines:
+            terminal.line(line, hang=2)
 
 
-def _print_fragmentation(plan: GuestPlan) -> None:
+def _print_fragmentation(terminal: Terminal, plan: GuestPlan) -> None:
     """Print the most runs that conversions can leave: see :func:`~ramblock.plan.formula.need`."""
     runs = next((each for each in plan.rows if each.policy == "run" and each.need), None)
     if runs is None or runs.need is None:
@@ -177,16 +185,18 @@ def _print_fragmentation(plan: GuestPlan) -> None:
     if plan.guest.conversions not in steps:
         steps.append(plan.guest.conversions)
     text = ", ".join(f"{number:,}: {min(boot + 2 * number, most):,}" for number in steps)
-    print(f"\nRuns after so many conversions, if each of them fragments as much as it can: {text}")
+    terminal.line()
+    terminal.line(
+        f"Runs after so many conversions, if each of them fragments as much as it can: {text}"
+    )
 
 
-def _print_simulated(console: Console, plan: GuestPlan) -> None:
+def _print_simulated(terminal: Terminal, plan: GuestPlan) -> None:
     simulated = plan.simulated
     assert simulated is not None
-    print(f"\nSimulated: {simulated.conversions:,} conversions")
-    table = _table(
-        "policy", "target", "at boot", "most", "at the end", "maps", "unmaps", right=range(2, 7)
-    )  # fmt: skip
+    terminal.line()
+    terminal.line(f"Simulated: {simulated.conversions:,} conversions")
+    table: list[list[Cell]] = []
     shown = {(each.policy, each.target) for each in plan.rows}
     for target in TARGETS:
         for policy in POLICIES:
@@ -195,41 +205,54 @@ def _print_simulated(console: Console, plan: GuestPlan) -> None:
             kind = kind_of(target, policy)
             boot, final = simulated.boot[kind], simulated.final[kind]
             numbers = (boot.entries, final.peak_entries, final.entries, final.maps, final.unmaps)
-            table.add_row(policy.value, target.name, *(f"{number:,}" for number in numbers))
-    console.print(table)
+            table.append([policy.value, target.name, *(f"{number:,}" for number in numbers)])
+    terminal.table(
+        table,
+        header=["policy", "target", "at boot", "most", "at the end", "maps", "unmaps"],
+        right=range(2, 7),
+        folds=(),
+    )
 
 
 def print_trace_plan(plan: TracePlan) -> None:
     """Print the plan of a recording."""
-    console = Console(highlight=False)
+    terminal = out()
     simulated = plan.simulated
-    print(
+    terminal.line(
         f"{plan.source}: {simulated.conversions:,} conversions in {plan.seconds:.3f} s,"
         f" {format_size(simulated.peak_shared)} shared at most"
     )
-    table = _table(
-        "policy", "target", "", "most", "at the end", "maps", "unmaps", "limit", right=range(3, 8)
-    )
+    table: list[list[Cell]] = []
     for each in plan.rows:
-        verdict = Text(each.verdict, _STYLES[each.verdict])
+        verdict = Styled(each.verdict, _STYLES[each.verdict])
         counts = each.counts
         if counts is None:
             continue
         numbers = (counts.peak_entries, counts.entries, counts.maps, counts.unmaps)
         limit = "none" if each.limit is None else f"{each.limit:,}"
-        table.add_row(
-            each.policy, each.target, verdict, *(f"{number:,}" for number in numbers), limit
+        table.append(
+            [each.policy, each.target, verdict, *(f"{number:,}" for number in numbers), limit]
         )
-    if table.row_count:
-        console.print(table)
+    terminal.table(
+        table,
+        header=["policy", "target", "", "most", "at the end", "maps", "unmaps", "limit"],
+        right=range(3, 8),
+        folds=(),
+    )
     cannot = [each.target for each in plan.rows if each.counts is None]
     if cannot:
-        print(f"run: impossible on {', '.join(cannot)}: they cannot cut")
-    print("\nAs recorded")
-    table = _table("target", "most", "at the end", "maps", "unmaps", right=range(1, 5))
+        terminal.line(f"run: impossible on {', '.join(cannot)}: they cannot cut")
+    terminal.line()
+    terminal.line("As recorded")
+    observed: list[list[Cell]] = []
     for seen in plan.observed:
         numbers = (seen.peak_entries, seen.entries, seen.maps, seen.unmaps)
-        table.add_row(Text(seen.name), *(f"{number:,}" for number in numbers))
-    console.print(table)
+        observed.append([seen.name, *(f"{number:,}" for number in numbers)])
+    terminal.table(
+        observed,
+        header=["target", "most", "at the end", "maps", "unmaps"],
+        right=range(1, 5),
+        folds=(0,),
+    )
     for note in plan.notes:
-        print(f"note: {note}")
+        terminal.line(f"note: {note}", hang=6)

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import argparse
-import json
+import io
 import os
-import sys
 from collections import Counter
+from contextlib import ExitStack
+from typing import IO
 
+from ramblock.cli.outputs import OutputFile, open_page
 from ramblock.cli.plan_guest import guest_of, limits_of
-from ramblock.cli.plan_progress import sweeping
+from ramblock.cli.progress import Progress
+from ramblock.cli.terminal import err, out
 from ramblock.errors import UsageError
 from ramblock.plan.page import write_sweep
 from ramblock.plan.row import Verdict
@@ -38,21 +41,36 @@ def start_sweep(arguments: argparse.Namespace) -> int:
     """Plan for all guests; return the exit code."""
     sweep = _sweep_of(arguments)
     along = next((_ALONG[name] for name, _ in sweep.axes if name in _ALONG), None)
-    if arguments.table is not None:
-        check_table(arguments.table)
-    if arguments.plot is not None:
-        _check_plot(along)
-    with sweeping(len(sweep), quiet=arguments.quiet) as progress:
-        if arguments.scheduler is not None:
-            swept = run_on_cluster(sweep, arguments.scheduler, progress)
-        else:
-            jobs = arguments.jobs or len(os.sched_getaffinity(0))
-            swept = run_sweep(sweep, jobs, progress)
-    _write(arguments, sweep, swept, along)
+    with ExitStack() as stack:
+        table = plot = None
+        if arguments.table is not None:
+            check_table(arguments.table)
+            table = stack.enter_context(OutputFile("--table", arguments.table))
+        if arguments.plot is not None:
+            _check_plot(along)
+            plot = stack.enter_context(open_page("--plot", arguments.plot))
+        swept = _run(arguments, sweep)
+        _write(arguments, swept, table)
+        if plot is not None and along is not None:
+            write_sweep(plot, swept.rows, along, sweep.limits)
     _tell(arguments, len(sweep), swept)
     if not swept.complete:
         return _INTERRUPTED
     return int(all(row["verdict"] in _HOPELESS for row in swept.rows))
+
+
+def _run(arguments: argparse.Namespace, sweep: Sweep) -> Swept:
+    total = 0
+    with Progress(quiet=arguments.quiet) as progress:
+
+        def update(more: int) -> None:
+            nonlocal total
+            total += more
+            progress.show(lambda _: f"{total:,} of {len(sweep):,} guests")
+
+        if arguments.scheduler is not None:
+            return run_on_cluster(sweep, arguments.scheduler, update)
+        return run_sweep(sweep, arguments.jobs or len(os.sched_getaffinity(0)), update)
 
 
 def _sweep_of(arguments: argparse.Namespace) -> Sweep:
@@ -67,33 +85,34 @@ def _sweep_of(arguments: argparse.Namespace) -> Sweep:
 
 
 def _check_plot(along: str | None) -> None:
-    from ramblock.report.html import require_plotly
-
     if along is None:
         raise UsageError(
             "--plot has nothing to go along", expected=f"--sweep of one of {', '.join(_ALONG)}"
         )
-    require_plotly()
 
 
-def _write(arguments: argparse.Namespace, sweep: Sweep, swept: Swept, along: str | None) -> None:
-    if arguments.table is not None:
-        write_table(arguments.table, swept.rows)
+def _write(arguments: argparse.Namespace, swept: Swept, table: IO[bytes] | None) -> None:
+    if table is not None:
+        write_table(table, arguments.table.suffix, swept.rows)
     elif not arguments.json:
-        write_csv(sys.stdout, swept.rows)
+        text = io.StringIO()
+        write_csv(text, swept.rows)
+        terminal = out()
+        for line in text.getvalue().splitlines():
+            terminal.verbatim(line)
     if arguments.json:
-        print(json.dumps({"complete": swept.complete, "rows": swept.rows}))
-    if arguments.plot is not None and along is not None:
-        write_sweep(arguments.plot, swept.rows, along, sweep.limits)
+        fields: dict[str, object] = {"complete": swept.complete, "rows": swept.rows}
+        out().json("ramblock.plan-sweep", 1, fields)
 
 
 def _tell(arguments: argparse.Namespace, wanted: int, swept: Swept) -> None:
     """Sum up, on stderr: the table may be on stdout."""
     if arguments.quiet:
         return
+    terminal = err()
     verdicts = Counter((row["policy"], row["target"], row["verdict"]) for row in swept.rows)
-    print(f"{swept.guests:,} of {wanted:,} guests", file=sys.stderr)
+    terminal.line(f"{swept.guests:,} of {wanted:,} guests")
     for (policy, target, verdict), count in sorted(verdicts.items(), key=str):
-        print(f"{policy}, {target}: {verdict}: {count:,}", file=sys.stderr)
+        terminal.line(f"{policy}, {target}: {verdict}: {count:,}")
     if not swept.complete:
-        print("interrupted: the table has what was done", file=sys.stderr)
+        terminal.line("interrupted: the table has what was done")

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from time import sleep
 
+from ramblock.cli.outputs import refuse_shared
 from ramblock.cli.probe_summary import print_summary, summary_fields
 from ramblock.cli.probe_view import LiveView, NoView, PlainView
+from ramblock.cli.terminal import err, out, print_error
 from ramblock.errors import RamblockError, UsageError
 from ramblock.probe import Probe, UnmapRule
 from ramblock.probe.expectation import VirtioMemExpectation
@@ -26,6 +28,7 @@ def start(arguments: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM; return the exit code."""
     if (arguments.expect is None) is not (arguments.qmp is None):
         raise UsageError("--expect and --qmp belong together", expected="both, or none")
+    refuse_shared({"--trace": arguments.trace}, [arguments.socket, arguments.qmp])
     with _open_trace(arguments) as trace:
         stream = TraceWriter(None, stream=sys.stdout.buffer if arguments.json else None)
         probe = Probe(
@@ -50,9 +53,9 @@ def start(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print_summary(probe.record)
         if probe.record.clean and incomplete is None:
-            print("Nothing found.")
+            out().line("Nothing found.")
     if incomplete is not None:
-        print(f"ramblock: error: {incomplete}", file=sys.stderr)
+        print_error(incomplete)
     return 0 if probe.record.clean and incomplete is None else 1
 
 
@@ -84,7 +87,7 @@ def _view(
 ) -> NoView | PlainView | LiveView:
     if arguments.quiet or arguments.json:
         return NoView()
-    return LiveView(probe, expectation) if sys.stderr.isatty() else PlainView(probe)
+    return LiveView(probe, expectation) if err().is_terminal else PlainView(probe)
 
 
 @contextmanager

@@ -6,8 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from rich.console import Console
-
+from ramblock.cli.terminal import Styled, Terminal, out
 from ramblock.errors import describe_range
 from ramblock.probe import Record, StaleWindow
 from ramblock.units import format_size
@@ -30,29 +29,29 @@ def summary_fields(record: Record) -> dict[str, Any]:
 
 
 def print_summary(record: Record) -> None:
-    """Print it on stdout; colours only on a terminal."""
-    console = Console(highlight=False, soft_wrap=True)
+    """Print it on stdout."""
+    terminal = out()
     counts = record.counts
-    console.print(
-        f"[bold]{record.clients} client{'' if record.clients == 1 else 's'}[/bold],"
-        f" {counts['map']:,} maps, {counts['unmap']:,} unmaps;"
-        f" at most {record.peak_windows:,} windows with {format_size(record.peak_bytes)}"
+    terminal.line(
+        Styled(f"{record.clients} client{'' if record.clients == 1 else 's'}", "bold"),
+        f", {counts['map']:,} maps, {counts['unmap']:,} unmaps;"
+        f" at most {record.peak_windows:,} windows with {format_size(record.peak_bytes)}",
     )
     if counts["dma"]:
-        console.print(
+        terminal.line(
             f"{counts['dma']:,} accesses of the device ({counts['touch']:,} touches,"
             f" {counts['scribble']:,} scribbles), {counts['fault']:,} faulted"
         )
-    _print_stale(console, record)
-    _print_violations(console, record)
+    _print_stale(terminal, record)
+    _print_violations(terminal, record)
 
 
-def _print_stale(console: Console, record: Record) -> None:
+def _print_stale(terminal: Terminal, record: Record) -> None:
     if not record.stale_count:
         return
-    console.print(
-        f"[bold red]{record.stale_count:,} stale windows[/bold red]: the client wanted them gone,"
-        " and the device reached them"
+    terminal.line(
+        Styled(f"{record.stale_count:,} stale windows", "bold red"),
+        ": the client wanted them gone, and the device reached them",
     )
     # One refused unmap leaves many of them.
     by_unmap: dict[tuple[str, tuple[int, int]], list[StaleWindow]] = {}
@@ -61,13 +60,13 @@ def _print_stale(console: Console, record: Record) -> None:
     for (client, unmap), some in list(by_unmap.items())[:_SHOWN]:
         start, end = some[0].address, some[-1].address + some[-1].size
         windows = "1 window" if len(some) == 1 else f"{len(some):,} windows"
-        console.print(
+        terminal.line(
             f"  {client}: {describe_range(start, end - start)}, {windows} with"
             f" {format_size(sum(stale.size for stale in some))}, {_how_long(some)};"
             f" the unmap of {describe_range(*unmap)} was refused"
         )
     if len(by_unmap) > _SHOWN:
-        console.print(f"  and after {len(by_unmap) - _SHOWN:,} more unmaps")
+        terminal.line(f"  and after {len(by_unmap) - _SHOWN:,} more unmaps")
 
 
 def _how_long(some: list[StaleWindow]) -> str:
@@ -79,13 +78,13 @@ def _how_long(some: list[StaleWindow]) -> str:
     return f"for up to {max(times) / 1e9:.3f} s"
 
 
-def _print_violations(console: Console, record: Record) -> None:
+def _print_violations(terminal: Terminal, record: Record) -> None:
     for rule, count in record.broken.most_common():
-        console.print(f"[bold red]{count:,} x {rule.value}[/bold red]")
+        terminal.line(Styled(f"{count:,} x {rule.value}", "bold red"))
         # A client that tries again breaks the same rule at the same place.
         some = Counter(str(violation) for violation in record.violations if violation.rule is rule)
         shown = list(some.items())[:_SHOWN]
         for text, times in shown:
-            console.print(f"  {text}" + (f" ({times:,} times)" if times > 1 else ""), markup=False)
+            terminal.line(f"  {text}" + (f" ({times:,} times)" if times > 1 else ""), hang=4)
         if more := count - sum(times for _, times in shown):
-            console.print(f"  and {more:,} more")
+            terminal.line(f"  and {more:,} more")

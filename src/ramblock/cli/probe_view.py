@@ -7,22 +7,16 @@ Always on stderr.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
+from itertools import groupby
 from time import monotonic
-from typing import TYPE_CHECKING
 
 from ramblock.cli.probe_map import STALE, Area, areas, draw
+from ramblock.cli.terminal import Line, Piece, Styled, err
 from ramblock.errors import describe_range
 from ramblock.probe import Probe
+from ramblock.probe.expectation import VirtioMemExpectation
 from ramblock.units import format_size
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.live import Live
-    from rich.text import Text
-
-    from ramblock.probe.expectation import VirtioMemExpectation
 
 __all__ = ["LiveView", "NoView", "PlainView"]
 
@@ -53,25 +47,25 @@ class PlainView(NoView):
         self._client: str | None = None
         self._shown = monotonic()
         self._violations = 0
-        print(f"listening at {probe.path}", file=sys.stderr, flush=True)
+        self._terminal = err()
+        self._terminal.line(f"listening at {probe.path}")
 
     def update(self) -> None:
         """Print the news."""
         record, client = self._probe.record, self._probe.client
         if client != self._client:
             text = f"{self._client} has left" if client is None else f"{client} is there"
-            print(text, file=sys.stderr)
+            self._terminal.line(text)
             self._client = client
         for violation in record.violations[self._violations :]:
-            print(violation, file=sys.stderr)
+            self._terminal.line(str(violation))
             self._violations += 1
         if client is not None and monotonic() - self._shown > _LINE_EVERY_SECONDS:
             self._shown = monotonic()
             counts = record.counts
-            print(
-                f"{_windows(self._probe)}; {counts['map']:,} maps, {counts['unmap']:,} unmaps,"
-                f" {record.violation_count:,} violations",
-                file=sys.stderr,
+            self._terminal.line(
+                f"{_windows(self._probe)}{_stale(self._probe)}; {counts['map']:,} maps,"
+                f" {counts['unmap']:,} unmaps, {record.violation_count:,} violations"
             )
 
 
@@ -81,83 +75,67 @@ class LiveView(NoView):
     def __init__(self, probe: Probe, expectation: VirtioMemExpectation | None) -> None:
         self._probe = probe
         self._expectation = expectation
-        self._live: Live | None = None
+        self._terminal = err()
         self._maps = _Rate()
         self._unmaps = _Rate()
 
     def __enter__(self) -> LiveView:
-        from rich.console import Console
-        from rich.live import Live
-
-        self._live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
-        self._live.start()
         self.update()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self._terminal.clear()
 
     def update(self) -> None:
         """Draw it again."""
-        if self._live is not None:
-            # Room for the terminal's own ^C: if that began a line, one line of the picture would
-            # stay for good.
-            width = self._live.console.width - 3
-            self._live.update(self._draw(width), refresh=True)
+        # One line each at any width: lines that jump cannot be read.
+        self._terminal.draw(self._lines(self._terminal.width or 80))
 
-    def _draw(self, width: int) -> RenderableType:
-        from rich.console import Group
-        from rich.text import Text
-
-        lines = [*self._figures(), *self._areas(width), *self._plugged()]
+    def _lines(self, width: int) -> list[Line]:
         latest = self._probe.record.violations[-_LATEST_VIOLATIONS:]
-        lines += [Text(str(violation), style="red") for violation in latest]
-        for line in lines:
-            # One line each at any width: lines that jump cannot be read.
-            line.truncate(width, overflow="ellipsis")
-        return Group(*lines)
+        return [
+            *self._figures(),
+            *self._areas(width),
+            *self._plugged(),
+            *(Styled(str(violation), "red") for violation in latest),
+        ]
 
-    def _figures(self) -> Iterator[Text]:
-        from rich.text import Text
-
+    def _figures(self) -> Iterator[Line]:
         record = self._probe.record
         client = self._probe.client or "nobody is there; Ctrl-C ends"
-        yield Text.assemble((str(self._probe.path), "bold"), f": {client}")
-        figures = Text(_windows(self._probe))
-        figures.highlight_regex(r"[\d,]+ STALE", "bold red reverse")
-        yield figures
+        yield Styled(str(self._probe.path), "bold"), f": {client}"
+        yield _windows(self._probe), Styled(_stale(self._probe), "bold red reverse")
         maps, unmaps = record.counts["map"], record.counts["unmap"]
         count = record.violation_count
-        yield Text.assemble(
-            f"{maps:,} maps ({self._maps.of(maps):,.0f}/s),"
-            f" {unmaps:,} unmaps ({self._unmaps.of(unmaps):,.0f}/s), ",
-            (f"{count:,} violations", "bold red" if count else ""),
+        yield (
+            f"{maps:,} maps ({self._maps.of(maps):,.0f}/s), ",
+            f"{unmaps:,} unmaps ({self._unmaps.of(unmaps):,.0f}/s), ",
+            Styled(f"{count:,} violations", "bold red" if count else ""),
         )
 
-    def _areas(self, width: int) -> Iterator[Text]:
-        from rich.text import Text
-
+    def _areas(self, width: int) -> Iterator[Line]:
         found = areas(self._probe.windows)
         labels = [_label(area) for area in found[:_MOST_AREAS]]
         longest = max(map(len, labels), default=0)
-        cells = max(_FEWEST_CELLS, min(_MOST_CELLS, width - longest - 2))
+        cells = max(_FEWEST_CELLS, min(_MOST_CELLS, width - 3 - longest - 2))
         for area, label in zip(found, labels, strict=False):
-            text = Text(draw(area, cells), style="green")
-            text.highlight_regex(f"[{STALE}]+", "bold red reverse")
-            yield Text.assemble(f"{label:>{longest}}  ", text)
+            yield f"{label:>{longest}}  ", *_dressed(draw(area, cells))
         if len(found) > len(labels):
-            yield Text(f"and {len(found) - len(labels):,} more areas")
+            yield f"and {len(found) - len(labels):,} more areas"
 
-    def _plugged(self) -> Iterator[Text]:
-        from rich.text import Text
-
+    def _plugged(self) -> Iterator[Line]:
         for device in dict(self._expectation.devices if self._expectation else {}).values():
             text = f"{device.name}: {format_size(device.plugged)} plugged"
             if device.agrees:
-                yield Text(f"{text}, and mapped")
+                yield f"{text}, and mapped"
             else:
-                yield Text(f"{text}, {format_size(device.mapped)} mapped", style="bold red")
+                yield Styled(f"{text}, {format_size(device.mapped)} mapped", "bold red")
+
+
+def _dressed(cells: str) -> Iterator[Piece]:
+    """Make cells with a stale window stand out."""
+    for stale, group in groupby(cells, STALE.__eq__):
+        yield Styled("".join(group), "bold red reverse" if stale else "green")
 
 
 class _Rate:
@@ -178,9 +156,13 @@ class _Rate:
 
 
 def _windows(probe: Probe) -> str:
-    windows, stale = probe.windows, probe.record.stale_count
-    text = f"{len(windows):,} windows, {format_size(sum(window.size for window in windows))}"
-    return text + (f", {stale:,} STALE" if stale else "")
+    windows = probe.windows
+    return f"{len(windows):,} windows, {format_size(sum(window.size for window in windows))}"
+
+
+def _stale(probe: Probe) -> str:
+    stale = probe.record.stale_count
+    return f", {stale:,} STALE" if stale else ""
 
 
 def _label(area: Area) -> str:

@@ -1,113 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a run is: a bar on a terminal, plain lines elsewhere; always on stderr."""
+"""How far a job is, on stderr: one line that changes on a terminal, few lines elsewhere."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Self
 
-from ramblock.run.tally import Outcome, Tally
+from ramblock.cli.terminal import err
 
-if TYPE_CHECKING:
-    from rich.progress import Progress as RichBar
-    from rich.progress import TaskID
+__all__ = ["Progress", "counting"]
 
-__all__ = ["NoProgress", "PlainProgress", "RichProgress"]
-
+_EVERY_SECONDS = 0.5
 _LINE_EVERY_SECONDS = 5.0
 
 
-class NoProgress:
-    """Shows nothing."""
+class Progress:
+    """
+    Shows a line now and then; a context manager, at whose end the line goes.
 
-    def update(self, done: int, total: int | None, tally: Tally, violations: int) -> None:
-        """Show nothing."""
+    :param quiet: Show nothing.
+    :param lines: Also where there is no terminal.
+    """
 
-    def __enter__(self) -> NoProgress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        return None
-
-
-class PlainProgress(NoProgress):
-    """A line every few seconds."""
-
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool, lines: bool = True) -> None:
+        self._terminal = err()
+        #: Whether anything is shown at all.
+        self.shows = not quiet and (lines or self._terminal.is_terminal)
+        self._every = _EVERY_SECONDS if self._terminal.is_terminal else _LINE_EVERY_SECONDS
         self._began = self._shown = monotonic()
 
-    def update(self, done: int, total: int | None, tally: Tally, violations: int) -> None:
-        """Print a line, if it is time."""
+    def show(self, line: Callable[[float], str]) -> None:
+        """
+        Show a line, if it is time.
+
+        :param line: Makes it, from the seconds since the begin.
+        """
+        if not self.shows:
+            return
         now = monotonic()
-        if now - self._shown < _LINE_EVERY_SECONDS:
+        if now - self._shown < self._every:
             return
         self._shown = now
-        of = "" if total is None else f" of {total:,}"
-        rate = done / (now - self._began)
-        print(f"{done:,}{of} requests, {rate:,.0f}/s, {violations} violations", file=sys.stderr)
+        text = line(now - self._began)
+        if self._terminal.is_terminal:
+            self._terminal.draw([text])
+        else:
+            self._terminal.line(text)
 
-
-class RichProgress(NoProgress):
-    """A bar with rates."""
-
-    def __init__(self) -> None:
-        self._bar: RichBar | None = None
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> RichProgress:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-        )
-
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}/s"),
-            TextColumn("{task.fields[violations]} violations"),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            expand=True,
-            transient=True,
-        )
-        self._bar.start()
-        self._task = self._bar.add_task("converting", total=None, rate="-", violations="0")
-        self._began = monotonic()
+    def __enter__(self) -> Self:
         return self
 
-    def update(self, done: int, total: int | None, tally: Tally, violations: int) -> None:
-        """Move the bar."""
-        if self._bar is None or self._task is None:
-            return
-        rate = f"{done / max(monotonic() - self._began, 0.001):,.0f}"
-        refused = tally.outcomes[Outcome.ROLLED_BACK] + tally.outcomes[Outcome.OVER_BUDGET]
-        label = "converting" if not refused else f"converting ({refused:,} put back)"
-        self._bar.update(
-            self._task,
-            completed=done,
-            total=total,
-            rate=rate,
-            violations=f"{violations:,}",
-            description=label,
-        )
+    def __exit__(self, *_: object) -> None:
+        self._terminal.clear()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+
+@contextmanager
+def counting(what: str, *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    """Show on a terminal how many there were, and how many a second; None: nowhere."""
+    total = 0
+
+    def update(more: int) -> None:
+        nonlocal total
+        total += more
+        progress.show(lambda seconds: f"{total:,} {what}, {total / seconds:,.0f}/s")
+
+    with Progress(quiet=quiet, lines=False) as progress:
+        yield update if progress.shows else None

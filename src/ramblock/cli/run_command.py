@@ -4,23 +4,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
-from ramblock.check import check_file
+from ramblock.check import check_file, judge
 from ramblock.cli.check_outputs import Outputs
-from ramblock.cli.progress import NoProgress, PlainProgress, RichProgress
+from ramblock.cli.outputs import refuse_shared
+from ramblock.cli.run_progress import RunProgress
 from ramblock.cli.run_summary import print_summary
+from ramblock.cli.terminal import out, print_error
 from ramblock.errors import UsageError
-from ramblock.report.html import require_plotly
 from ramblock.run import Run, Scenario, load_scenario
 from ramblock.run.scenario import Size, check_scenario
 from ramblock.units import PAGE_SIZE
@@ -30,8 +29,16 @@ __all__ = ["start"]
 
 def start(arguments: argparse.Namespace) -> int:
     """Run the job; return the exit code."""
-    with _trace_file(arguments) as trace:
-        return _run(arguments, trace)
+    scenario = _scenario(arguments)
+    refuse_shared(
+        {"--trace": arguments.trace, "--report": arguments.report},
+        [arguments.scenario, scenario.run.workload, *scenario.devices.sockets],
+    )
+    with (
+        _trace_file(arguments) as trace,
+        Outputs(arguments.report, None, "ramblock run") as outputs,
+    ):
+        return _run(scenario, arguments, trace, outputs)
 
 
 @contextmanager
@@ -44,10 +51,9 @@ def _trace_file(arguments: argparse.Namespace) -> Iterator[Path | None]:
         yield Path(folder) / "trace.jsonl"
 
 
-def _run(arguments: argparse.Namespace, trace: Path | None) -> int:
-    scenario = _scenario(arguments)
-    if arguments.report is not None:
-        require_plotly()
+def _run(
+    scenario: Scenario, arguments: argparse.Namespace, trace: Path | None, outputs: Outputs
+) -> int:
     try:
         run = Run(scenario, trace)
     except OSError as error:
@@ -56,22 +62,18 @@ def _run(arguments: argparse.Namespace, trace: Path | None) -> int:
         raise UsageError(
             f"--trace {arguments.trace}: {error.strerror}", value=str(arguments.trace)
         ) from error
-    with _ended_like_ctrl_c(), _progress(quiet=arguments.quiet) as progress:
+    with _ended_like_ctrl_c(), RunProgress(quiet=arguments.quiet) as progress:
         report = run.execute(progress)
     if arguments.json:
-        print(json.dumps(report.as_dict(), indent=2))
+        out().json("ramblock.run", 1, report.as_dict())
     else:
         print_summary(report)
     if report.trace_error is not None:
-        print(f"ramblock: error: the trace is incomplete: {report.trace_error}", file=sys.stderr)
+        print_error(f"the trace is incomplete: {report.trace_error}")
     if arguments.report is not None and trace is not None:
-        _write_report(arguments.report, trace)
+        result = check_file(str(trace), observer=outputs.observer)
+        outputs.finish(result, judge(result))
     return report.exit_code
-
-
-def _write_report(path: Path, trace: Path) -> None:
-    with Outputs(path, None, "ramblock run") as outputs:
-        outputs.finish(check_file(str(trace), observer=outputs.observer), strict=False)
 
 
 @contextmanager
@@ -85,12 +87,6 @@ def _ended_like_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _progress(*, quiet: bool) -> AbstractContextManager[NoProgress | PlainProgress | RichProgress]:
-    if quiet:
-        return NoProgress()
-    return RichProgress() if sys.stderr.isatty() else PlainProgress()
 
 
 def _scenario(arguments: argparse.Namespace) -> Scenario:

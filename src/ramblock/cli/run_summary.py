@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from ramblock.cli.terminal import Cell, Styled, Terminal, out
 from ramblock.errors import describe_range
 from ramblock.run.report import RunReport
 from ramblock.run.tally import Outcome
@@ -20,35 +17,35 @@ _REASONS_SHOWN = 6
 
 
 def print_summary(report: RunReport) -> None:
-    """Print the report on stdout; colours only on a terminal."""
-    console = Console(highlight=False, soft_wrap=False)
-    _print_head(console, report)
-    _print_requests(console, report)
-    _print_mappings(console, report)
-    _print_devices(console, report)
-    _print_refusals(console, report)
-    _print_doubts(console, report)
-    _print_violations(console, report)
-    _print_verdict(console, report)
+    """Print the report on stdout."""
+    terminal = out()
+    _print_head(terminal, report)
+    _print_requests(terminal, report)
+    _print_mappings(terminal, report)
+    _print_devices(terminal, report)
+    _print_refusals(terminal, report)
+    _print_doubts(terminal, report)
+    _print_violations(terminal, report)
+    _print_verdict(terminal, report)
 
 
-def _print_head(console: Console, report: RunReport) -> None:
+def _print_head(terminal: Terminal, report: RunReport) -> None:
     job = report.scenario.run
     memory = sum(place.size for place in report.places if place.confidential)
     mode = "without coordination" if job.uncoordinated else f"one mapping per {report.policy}"
-    console.print(
-        f"[bold]{format_size(memory)} guest, {_count(len(report.devices), 'device')},"
-        f" {mode}[/bold];"
-        f" workload {job.workload}, seed {job.seed}"
+    devices = _count(len(report.devices), "device")
+    terminal.line(
+        Styled(f"{format_size(memory)} guest, {devices}, {mode}", "bold"),
+        f"; workload {job.workload}, seed {job.seed}",
     )
     seconds = report.elapsed_ns / 1e9
     interrupted = ", interrupted" if report.interrupted else ""
     rate = report.tally.requests / seconds if seconds else 0
-    console.print(
+    terminal.line(
         f"{report.tally.requests:,} requests in {seconds:.1f} s ({rate:,.0f}/s){interrupted}"
     )
     for line in _parts(report):
-        console.print(line, style="dim")
+        terminal.line(Styled(line, "dim"))
 
 
 def _parts(report: RunReport) -> list[str]:
@@ -81,24 +78,22 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _print_requests(console: Console, report: RunReport) -> None:
+def _print_requests(terminal: Terminal, report: RunReport) -> None:
     tally = report.tally
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for name in (*_CLASSES, "all"):
-        table.add_column(name, justify="right")
+    rows: list[list[Cell]] = []
     for outcome in Outcome:
         if tally.outcomes[outcome]:
             cells = [f"{tally.by_class[name, outcome]:,}" for name in _CLASSES]
-            table.add_row(outcome.value, *cells, f"{tally.outcomes[outcome]:,}")
+            rows.append([outcome.value, *cells, f"{tally.outcomes[outcome]:,}"])
     latencies = tally.latencies()
     for key in ("p50", "p90", "p99", "max"):
         cells = [f"{latencies[name][key]:,.0f}" if name in latencies else "-" for name in _CLASSES]
-        table.add_row(f"{key}, µs", *cells, "", style="dim")
-    _print_table(console, "Requests by size", table)
+        rows.append([Styled(cell, "dim") for cell in (f"{key}, µs", *cells, "")])
+    _print_title(terminal, "Requests by size")
+    terminal.table(rows, header=["", *_CLASSES, "all"], right=range(1, 6))
 
 
-def _print_mappings(console: Console, report: RunReport) -> None:
+def _print_mappings(terminal: Terminal, report: RunReport) -> None:
     tally, per_page = report.tally, report.per_page()
     rows = []
     if report.entries:
@@ -132,7 +127,7 @@ def _print_mappings(console: Console, report: RunReport) -> None:
             f"{other / 1e9:.1f} s script and devices",
         ),
     ]
-    _print_rows(console, "Mappings, memory, time", rows)
+    _print_rows(terminal, "Mappings, memory, time", rows)
 
 
 def _kernel_count(report: RunReport) -> str:
@@ -141,10 +136,10 @@ def _kernel_count(report: RunReport) -> str:
     return f"the kernel counts {sum(report.kernel_entries.values()):,}"
 
 
-def _print_devices(console: Console, report: RunReport) -> None:
+def _print_devices(terminal: Terminal, report: RunReport) -> None:
     total = report.devices_total()
     _print_rows(
-        console,
+        terminal,
         "DMA",
         [
             ("own buffers", f"{total.accesses:,} accesses", f"{total.faults_own:,} faulted"),
@@ -169,7 +164,7 @@ def _print_devices(console: Console, report: RunReport) -> None:
     )
 
 
-def _print_refusals(console: Console, report: RunReport) -> None:
+def _print_refusals(terminal: Terminal, report: RunReport) -> None:
     reasons = report.tally.reasons.most_common()
     rows = [(f"{count:,}", reason, "") for reason, count in reasons[:_REASONS_SHOWN]]
     if len(reasons) > _REASONS_SHOWN:
@@ -177,29 +172,29 @@ def _print_refusals(console: Console, report: RunReport) -> None:
             (f"{sum(count for _, count in reasons[_REASONS_SHOWN:]):,}", "for other reasons", "")
         )
     if rows:
-        _print_rows(console, "Refused or put back", rows)
+        _print_rows(terminal, "Refused or put back", rows)
     if report.injected:
         _print_rows(
-            console,
+            terminal,
             "Faults on purpose",
             [(kind, f"{count:,}", "") for kind, count in report.injected.items()],
         )
 
 
-def _print_doubts(console: Console, report: RunReport) -> None:
+def _print_doubts(terminal: Terminal, report: RunReport) -> None:
     if report.in_doubt:
         rows = [
             (describe_range(gpa, size), target, format_size(size))
             for gpa, size, target in report.in_doubt
         ]
-        _print_rows(console, "In doubt: a device may still reach this", rows[:_RANGES_SHOWN])
+        _print_rows(terminal, "In doubt: a device may still reach this", rows[:_RANGES_SHOWN])
 
 
-def _print_violations(console: Console, report: RunReport) -> None:
+def _print_violations(terminal: Terminal, report: RunReport) -> None:
     if report.verifier.clean:
         return
     kinds = [(f"{count:,}", kind.value, "") for kind, count in report.verifier.counts.most_common()]
-    _print_rows(console, "Violations", kinds, style="red")
+    _print_rows(terminal, "Violations", kinds, style="red")
     found = report.verifier.violations()
     for kind in dict.fromkeys(violation.kind for violation in found):
         ranges = [violation for violation in found if violation.kind is kind]
@@ -210,45 +205,37 @@ def _print_violations(console: Console, report: RunReport) -> None:
         more = len(ranges) - _RANGES_SHOWN
         if more > 0:
             rows.append((f"... and {more} more", "", ""))
-        _print_rows(console, kind.value, rows, style="red")
+        _print_rows(terminal, kind.value, rows, style="red")
 
 
-def _print_verdict(console: Console, report: RunReport) -> None:
-    console.print()
+def _print_verdict(terminal: Terminal, report: RunReport) -> None:
+    terminal.line()
     for error in report.device_errors:
-        console.print(Text(f"a device failed: {error}", style="bold red"))
+        terminal.line(Styled(f"a device failed: {error}", "bold red"))
     if report.miscounted:
-        console.print(Text("the kernel counts other mappings than we do", style="bold red"))
+        terminal.line(Styled("the kernel counts other mappings than we do", "bold red"))
     if report.poisoned:
-        console.print(
-            Text(
+        terminal.line(
+            Styled(
                 "POISONED: a device may still reach pages. They are kept; the guest was stopped.",
-                style="bold red",
+                "bold red",
             )
         )
     checks = f"{report.verifier.checks:,} calls checked, everything compared at the end"
     if report.verifier.clean:
-        console.print(Text("0 violations", style="bold green"), f"({checks})")
+        terminal.line(Styled("0 violations", "bold green"), f" ({checks})")
     else:
-        console.print(
-            Text(f"{report.verifier.counts.total():,} violations", style="bold red"), f"({checks})"
-        )
+        count = report.verifier.counts.total()
+        terminal.line(Styled(f"{count:,} violations", "bold red"), f" ({checks})")
 
 
 def _print_rows(
-    console: Console, title: str, rows: list[tuple[str, str, str]], style: str = ""
+    terminal: Terminal, title: str, rows: list[tuple[str, str, str]], style: str = ""
 ) -> None:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column("", no_wrap=True)
-    table.add_column("")
-    table.add_column("")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    _print_table(console, title, table, style)
+    _print_title(terminal, title, style)
+    terminal.table(rows)
 
 
-def _print_table(console: Console, title: str, table: Table, style: str = "") -> None:
-    """Print a heading on its own line: a table's title would be wrapped to the table's width."""
-    console.print()
-    console.print(Text(title, style=f"bold {style}"))
-    console.print(table)
+def _print_title(terminal: Terminal, title: str, style: str = "") -> None:
+    terminal.line()
+    terminal.line(Styled(title, f"bold {style}"))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import IO
 
 from ramblock.errors import UsageError
 from ramblock.plan.guest_plan import GuestPlan
@@ -19,12 +19,11 @@ from ramblock.units import format_size
 __all__ = ["write_guest_plan", "write_sweep", "write_trace_plan"]
 
 
-def write_guest_plan(path: Path, plan: GuestPlan) -> None:
+def write_guest_plan(stream: IO[bytes], plan: GuestPlan) -> None:
     """
     Write the page of a guest that was simulated.
 
-    :raises UsageError: Plotly is not installed, the guest was not simulated, or the file cannot be
-        written.
+    :raises UsageError: Plotly is not installed, or the guest was not simulated.
     """
     if plan.simulated is None:
         raise UsageError("a plan without a simulation has no picture", expected="simulate it")
@@ -48,7 +47,7 @@ def write_guest_plan(path: Path, plan: GuestPlan) -> None:
         for each in plan.rows
     ]
     _write(
-        path,
+        stream,
         title=f"Plan for a guest with {format_size(guest.memory)}",
         summary=summary,
         x_title="conversions",
@@ -61,11 +60,11 @@ def write_guest_plan(path: Path, plan: GuestPlan) -> None:
     )
 
 
-def write_trace_plan(path: Path, plan: TracePlan) -> None:
+def write_trace_plan(stream: IO[bytes], plan: TracePlan) -> None:
     """
     Write the page of a recording.
 
-    :raises UsageError: Plotly is not installed, or the file cannot be written.
+    :raises UsageError: Plotly is not installed.
     """
     summary = {
         "recording": plan.source,
@@ -85,7 +84,7 @@ def write_trace_plan(path: Path, plan: TracePlan) -> None:
     ]
     limits = {each.target: each.limit for each in plan.rows if each.limit is not None}
     _write(
-        path,
+        stream,
         title=f"Plan from {plan.source}",
         summary=summary,
         x_title="seconds",
@@ -98,12 +97,14 @@ def write_trace_plan(path: Path, plan: TracePlan) -> None:
     )
 
 
-def write_sweep(path: Path, rows: Sequence[Mapping[str, Value]], axis: str, limits: Limits) -> None:
+def write_sweep(
+    stream: IO[bytes], rows: Sequence[Mapping[str, Value]], axis: str, limits: Limits
+) -> None:
     """
     Write the page of a sweep.
 
     :param axis: The column that goes along the page.
-    :raises UsageError: Plotly is not installed, or the file cannot be written.
+    :raises UsageError: Plotly is not installed.
     """
     curves: dict[tuple[tuple[int, int], ...], list[str]] = {}
     for policy, target in sorted({(str(each["policy"]), str(each["target"])) for each in rows}):
@@ -124,7 +125,7 @@ def write_sweep(path: Path, rows: Sequence[Mapping[str, Value]], axis: str, limi
         key = str(each["policy"]), str(each["target"]), str(each["verdict"])
         verdicts[key] = verdicts.get(key, 0) + 1
     _write(
-        path,
+        stream,
         title="A sweep",
         summary={"guests": len({each["guest"] for each in rows}), "rows": len(rows)},
         x_title=f"{axis} in GiB" if axis == "memory" else axis,
@@ -177,7 +178,7 @@ def _limit_lines(limits: Limits) -> list[dict[str, object]]:
 
 
 def _write(
-    path: Path,
+    stream: IO[bytes],
     *,
     title: str,
     summary: Mapping[str, object],
@@ -200,14 +201,4 @@ def _write(
         "notes": notes,
         "notesTitle": notes_title,
     }
-    try:
-        write_page(
-            path,
-            title=title,
-            data=data,
-            body="plan.html",
-            script="plan.js",
-            style="page.css",
-        )
-    except OSError as error:
-        raise UsageError(f"--plot {path}: {error.strerror}", value=str(path)) from error
+    write_page(stream, title=title, data=data, body="plan.html", script="plan.js", style="page.css")

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 from ramblock.errors import UsageError
 from ramblock.plan.sweep import COLUMNS, Value
@@ -31,22 +32,23 @@ def check_table(path: Path) -> None:
         _require_pyarrow(path)
 
 
-def write_table(path: Path, rows: Sequence[dict[str, Value]]) -> None:
+def write_table(stream: IO[bytes], suffix: str, rows: Sequence[dict[str, Value]]) -> None:
     """
-    Write the rows; a file that was there is replaced.
+    Write the rows.
 
-    :raises OSError: It cannot be written.
+    :param suffix: ``.csv`` or ``.parquet``.
+    :raises OSError: They cannot be written.
     """
-    if path.suffix == ".csv":
-        with path.open("w", encoding="utf-8", newline="") as file:
-            write_csv(file, rows)
+    if suffix == ".csv":
+        text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+        write_csv(text, rows)
+        text.detach()
         return
-    _require_pyarrow(path)
     import pyarrow
     from pyarrow import parquet
 
     columns = {name: [each[name] for each in rows] for name in COLUMNS}
-    parquet.write_table(pyarrow.table(columns), path)
+    parquet.write_table(pyarrow.table(columns), stream)
 
 
 def write_csv(file: TextIO, rows: Sequence[dict[str, Value]]) -> None:

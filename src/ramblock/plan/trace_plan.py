@@ -49,6 +49,15 @@ class TracePlan(msgspec.Struct, kw_only=True):
     """Gaps of the trace, in sentences."""
 
     @property
+    def cannot_tell(self) -> str | None:
+        """Why there is nothing to plan from; None: there is something."""
+        if self.simulated.peak_shared:
+            return None
+        return (
+            f"{self.source} has no shared memory and no mappings, so there is nothing to plan from"
+        )
+
+    @property
     def hopeless(self) -> bool:
         """Whether none of the rows could have worked."""
         return all(each.verdict in (Verdict.REFUSED, Verdict.IMPOSSIBLE) for each in self.rows)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import html
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
-
-import msgspec
+from typing import IO
 
 from ramblock.errors import UsageError
+from ramblock.text import encode_for_people, printable
 
 __all__ = ["require_plotly", "write_page"]
 
@@ -32,29 +33,34 @@ def require_plotly() -> str:
 
     :raises UsageError: The extra ``report`` is not installed.
     """
+    # One file of it is needed, and the package is slow to import.
     try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise UsageError(
-            "a report needs Plotly", expected="pip install 'ramblock[report]'"
-        ) from None
-    return str(get_plotlyjs())
+        spec = find_spec("plotly")
+    except ValueError:
+        spec = None  # it is in sys.modules, and is none
+    for folder in (spec and spec.submodule_search_locations) or ():
+        source = Path(folder) / "package_data" / "plotly.min.js"
+        if source.is_file():
+            return source.read_text(encoding="utf-8")
+    raise UsageError("a report needs Plotly", expected="pip install 'ramblock[report]'")
 
 
-def write_page(path: Path, *, title: str, data: object, body: str, script: str, style: str) -> None:
+def write_page(
+    stream: IO[bytes], *, title: str, data: object, body: str, script: str, style: str
+) -> None:
     """
-    Write a page.
+    Write a page. Whatever it shows is made printable here.
 
     :param data: The script's data, as ``ramblock.data``.
     :param body: HTML; a file of this package.
     :param script: JavaScript; a file of this package.
     :param style: CSS; a file of this package.
     :raises UsageError: Plotly is not installed.
-    :raises OSError: The file cannot be written. An older file may be gone.
+    :raises OSError: It cannot be written.
     """
     plotly = require_plotly()
     # "</script>" inside of a string would end the element: HTML does not read JSON.
-    encoded = msgspec.json.encode(data).decode().replace("<", "\\u003c")
+    encoded = encode_for_people(data).decode().replace("<", "\\u003c")
     page = "\n".join(
         [
             "<!doctype html>",
@@ -65,7 +71,7 @@ def write_page(path: Path, *, title: str, data: object, body: str, script: str, 
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             # A browser asks for an icon otherwise.
             '<link rel="icon" href="data:,">',
-            f"<title>{html.escape(title)}</title>",
+            f"<title>{html.escape(printable(title))}</title>",
             f"<style>\n{_text(style)}</style>",
             "</head>",
             "<body>",
@@ -78,7 +84,7 @@ def write_page(path: Path, *, title: str, data: object, body: str, script: str, 
             "",
         ]
     )
-    path.write_text(page, encoding="utf-8")
+    stream.write(page.encode())
 
 
 def _text(name: str) -> str:

@@ -233,7 +233,8 @@ function fill(from) {
     add(row, "td", finding.open ? "open at the end" : finding.since === null || finding.until === null ? "" : lengthText(finding.until - finding.since));
     add(row, "td", finding.opened);
     add(row, "td", finding.closed);
-    add(row, "td", [finding.note, finding.mapped ? `mapped by ${finding.mapped}` : ""].filter(Boolean).join("; "), "wide");
+    const grace = finding.grace ? "a longer --grace would clear it" : "";
+    add(row, "td", [finding.note, grace, finding.mapped ? `mapped by ${finding.mapped}` : ""].filter(Boolean).join("; "), "wide");
     const select = () => {
       for (const other of body.querySelectorAll('[aria-selected="true"]')) other.removeAttribute("aria-selected");
       row.setAttribute("aria-selected", "true");
@@ -255,13 +256,26 @@ function chooseKind(kind) {
   fill(0);
 }
 
+// Faults and notes: a storm of them is one row.
+function fillGroups(name, cells) {
+  byId(`${name}-section`).hidden = data[name].length === 0;
+  for (const group of data[name]) {
+    const row = add(byId(name).tBodies[0], "tr");
+    for (const text of cells(group)) add(row, "td", text);
+  }
+}
+const from = (group) => (group.since === null ? "" : `${toX(group.since).toFixed(6)} s`);
+const lines = (group) => (group.last === group.opened ? group.opened : `${group.opened}, ${group.last}`);
+fillGroups("faults", (group) => [group.count, group.device ?? group.target, group.range, from(group), lines(group), group.note]);
+fillGroups("notes", (group) => [group.count, group.kind, group.target, group.range, from(group), lines(group), group.note]);
+
 // Put it together.
 
 byId("title").textContent = data.title;
 for (const [key, value] of data.summary) {
   const pair = add(byId("summary"), "div");
   add(pair, "dt", key);
-  add(pair, "dd", value, failures.has(key) || key === "not read to its end" ? "bad" : "");
+  add(pair, "dd", value, failures.has(key) || key === "not read to its end" || (key === "verdict" && value !== "nothing found") ? "bad" : "");
 }
 for (const [colour, name] of SHADES.slice(1)) {
   const entry = add(byId("legend"), "li");
@@ -272,7 +286,7 @@ const mark = add(byId("legend"), "li");
 mark.append("× a finding");
 for (const text of data.limits) add(byId("limits"), "li", text);
 if (data.limits.length === 0) add(byId("limits"), "li", "Nothing that this audit looks for.");
-if (data.findings.length === 0) byId("meaning").textContent = "Nothing was found.";
+if (data.findings.length === 0) byId("meaning").textContent = data.sentence;
 if (kinds.length > 1)
   for (const kind of [null, ...kinds]) {
     const number = kind === null ? data.findings.length : data.findings.filter((each) => each.kind === kind).length;

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from typing import IO
 
+from ramblock.errors import describe_range
 from ramblock.report.html import write_page
-from ramblock.report.shades import Shade
-from ramblock.report.timeline import Rate, Rectangle, Timeline
+from ramblock.report.picture import Shade
+from ramblock.report.timeline import Rate, Timeline
 from ramblock.trace.events import Origin
-from ramblock.trace.findings import FAILURES, MEANINGS, Finding, FindingKind
+from ramblock.trace.findings import MEANINGS, Finding, FindingKind
+from ramblock.trace.result import AuditResult
 from ramblock.units import format_size
 
 __all__ = ["write_report"]
@@ -21,29 +23,37 @@ _MOST_EMPTY = 16 << 20
 
 
 def write_report(
-    path: Path,
+    stream: IO[bytes],
     timeline: Timeline,
-    findings: Sequence[Finding],
+    result: AuditResult,
     *,
     title: str,
-    summary: Mapping[str, object],
-    limits: Sequence[str],
-    timed: bool,
+    summary: Sequence[tuple[str, str]],
+    sentence: str,
+    failing: Set[FindingKind],
+    faults: Sequence[Sequence[Finding]],
+    notes: Sequence[Sequence[Finding]],
 ) -> None:
     """
-    Write the page.
+    Write the page. Without times in the trace, the order of its events stands for them.
 
-    :param findings: Worst first.
     :param summary: The entries of its head, as pairs.
-    :param limits: Gaps of the trace, in sentences.
-    :param timed: Whether the trace has times; else the order of its events stands for them.
+    :param sentence: The verdict.
+    :param failing: Kinds that are failures; the others are listed apart.
+    :param faults: In groups, each of them a row.
+    :param notes: Likewise.
     :raises UsageError: Plotly is not installed.
-    :raises OSError: The file cannot be written.
+    :raises OSError: It cannot be written.
     """
-    rectangles = timeline.rectangles()
-    rectangles += _stale_windows(findings, timeline.ended)
-    origin = _origin_text({each.opened.name for each in findings})
-    sentences = list(limits)
+    timed = result.began is not None
+    began = timeline.began if result.began is None else result.began
+    ended = timeline.ended if result.ended is None else max(result.ended, timeline.ended)
+    findings = [each for each in result.findings if each.kind in failing]
+    rectangles = timeline.columns()
+    for column, more in zip(rectangles, _stale_windows(findings, ended), strict=True):
+        column += more
+    origin = _origin_text({each.opened.name for each in result.findings})
+    sentences = list(result.limits)
     if timeline.left_out:
         sentences.append(
             f"the picture leaves out {timeline.left_out:,} parts that lasted at most"
@@ -52,29 +62,32 @@ def write_report(
         )
     data = {
         "title": title,
-        "summary": [[key, str(value)] for key, value in summary.items()],
+        "summary": summary,
+        "sentence": sentence,
         "limits": sentences,
         "timed": timed,
-        "began": timeline.began,
-        "ended": timeline.ended,
+        "began": began,
+        "ended": ended,
         "segments": [
             [start, end, f"{start:#x}", format_size(end - start)]
-            for start, end in find_segments(rectangles, findings)
+            for start, end in find_segments(zip(*rectangles[2:4], strict=True), findings)
         ],
         # By columns: shorter as JSON, and faster to go through.
-        "rectangles": [list(column) for column in zip(*rectangles, strict=True)] or [[]] * 5,
-        "counts": [list(column) for column in zip(*timeline.counts(), strict=True)],
+        "rectangles": rectangles,
+        "counts": list(zip(*timeline.counts(), strict=True)),
         "rates": {
             "conversions": _rate(timeline.conversions),
             "page state changes": _rate(timeline.changes),
             "refused accesses": _rate(timeline.faults),
         },
         "findings": [_finding(each, origin) for each in findings],
+        "faults": [_group(group, origin) for group in faults],
+        "notes": [_group(group, origin) for group in notes if group[0].kind not in failing],
         "meanings": {str(kind): text for kind, text in MEANINGS.items()},
-        "failures": sorted(str(kind) for kind in FAILURES),
+        "failures": sorted(str(kind) for kind in failing),
     }
     write_page(
-        path,
+        stream,
         title=f"ramblock: {title}",
         data=data,
         body="page.html",
@@ -83,13 +96,28 @@ def write_report(
     )
 
 
+def _group(
+    group: Sequence[Finding], origin: Callable[[Origin | None], str | None]
+) -> dict[str, object]:
+    first, last = group[0], group[-1]
+    start, end = min(each.start for each in group), max(each.end for each in group)
+    return {
+        **_finding(first, origin),
+        "count": len(group),
+        "start": start,
+        "end": end,
+        "range": describe_range(start, end - start),
+        "last": origin(last.opened),
+    }
+
+
 def find_segments(
-    rectangles: Sequence[Rectangle], findings: Sequence[Finding]
+    drawn: Iterable[tuple[int, int]], findings: Sequence[Finding]
 ) -> list[tuple[int, int]]:
     """Find the guest's addresses with something to show: holes would fill most of the picture."""
     ranges = sorted(
-        [(each.start, each.end) for each in rectangles]
-        + [(each.start, each.end) for each in findings if each.end > each.start]
+        # Few of them are different.
+        set(drawn) | {(each.start, each.end) for each in findings if each.end > each.start}
     )
     segments: list[tuple[int, int]] = []
     for start, end in ranges:
@@ -104,19 +132,18 @@ def _rate(rate: Rate) -> dict[str, object]:
     return {"width": rate.width, "buckets": sorted(rate.buckets.items())}
 
 
-def _stale_windows(findings: Sequence[Finding], ended: int) -> list[Rectangle]:
+def _stale_windows(findings: Sequence[Finding], ended: int) -> Iterator[list[int]]:
     """Draw ranges that stayed mapped after an unmap or unplug: their state may be unknown."""
-    return [
-        Rectangle(
-            each.since,
-            ended if each.until is None else each.until,
-            each.start,
-            each.end,
-            Shade.STALE,
-        )
+    stale = [
+        each
         for each in findings
         if each.kind in (FindingKind.STALE, FindingKind.UNPLUGGED) and each.since is not None
     ]
+    yield [each.since or 0 for each in stale]
+    yield [ended if each.until is None else each.until for each in stale]
+    yield [each.start for each in stale]
+    yield [each.end for each in stale]
+    yield [int(Shade.STALE)] * len(stale)
 
 
 def _origin_text(names: Set[str]) -> Callable[[Origin | None], str | None]:
@@ -136,7 +163,7 @@ def _finding(finding: Finding, origin: Callable[[Origin | None], str | None]) ->
         "target": finding.target,
         "start": finding.start,
         "end": finding.end,
-        "range": f"[{finding.start:#x}, {finding.end:#x})",
+        "range": describe_range(finding.start, finding.size),
         "size": format_size(finding.size),
         "since": finding.since,
         "until": finding.until,
@@ -145,4 +172,6 @@ def _finding(finding: Finding, origin: Callable[[Origin | None], str | None]) ->
         "closed": origin(finding.closed),
         "mapped": origin(finding.mapped),
         "note": finding.note,
+        "device": finding.device,
+        "grace": finding.grace,
     }

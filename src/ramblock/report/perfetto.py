@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from typing import IO, Any
 
-import msgspec
-
+from ramblock.text import encode_for_people
 from ramblock.trace.events import Access, ConversionEnd
 from ramblock.trace.findings import FAILURES, Finding
 from ramblock.trace.ranges import RangeMap
@@ -33,7 +32,6 @@ class PerfettoWriter:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
-        self._encode = msgspec.json.Encoder().encode
         self._first = True
         self._shared: RangeMap[object] = RangeMap()
         self._shared_bytes = 0
@@ -108,6 +106,8 @@ class PerfettoWriter:
             "closed": None if finding.closed is None else str(finding.closed),
             "note": finding.note,
             "failure": finding.kind in FAILURES,
+            "device": finding.device,
+            "grace": finding.grace,
         }
         name = str(finding.kind)
         common = {"tid": track, "name": name, "cat": "finding", "args": args}
@@ -150,7 +150,7 @@ class PerfettoWriter:
         if not self._first:
             self._stream.write(b",\n")
         self._first = False
-        self._stream.write(self._encode({"pid": _PROCESS, **fields}))
+        self._stream.write(encode_for_people({"pid": _PROCESS, **fields}))
 
 
 def _covered(ranges: RangeMap[object], start: int, end: int) -> int:

@@ -9,32 +9,19 @@ and of two the one with more stale bytes stays. The page tells of rectangles tha
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import NamedTuple
 
-from ramblock.report.shades import Cell, GuestPicture, Shade
+from ramblock.report.picture import Picture, Rectangle, Shade
 from ramblock.trace.events import Access, ConversionEnd
 from ramblock.trace.findings import Finding
 
-__all__ = ["MOST_RECTANGLES", "Counts", "Rectangle", "Timeline"]
+__all__ = ["MOST_RECTANGLES", "Counts", "Timeline"]
 
 #: Rectangles that a page can draw without delay.
 MOST_RECTANGLES = 200_000
 _MOST_COUNTS = 20_000
 _MOST_BUCKETS = 1_000
-
-
-class Rectangle(NamedTuple):
-    """
-    A run of pages that looked the same for a while.
-
-    Nanoseconds of the trace's clock, guest addresses in bytes; ends exclusive.
-    """
-
-    since: int
-    until: int
-    start: int
-    end: int
-    shade: Shade
 
 
 class Counts(NamedTuple):
@@ -78,12 +65,8 @@ class Timeline:
 
     def __init__(self, most: int = MOST_RECTANGLES) -> None:
         self._most = most
-        self._picture = GuestPicture(self._changed)
-        self._rectangles: list[Rectangle] = []
-        self._counts: list[Counts] = [Counts(0, 0, 0, 0)]
-        self._thinning = 0
-        self._bytes = [0] * len(Shade)
-        self._now = 0
+        self._picture = Picture()
+        self._counts: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]
         self._began: int | None = None
         #: Rectangles that were left out, and the longest of them in nanoseconds.
         self.left_out = 0
@@ -96,30 +79,33 @@ class Timeline:
 
     def page_state(self, time: int, start: int, end: int, *, private: bool) -> None:
         """Note that pages are now private or shared."""
-        self._at(time)
+        if time != self._picture.now:
+            self._advance(time)
         if not self.conversions.buckets:
             self.changes.add(time)
-        self._picture.page_state(time, start, end, private=private)
+        self._picture.page_state(start, end, private=private)
 
     def mapped(self, time: int, target: str, start: int, end: int) -> None:
         """Note that a target mapped a range."""
-        self._at(time)
-        self._picture.mapped(time, target, start, end)
+        if time != self._picture.now:
+            self._advance(time)
+        self._picture.mapped(target, start, end)
 
     def unmapped(self, time: int, target: str, start: int, end: int) -> None:
-        """Note that a target unmapped a range."""
-        self._at(time)
-        self._picture.unmapped(time, target, start, end)
+        """Note that a target unmapped a range; parts of it may not have been mapped."""
+        if time != self._picture.now:
+            self._advance(time)
+        self._picture.unmapped(target, start, end)
 
     def converted(self, event: ConversionEnd) -> None:
         """Note the end of a conversion."""
         self.changes.buckets.clear()
-        self.conversions.add(self._now if event.time is None else event.time)
+        self.conversions.add(self.ended if event.time is None else event.time)
 
     def accessed(self, event: Access) -> None:
         """Note a fault."""
         if event.refused:
-            self.faults.add(self._now if event.time is None else event.time)
+            self.faults.add(self.ended if event.time is None else event.time)
 
     def found(self, finding: Finding) -> None:
         """Take a finding: the page shows those that the audit kept, so this keeps none."""
@@ -132,63 +118,51 @@ class Timeline:
     @property
     def ended(self) -> int:
         """The last time that something changed."""
-        return self._now
+        return self._picture.now
+
+    def columns(self) -> list[list[int]]:
+        """
+        Return the rectangles, each of their fields as a list.
+
+        Those that are still so at the end of the trace end there.
+        """
+        return self._picture.columns()
 
     def rectangles(self) -> list[Rectangle]:
-        """Return the rectangles; those that are still so at the end of the trace end there."""
-        still = [
-            Rectangle(cell.since, self._now, start, end, cell.shade)
-            for start, end, cell in self._picture.cells()
-        ]
-        return self._rectangles + still
+        """Return the rectangles."""
+        return list(map(Rectangle, *self.columns()))
 
     def counts(self) -> list[Counts]:
         """Return bytes over time, by time."""
-        return [*self._counts, self._count_now()]
+        return [Counts(*each) for each in (*self._counts, self._count_now())]
 
-    def _at(self, time: int) -> None:
+    def _advance(self, time: int) -> None:
+        picture = self._picture
         if self._began is None:
             self._began = time
-        if time > self._now:
-            if self._counts[-1].time != self._now:
-                self._add_count()
-            self._now = time
-
-    def _changed(self, start: int, end: int, old: Cell, new: Cell) -> None:
-        size = end - start
-        before, after = old.shade, new.shade
-        self._bytes[before] -= size
-        self._bytes[after] += size
-        if before is Shade.NOTHING or (old.since == self._now and before is not Shade.STALE):
-            return
-        self._rectangles.append(Rectangle(old.since, self._now, start, end, before))
-        if len(self._rectangles) > 2 * self._most:
+        if time > picture.now:
+            if self._counts[-1][0] != picture.now:
+                self._counts.append(self._count_now())
+                if len(self._counts) > 2 * _MOST_COUNTS:
+                    self._thin_counts()
+            picture.now = time
+        if len(picture.drawn) > 2 * self._most * len(Rectangle._fields):
             self._thin_rectangles()
 
     def _thin_rectangles(self) -> None:
-        def importance(each: Rectangle) -> tuple[bool, int]:
-            return each.shade is Shade.STALE, each.until - each.since
-
-        self._rectangles.sort(key=importance, reverse=True)
-        gone = self._rectangles[self._most :]
-        del self._rectangles[self._most :]
+        drawn = self._picture.drawn
+        fields = len(Rectangle._fields)
+        found = [Rectangle(*drawn[at : at + fields]) for at in range(0, len(drawn), fields)]
+        found.sort(key=lambda each: (each.shade == Shade.STALE, each.lasted), reverse=True)
+        gone = found[self._most :]
+        drawn[:] = chain.from_iterable(found[: self._most])
         self.left_out += len(gone)
-        self.left_out_below = max(
-            self.left_out_below, max(each.until - each.since for each in gone)
-        )
+        self.left_out_below = max(self.left_out_below, max(each.lasted for each in gone))
 
-    def _count_now(self) -> Counts:
-        held = self._bytes
-        return Counts(
-            self._now,
-            held[Shade.SHARED] + held[Shade.SHARED_MAPPED],
-            held[Shade.MAPPED] + held[Shade.SHARED_MAPPED] + held[Shade.STALE],
-            held[Shade.STALE],
-        )
+    def _count_now(self) -> tuple[int, int, int, int]:
+        _, _, mapped, shared, both, stale = self._picture.bytes
+        return self._picture.now, shared + both, mapped + both + stale, stale
 
-    def _add_count(self) -> None:
-        counts = self._counts
-        counts.append(self._count_now())
-        if len(counts) > 2 * _MOST_COUNTS:
-            pairs = zip(counts[::2], counts[1::2], strict=False)
-            self._counts = [max(pair, key=lambda each: each.stale) for pair in pairs]
+    def _thin_counts(self) -> None:
+        pairs = zip(self._counts[::2], self._counts[1::2], strict=False)
+        self._counts = [first if first[3] >= second[3] else second for first, second in pairs]

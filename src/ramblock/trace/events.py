@@ -227,6 +227,8 @@ class Access(_Event):
     write: bool
     refused: bool
     """The IOMMU refused it: a fault."""
+    device: str | None = None
+    """As the trace names it: a PCI address, or bus, device and function."""
 
 
 class Attach(_Event):
@@ -288,6 +290,9 @@ Event: TypeAlias = (
     | StateChange
     | Map
     | Unmap
+    | Region
+    | Reset
+    | Viommu
     | Discard
     | Access
     | Attach
@@ -295,5 +300,4 @@ Event: TypeAlias = (
     | PlugRequest
     | Plug
     | Remark
-    | Region
 )

@@ -20,11 +20,13 @@ class FindingKind(StrEnum):
     UNPLUGGED = "unplugged while mapped"
     SHORT_UNMAP = "short unmap"
     MISSING = "missing"
+    REPORTED = "reported"
+    FAULT = "fault"
+    BROKEN_RULE = "broken rule"
     BISECTING_UNMAP = "bisecting unmap"
     INEXACT_UNMAP = "inexact unmap"
     DOUBLE_MAP = "double map"
     UNMAP_OF_NOTHING = "unmap of nothing"
-    REPORTED = "reported"
     TRANSITIONAL = "transitional"
     INSTANT = "instant"
 
@@ -44,16 +46,28 @@ MEANINGS: dict[FindingKind, str] = {
     " and the target insists on that",
     FindingKind.DOUBLE_MAP: "a range was mapped that was mapped already",
     FindingKind.UNMAP_OF_NOTHING: "an unmap of a range in which nothing was mapped",
-    FindingKind.REPORTED: "the program that wrote the trace saw a rule broken"
-    " (ramblock probe: docs/probe)",
+    FindingKind.REPORTED: "the program that wrote the trace says that something failed",
+    FindingKind.BROKEN_RULE: "a rule of the protocol was broken,"
+    " as the program that wrote the trace saw it (ramblock probe: docs/probe)",
+    FindingKind.FAULT: "the IOMMU refused a device's access",
     FindingKind.TRANSITIONAL: "private (or freed) and still mapped"
     " while their own conversion was going on (attribute first, then unmap)",
     FindingKind.INSTANT: "opened and closed at the same time stamp:"
     " shorter than the trace's clock can show",
 }
 
-#: Kinds that make an audit fail; ``--strict`` adds the others.
-FAILURES = frozenset(FindingKind) - {FindingKind.TRANSITIONAL, FindingKind.INSTANT}
+#: Kinds that make an audit fail. ``--strict`` adds the others, which are notes: rules of a
+#: protocol, windows that close by themselves, and the IOMMU's own work.
+FAILURES = frozenset(
+    {
+        FindingKind.STALE,
+        FindingKind.FREED,
+        FindingKind.UNPLUGGED,
+        FindingKind.SHORT_UNMAP,
+        FindingKind.MISSING,
+        FindingKind.REPORTED,
+    }
+)
 
 
 class Finding(msgspec.Struct, kw_only=True, frozen=True):
@@ -81,6 +95,10 @@ class Finding(msgspec.Struct, kw_only=True, frozen=True):
     """Still so at the end of the trace."""
     note: str = ""
     """A remark on this one."""
+    device: str | None = None
+    """The device of a fault."""
+    grace: bool = False
+    """Its conversion's end was guessed: with a longer ``--grace`` it may be none."""
 
     @property
     def size(self) -> int:

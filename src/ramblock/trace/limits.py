@@ -7,20 +7,21 @@ A clean audit of a trace without unmaps is worth nothing, and has to say so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ramblock.trace.mappings import TargetState
 from ramblock.trace.result import TargetSummary
 from ramblock.units import format_size
 
-__all__ = ["Evidence", "find_limits"]
+__all__ = ["Evidence", "find_limits", "why_not_judged"]
 
 
 @dataclass(slots=True)
 class Evidence:
     """The content of the trace, in numbers."""
 
+    events: int = 0
     conversions: int = 0
     attributes: int = 0
     state_changes: int = 0
@@ -28,6 +29,11 @@ class Evidence:
     maps: int = 0
     failed_maps: int = 0
     unmaps: int = 0
+    regions: int = 0
+    faults: int = 0
+    judged_bytes: int = 0
+    viommu: bool = False
+    not_compared: bool = False
     plugs: int = 0
     discards: int = 0
     unplaced_discards: int = 0
@@ -35,17 +41,51 @@ class Evidence:
     mapped_before: int = 0
     guessed_ends: int = 0
     unfinished: int = 0
+    alike: set[str] = field(default_factory=set)
     emptied: set[str] = field(default_factory=set)
     lost: list[str] = field(default_factory=list)
     gone: list[TargetSummary] = field(default_factory=list)
 
 
-def find_limits(
-    evidence: Evidence, targets: Mapping[str, TargetState], *, timed: bool
-) -> list[str]:
+def why_not_judged(evidence: Evidence, *, followed: bool, left: bool) -> list[str]:
+    """
+    Say why the trace is no evidence, in sentences; nothing, if it is.
+
+    :param followed: There is a guest whose page states and mappings are both in the trace.
+    :param left: RAM is still mapped where the trace ends.
+    """
+    reasons = []
+    has_states = bool(evidence.attributes or evidence.state_changes)
+    if not evidence.events:
+        reasons.append("no event was read")
+    elif evidence.viommu:
+        pass  # a limit says so
+    elif not evidence.maps:
+        if has_states or not evidence.faults:
+            reasons.append("no mappings are in this trace")
+    elif not followed and (left or has_states):
+        if not has_states:
+            reasons.append(
+                "no page states are in this trace: which pages were private is not known"
+            )
+        elif evidence.unplaced_states:
+            reasons.append("the places of page states are not known (--layout)")
+        else:
+            reasons.append("page states and mappings are those of different processes")
+    if evidence.not_compared:
+        reasons.append("there were more targets, or guests, at the same time than are compared")
+    return reasons
+
+
+def find_limits(evidence: Evidence, targets: Sequence[TargetState], *, timed: bool) -> list[str]:
     """List the trace's limits, in sentences."""
     limits = list(_about_mappings(evidence, targets))
     limits += _about_states(evidence)
+    if evidence.viommu:
+        limits.append(
+            "the guest has an IOMMU of its own, so IOVAs are not guest addresses:"
+            " mappings and page states were not compared"
+        )
     if not timed:
         limits.append(
             "the trace has no times: how long windows were open is not known,"
@@ -69,7 +109,7 @@ def find_limits(
     return limits
 
 
-def _about_mappings(evidence: Evidence, targets: Mapping[str, TargetState]) -> list[str]:
+def _about_mappings(evidence: Evidence, targets: Sequence[TargetState]) -> list[str]:
     limits = []
     if not evidence.maps:
         limits.append(
@@ -77,6 +117,16 @@ def _about_mappings(evidence: Evidence, targets: Mapping[str, TargetState]) -> l
         )
     elif not evidence.unmaps:
         limits.append("no unmap events in this trace: stale mappings cannot be ruled out")
+    if evidence.regions:
+        limits.append(
+            "no maps are told, as by QEMU's type1: RAM that it adds wholly, and pages that it says"
+            " became populated, are taken for mapped"
+        )
+    limits += [
+        f"{name}: several devices, which the trace does not tell apart: a mapping that one of them"
+        " lacks, or keeps, is not seen where the others have it"
+        for name in sorted(evidence.alike)
+    ]
     if evidence.failed_maps:
         limits.append(f"maps that failed, {evidence.failed_maps:,} of them, count as never made")
     if evidence.mapped_before:
@@ -88,7 +138,7 @@ def _about_mappings(evidence: Evidence, targets: Mapping[str, TargetState]) -> l
         f"{name}: everything was unmapped while pages were shared, which is taken for its end"
         for name in sorted(evidence.emptied)
     ]
-    for target in targets.values():
+    for target in targets:
         if target.untold:
             limits.append(_about_untold(target))
     return limits
@@ -96,7 +146,7 @@ def _about_mappings(evidence: Evidence, targets: Mapping[str, TargetState]) -> l
 
 def _about_untold(target: TargetState) -> str:
     text = (
-        f"{target.name}: {target.untold:,} unmaps were taken as done,"
+        f"{target.label}: {target.untold:,} unmaps were taken as done,"
         " because the trace does not tell their result"
         " (QEMU traces them when they are asked for, and frees the memory when they fail)"
     )

@@ -96,7 +96,15 @@ class AuditResult(msgspec.Struct, kw_only=True):
     targets: list[TargetSummary]
     limits: list[str]
     """The trace's limits, in sentences."""
-    by_event: dict[str, int]
+    cannot_tell: list[str] = []
+    """Why nothing could be judged, or not all that had to be, in sentences."""
+    judged_bytes: int = 0
+    """
+    Bytes of pages that were mapped, or changed their state, while the other was known.
+
+    Each time anew.
+    """
+    by_event: dict[str, int] = {}
     unknown_lines: int = 0
     unknown_examples: list[str] = []
     error: str | None = None
@@ -131,6 +139,17 @@ class FindingLog:
         if len(kept) >= 2 * KEPT_OF_A_KIND:
             kept.sort(key=rank)
             del kept[KEPT_OF_A_KIND:]
+
+    def keeps(self, kind: FindingKind, duration: int) -> bool:
+        """Whether a finding of this length would be kept; else :meth:`count` is enough."""
+        kept = self._kept.get(kind)
+        return kept is None or len(kept) < KEPT_OF_A_KIND or duration > self.counts[kind].longest
+
+    def count(self, kind: FindingKind, size: int) -> None:
+        """Count one that is not kept, shorter than others of its kind."""
+        count = self.counts[kind]
+        count.count += 1
+        count.size += size
 
     def worst(self) -> list[Finding]:
         """Return those that were kept, worst first."""

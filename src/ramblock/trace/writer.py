@@ -17,6 +17,8 @@ from typing import IO
 
 import msgspec
 
+from ramblock.text import encode_for_machines
+
 __all__ = ["TraceWriter"]
 
 #: Version of the format, in the ``start`` event.
@@ -54,7 +56,8 @@ class TraceWriter:
         with self._lock:
             if self._file is None:
                 return
-            line = self._encode({"t": monotonic_ns(), "event": event, **fields})
+            fields = {"t": monotonic_ns(), "event": event, **fields}
+            line = self._encode_line(fields)
             try:
                 self._file.write(line + b"\n")
                 if self._stream is not None:
@@ -62,6 +65,14 @@ class TraceWriter:
                 self.events += 1
             except OSError as error:
                 self._give_up(error)
+
+    def _encode_line(self, fields: dict[str, object]) -> bytes:
+        # It may go to a terminal. A name that is no UTF-8 must not end the job.
+        try:
+            line = self._encode(fields)
+        except UnicodeEncodeError:
+            return encode_for_machines(fields)
+        return line if line.isascii() and b"\x7f" not in line else encode_for_machines(fields)
 
     def close(self) -> None:
         """Write the buffered lines; a failure is in :attr:`error`."""

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Readers of traces: one file for each format, and what they share.
+
+:mod:`~ramblock.trace.readers.registry` has them by name, :mod:`~ramblock.trace.readers.detect` finds
+out which one a file needs, :mod:`~ramblock.trace.readers.base` is what a new one begins with.
+"""

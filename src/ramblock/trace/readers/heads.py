@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The part of a line that its loggers wrote: a time, the guest's process, a thread.
+
+QEMU's message may come through any number of loggers (syslog, journald, kata's shim, virt-launcher,
+kubectl, docker, a kernel's ring buffer), each of which puts something before it, and some behind.
+The time is the innermost, since that is the nearest to the event.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import date
+from typing import NamedTuple
+
+__all__ = ["Head", "Heads"]
+
+# Bytes that are looked at: stamps of loggers stand at the beginning of a line, QEMU's beside the
+# event, and fields of structured logs behind it.
+_FIRST, _LAST, _BEHIND = 512, 1024, 1024
+
+# QEMU to 10.0, and any version's `log` backend with `-msg timestamp`: the number is that of the
+# *thread* (scripts/tracetool/backend/log.py writes qemu_get_thread_id()).
+_QEMU = re.compile(rb"(?<!\d)(\d{1,10})@(\d{1,11})\.(\d{6}):\Z")
+# scripts/qemu-trace-stap writes pid() and the time in nanoseconds.
+_STAP = re.compile(rb"(?<!\d)(\d{1,10})@(\d{1,20}) {1,2}\Z")
+# util/message.c, with `-msg` of QEMU 11: `(thread's number:thread's name): `.
+_THREAD = re.compile(rb"\((\d{1,10}):([^\n]{0,64}?)\): ?\Z")
+# GLib leaves the fraction out where it is zero.
+_ISO = re.compile(
+    rb"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,9}))?"
+    rb" ?(Z|[+-]\d\d(?::?\d\d)?)?(?!\d)"
+)
+_KEYED_ISO = re.compile(
+    rb'"@?(?:timestamp|time|ts)" {0,4}: {0,4}"'
+    rb"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,9}))?"
+    rb" ?(Z|[+-]\d\d(?::?\d\d)?)?(?!\d)"
+)
+_JOURNAL_JSON = re.compile(rb'"__REALTIME_TIMESTAMP" {0,4}: {0,4}"(\d{10})(\d{6})"')
+_UNIX = re.compile(rb"(?<![\d.])(\d{10})\.(\d{1,9})(?!\d)")
+_SINCE_BOOT = re.compile(rb"[^\[]{0,64}\[ {0,8}(\d{1,10})\.(\d{1,9})\]")
+# The month is in any language: journald asks the locale.
+_SYSLOG = re.compile(
+    rb"(?:<\d{1,3}>)?(\S{1,24}) {1,2}(\d{1,2}) (\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))? "
+)
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_MONTHS_KEPT = 64
+
+_KATA_PROCESS = re.compile(rb'qemuPid"?\s{0,2}[=:]\s{0,2}"?(\d{1,10})')
+_LOGGED_PROCESS = re.compile(rb"(?i:qemu|kvm)[\w.+-]{0,32}\[(\d{1,10})\]:")
+_JOURNAL_COMMAND = re.compile(
+    rb'"(?:_COMM|SYSLOG_IDENTIFIER)" {0,4}: {0,4}"[^"]{0,64}(?i:qemu|kvm)'
+)
+_JOURNAL_PROCESS = re.compile(rb'"_PID" {0,4}: {0,4}"(\d{1,10})"')
+_CLOCKS = re.compile(rb"\d\d:\d\d:\d\d[\d.,]*")
+_DAY = 86_400
+
+
+class Head(NamedTuple):
+    """What stands around an event in its line."""
+
+    time: int | None
+    process: str | None
+    """That runs the guest."""
+    thread: str | None
+    """That wrote the event."""
+    logger: bytes
+    """What the loggers wrote, without their times: two of them differ here."""
+    fine: bool
+    """Whether the time tells two events of one second apart."""
+
+
+class Heads:
+    """Reads them; it remembers the last second, and months of other languages."""
+
+    def __init__(self) -> None:
+        self._second: tuple[bytes, ...] = ()
+        self._second_ns: int | None = None
+        self._months: dict[bytes, int] = {}
+
+    def read(self, head: bytes, tail: bytes) -> Head:
+        """
+        Read what stands before an event, and behind it.
+
+        A date that is none (the 99th of a month) counts as the time before.
+        """
+        if not head:
+            return Head(None, None, None, b"", fine=False)
+        near, first, tail = head[-_LAST:], head[:_FIRST], tail[:_BEHIND]
+        qemu = _QEMU.search(near)
+        if qemu is not None:
+            time = int(qemu[2]) * 10**9 + int(qemu[3]) * 1000
+            process = self._process(first, near, tail)
+            return Head(time, process, qemu[1].decode(), near[: qemu.start()][:_FIRST], fine=True)
+        stap = _STAP.search(near)
+        if stap is not None:
+            return Head(int(stap[2]), stap[1].decode(), None, near[: stap.start()], fine=True)
+        thread = _THREAD.search(near)
+        if thread is not None:
+            near = near[: thread.start()]
+        time, fine, stamp = self._time(first, near, tail)
+        return Head(
+            time,
+            self._process(first, near, tail),
+            None if thread is None else thread[1].decode(),
+            _CLOCKS.sub(b"", first.replace(stamp, b"") if stamp else first),
+            fine,
+        )
+
+    def _time(self, first: bytes, near: bytes, tail: bytes) -> tuple[int | None, bool, bytes]:
+        """Return the time, whether it has a fraction, and its text."""
+        iso = None
+        for iso in _ISO.finditer(near):
+            pass
+        if iso is None and first.lstrip()[:1] == b"{":
+            iso = _KEYED_ISO.search(tail)
+        if iso is not None:
+            return self._iso(iso), iso[7] is not None, iso[0]
+        since_boot = _SINCE_BOOT.match(first)
+        match = _JOURNAL_JSON.search(first) or _JOURNAL_JSON.search(tail) or _UNIX.search(near)
+        match = match or since_boot
+        if match is not None:
+            return int(match[1]) * 10**9 + _fraction(match[2]), True, match[0]
+        syslog = _SYSLOG.match(first)
+        if syslog is not None:
+            month, day, hour, minute, second, fraction = syslog.groups()
+            # The year is not told. A leap year has all days.
+            days = date(2000, self._month(month), 1).toordinal() + int(day)
+            seconds = days * _DAY + int(hour) * 3600 + int(minute) * 60 + int(second)
+            time = (seconds - date(1970, 1, 1).toordinal() * _DAY) * 10**9 + _fraction(fraction)
+            return time, fraction is not None, b""
+        return None, False, b""
+
+    def _iso(self, match: re.Match[bytes]) -> int | None:
+        *second, fraction, zone = match.groups()
+        key = (*second, zone or b"")
+        if key != self._second:
+            year, month, day, hour, minute, seconds = map(int, second)
+            try:
+                days = date(year, month, day).toordinal() - date(1970, 1, 1).toordinal()
+            except ValueError:
+                return self._second_ns
+            total = days * _DAY + hour * 3600 + minute * 60 + seconds - _offset(zone)
+            self._second, self._second_ns = key, total * 10**9
+        assert self._second_ns is not None
+        return self._second_ns + _fraction(fraction)
+
+    def _month(self, word: bytes) -> int:
+        digits = re.match(rb"\d{1,2}", word)  # 11月
+        if digits is not None and 1 <= int(digits[0]) <= 12:
+            return int(digits[0])
+        text = word.decode(errors="replace").lower()[:3]
+        if text in _MONTHS:
+            return _MONTHS.index(text) + 1
+        # Of another language: those that come later are later.
+        if word not in self._months and len(self._months) < _MONTHS_KEPT:
+            self._months[word] = len(self._months)
+        return self._months.get(word, 0) % 12 + 1
+
+    @staticmethod
+    def _process(first: bytes, near: bytes, tail: bytes) -> str | None:
+        match = _KATA_PROCESS.search(tail) or _KATA_PROCESS.search(near)
+        match = match or _LOGGED_PROCESS.search(first)
+        if match is None and first.lstrip()[:1] == b"{":
+            if _JOURNAL_COMMAND.search(first) or _JOURNAL_COMMAND.search(tail):
+                match = _JOURNAL_PROCESS.search(first) or _JOURNAL_PROCESS.search(tail)
+        return None if match is None else match[1].decode()
+
+
+def _fraction(digits: bytes | None) -> int:
+    """Nanoseconds of the digits behind a second's dot."""
+    return 0 if digits is None else int(digits.ljust(9, b"0"))
+
+
+def _offset(zone: bytes | None) -> int:
+    """Seconds that a zone's clock is ahead."""
+    if zone is None or zone == b"Z":
+        return 0
+    digits = zone[1:].replace(b":", b"").ljust(4, b"0")
+    seconds = int(digits[:2]) * 3600 + int(digits[2:]) * 60
+    return -seconds if zone.startswith(b"-") else seconds
