@@ -7,8 +7,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ramblock.cli.trace_format import trace_format
 from ramblock.cli.check_how import HOW
+from ramblock.cli.trace_format import trace_format
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
