@@ -86,6 +86,8 @@ def _judged(result: AuditResult) -> str:
     text = ""
     if result.judged_bytes:
         text += f" in {format_size(result.judged_bytes)} of guest pages"
-    if result.began is not None and result.ended is not None:
+    else:
+        text += "; pages and mappings were not compared, see the limits"
+    if result.judged_bytes and result.began is not None and result.ended is not None:
         text += f" over {(result.ended - result.began) / 1e9:.1f} s"
     return text

@@ -27,6 +27,7 @@ from ramblock.trace.events import (
     Conversion,
     ConversionEnd,
     Detach,
+    DeviceMemory,
     Discard,
     Event,
     Layout,
@@ -139,6 +140,10 @@ class GuestAudit:
             conversion = self.conversions.step(start, end, self._judge.now, event.source)
             conversion.asked = True
             self._become_private(event, start, end, conversion)
+
+    def device_memory(self, event: DeviceMemory) -> None:
+        """Note that a device's own memory will be mapped."""
+        self._evidence.device_memory += event.size
 
     def viommu(self, event: Viommu) -> None:
         """Note that IOVAs are not guest addresses: nothing can be compared any more."""

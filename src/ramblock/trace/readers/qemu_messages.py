@@ -35,7 +35,7 @@ class Message(NamedTuple):
     place: str = ""
     """What the groups are: ``range`` start and size, ``offset`` the same inside a block."""
     evidence: bool = True
-    """Whether it shows that the file is about mappings at all."""
+    """Whether it tells of a mapping or conversion that failed; others are limits of the trace."""
 
 
 _HEX = r"0x([0-9a-fA-F]{1,16})(?![0-9a-fA-F])"

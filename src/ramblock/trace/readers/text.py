@@ -300,6 +300,10 @@ class TextReader(LineReader):
         if told is None:
             return False
         message, match = told
+        if not message.evidence:
+            words = match[0].decode(errors="backslashreplace")
+            self.needs[words] = f"QEMU says at line {number}: {words}: {message.meaning}"
+            return True
         head = self.heads.read(raw[: match.start()], raw[match.end() :])
         if self._is_copy(head, match[0]):
             return True
@@ -311,8 +315,7 @@ class TextReader(LineReader):
                 del self.telling[guest]
         failures.tell(message, match, raw, (head.time, source, number, None), meaning, found)
         self.telling[source.guest] = failures
-        if message.evidence:
-            self.counts.note("message")
+        self.counts.note("message")
         return True
 
 
