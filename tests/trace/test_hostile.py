@@ -1,8 +1,8 @@
 """
 What a recording may hold that somebody made to hurt.
 
-Work is counted in Python's calls, never in seconds. A pattern that walks back over its line takes no
-calls; but on a line of a megabyte it would need
+Work is counted in Python's calls, never in seconds. A pattern that walks back over its line takes
+no calls; but on a line of a megabyte it would need
 hours, and the limit of a test ends it.
 """
 
