@@ -20,7 +20,7 @@ from ramblock.trace.events import Source
 from ramblock.trace.readers.base import TraceReader
 from ramblock.trace.readers.registry import make_reader
 
-__all__ = ["CASE", "run"]
+__all__ = ["CASE", "qemu_text", "run"]
 
 CASE = "check: read and audit a trace"
 
@@ -117,7 +117,8 @@ def _own(block: int) -> bytes:
     return "".join(lines).encode()
 
 
-def _qemu(block: int) -> bytes:
+def qemu_text(block: int) -> bytes:
+    """Make a block of QEMU's text, some 8,000 lines."""
     lines = []
     for time, gpa, private in _conversions(block):
         stamp = f"1@{time // _SECOND}.{time % _SECOND // 1000:06}:"
@@ -204,7 +205,7 @@ _HEADS = {
 }
 _FORMATS: dict[str, tuple[str, Callable[[int], bytes]]] = {
     "ramblock": ("ramblock", _own),
-    "QEMU, text": ("qemu", _qemu),
+    "QEMU, text": ("qemu", qemu_text),
     "QEMU, binary": ("simpletrace", _simpletrace),
     "ftrace": ("ftrace", _ftrace),
     "bpftrace": ("bpftrace", _bpftrace),

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ramblock.cli.check_how import HOW
 from ramblock.cli.trace_format import trace_format
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--how",
-        choices=("qemu", "ftrace", "bpftrace"),
+        choices=tuple(HOW),
         help="print the commands that record a trace for the check, and exit",
     )
     _add_reading(parser)
