@@ -243,7 +243,7 @@ class Failures:
         self, at: At, meaning: QemuMeaning, start: int | None, end: int | None
     ) -> None:
         newest = meaning.conversion
-        if newest is None or self._ends is not None:
+        if newest is None:
             return
         if start is not None and start != newest.start:
             return
