@@ -1,5 +1,5 @@
 """
-The price of an event does not grow with the events before it, whatever somebody writes into a trace.
+The price of an event does not grow with the events before it, whatever a trace holds.
 
 Steps are counted, lines of the audit that are run, at n events and at 4n. The bounds behind which
 the rest is summed up are made small, so that few events reach them.

@@ -156,9 +156,9 @@ class Recorded:
             if event.end > event.start:
                 self._attributes.add(time, event.start, event.end, private=event.private)
         elif isinstance(event, StateChange):
-            placed = self._places.of_block(event.block, event.start, event.end)
-            self.unplaced += not placed
-            for start, end in placed:
+            possible = self._places.of_block(event.block, event.start, event.end)
+            self.unplaced += len(possible) != 1
+            for start, end in possible[0] if len(possible) == 1 else ():
                 if end > start:
                     self._states.add(time, start, end, private=event.private)
         elif isinstance(event, ConversionEnd):

@@ -70,6 +70,8 @@ class Conversions:
         self.ending: set[str] = set()
         #: Conversions whose end was guessed.
         self.guessed = 0
+        #: The newest of those whose begin is in the trace.
+        self.newest: ActiveConversion | None = None
         #: Which conversion a page is in; the newest, where two vCPUs convert the same page.
         self._where: RangeMap[ActiveConversion] = RangeMap()
         self._of_vcpu: dict[str, list[ActiveConversion]] = {}
@@ -94,6 +96,7 @@ class Conversions:
                     self._quiet.append((time, before))
         found = self._start(start, end, time, source, vcpu)
         found.told = True
+        self.newest = found
         self._told.append((time, found))
 
     def step(

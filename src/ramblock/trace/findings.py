@@ -22,6 +22,7 @@ class FindingKind(StrEnum):
     MISSING = "missing"
     REPORTED = "reported"
     FAULT = "fault"
+    BROKEN_RULE = "broken rule"
     BISECTING_UNMAP = "bisecting unmap"
     INEXACT_UNMAP = "inexact unmap"
     DOUBLE_MAP = "double map"
@@ -45,8 +46,9 @@ MEANINGS: dict[FindingKind, str] = {
     " and the target insists on that",
     FindingKind.DOUBLE_MAP: "a range was mapped that was mapped already",
     FindingKind.UNMAP_OF_NOTHING: "an unmap of a range in which nothing was mapped",
-    FindingKind.REPORTED: "the program that wrote the trace saw a rule broken"
-    " (ramblock probe: docs/probe)",
+    FindingKind.REPORTED: "the program that wrote the trace says that something failed",
+    FindingKind.BROKEN_RULE: "a rule of the protocol was broken,"
+    " as the program that wrote the trace saw it (ramblock probe: docs/probe)",
     FindingKind.FAULT: "the IOMMU refused a device's access",
     FindingKind.TRANSITIONAL: "private (or freed) and still mapped"
     " while their own conversion was going on (attribute first, then unmap)",

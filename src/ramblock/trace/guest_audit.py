@@ -97,8 +97,11 @@ class GuestAudit:
         self._seen: dict[int, RangeMap[bool]] = {}
         self._has_attributes = False
         self._viommu = False
-        #: The newest mappings of regions are told by maps: regions say nothing then.
+        #: The trace has maps; without, they are taken to follow regions and page states.
         self._maps_are_told = False
+        self._has_regions = False
+        #: A state change whose block is not known, with the places where it may be.
+        self._undecided: tuple[StateChange, list[list[tuple[int, int]]]] | None = None
 
     # -- places and resets
 
@@ -183,10 +186,44 @@ class GuestAudit:
 
     def state_change(self, event: StateChange) -> None:
         """Note that page states of a block changed."""
+        within = self.conversions.newest
+        if within is not None and (within.over or not within.told):
+            within = None
+        possible = self.places.of_block(
+            event.block, event.start, event.end, (within.start, within.end) if within else None
+        )
+        if len(possible) > 1:
+            self._forget_undecided()
+            self._undecided = event, possible
+        else:
+            self._change_states(event, possible[0] if possible else [])
+
+    def _decide(self, start: int, end: int) -> None:
+        """Place a state change that fits into several blocks: what is mapped next tells which."""
+        assert self._undecided is not None
+        event, possible = self._undecided
+        places = [
+            each for each in possible if any(low < end and start < high for low, high in each)
+        ]
+        if len(places) == 1:
+            self._undecided = None
+            self._change_states(event, places[0])
+        else:
+            self._forget_undecided()
+
+    def _forget_undecided(self) -> None:
+        if self._undecided is not None:
+            self._undecided = None
+            self._evidence.state_changes += 1
+            self._evidence.unplaced_states += 1
+
+    def _change_states(self, event: StateChange, places: list[tuple[int, int]]) -> None:
+        if self._has_regions and not self._maps_are_told:
+            for start, end in places:
+                self._follow(event, start, end, shared=not event.private)
         if self._has_attributes:
             return  # they say the same, with guest addresses
         self._evidence.state_changes += 1
-        places = self.places.of_block(event.block, event.start, event.end)
         if not places:
             self._evidence.unplaced_states += 1
         for start, end in places:
@@ -257,15 +294,17 @@ class GuestAudit:
     def plug_request(self, event: PlugRequest) -> None:
         """Note that virtio-mem is asked for memory, or gets some back."""
         self._note_pluggable(event)
+        if event.end <= event.start:
+            return  # its size is not known
         # QEMU maps before it answers that memory is plugged, which takes long where there is much
         # to map.
         self.conversions.step(event.start, event.end, self._judge.now, event.source).held = True
 
     def _note_pluggable(self, event: PlugRequest | Plug) -> None:
         """Note that these pages' block is virtio-mem's: unplugged, but for what is told."""
-        if self._pluggable.covered(event.start, event.end) < event.end - event.start:
-            start, end = self.places.around(event.start, event.end)
-            self._pluggable.set(start, end, True)  # noqa: FBT003 - a value
+        start, end = event.start, max(event.end, event.start + 1)
+        if self._pluggable.covered(start, end) < end - start:
+            self._pluggable.set(*self.places.around(start, end), True)  # noqa: FBT003 - a value
 
     def plug(self, event: Plug) -> None:
         """Note virtio-mem's answer."""
@@ -288,11 +327,16 @@ class GuestAudit:
             self._unplugged.set(start, end, None)
             for gap_start, gap_end in self._plugged.gaps(start, end):
                 self._plugged.set(gap_start, gap_end, reason)
+            if self._has_regions and not self._maps_are_told:
+                for low, high, _ in self._shared.some(start, end, _MOST):
+                    self._follow(event, low, high, shared=True)
             return
         for target in self._compared():
             for low, high, before in self._shared.some(start, end, _MOST)[:_MOST]:
                 self._no_longer_missing(target, low, high, before, event)
         self._plugged.set(start, end, None)
+        if self._has_regions and not self._maps_are_told:
+            self._follow(event, start, end, shared=False)
         for gap_start, gap_end in self._unplugged.gaps(start, end):
             self._unplugged.set(gap_start, gap_end, reason)
 
@@ -390,6 +434,8 @@ class GuestAudit:
         if not self._maps_are_told and event.target != _REGIONS:
             self._maps_are_told = True
             self.targets.pop(_REGIONS, None)
+        if self._undecided is not None:
+            self._decide(start, end)
         target = self.targets.get(event.target) or self.target(event.target)
         if not event.done or end <= start:
             evidence.failed_maps += 1
@@ -474,6 +520,7 @@ class GuestAudit:
         """Note RAM that is mapped wholly, where no map says so."""
         if self._maps_are_told:
             return
+        self._has_regions = True
         self._evidence.regions += 1
         fields = (event.time, event.source, event.line, _REGIONS, event.start, event.end)
         if event.added:
@@ -482,6 +529,23 @@ class GuestAudit:
             event.start, event.end, 1
         ):
             self.unmap(Unmap(*fields))
+
+    def _follow(self, event: StateChange | Plug, start: int, end: int, *, shared: bool) -> None:
+        """
+        Take a range for mapped, or unmapped, because a listener was told of it.
+
+        QEMU's type1 container has no events; its listener maps what becomes populated and unmaps
+        what becomes discarded (hw/vfio/listener.c).
+        """
+        target = self.target(_REGIONS)
+        fields = (event.time, event.source, event.line, _REGIONS)
+        if not shared:
+            for low, high, _ in target.mappings.some(start, end, _MOST):
+                self.unmap(Unmap(*fields, low, high, high - low))
+            return
+        for low, high in target.mappings.gaps(start, end, _MOST):
+            if not self._pluggable or self._plugged.covered(low, high) == high - low:
+                self.map(Map(*fields, low, high))
 
     def remark(self, event: Remark) -> None:
         """Note a remark of the trace itself."""
@@ -510,9 +574,11 @@ class GuestAudit:
         """Note an unmap: the pieces that are gone, were refused, or came short."""
         self._judge.recent.append((self._judge.now, event))
         self._evidence.unmaps += count
+        start, end = event.start, event.end
+        if self._undecided is not None:
+            self._decide(start, end)
         target = self.targets.get(event.target) or self.target(event.target)
         target.unmaps += count
-        start, end = event.start, event.end
         if end <= start:
             return
         mappings = target.mappings
@@ -746,6 +812,7 @@ class GuestAudit:
     def finish(self) -> None:
         """Judge the windows that are open where the trace ends."""
         judge = self._judge
+        self._forget_undecided()
         self.conversions.end_all_quiet(judge.now if judge.timed else None)
         if len(self.targets) > _MOST_TARGETS:
             self._evidence.not_compared = True

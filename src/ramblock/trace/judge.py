@@ -22,6 +22,9 @@ from ramblock.trace.result import FindingLog, Lengths
 __all__ = ["Judge"]
 
 _RECENT = 1024
+_OWN = "ramblock"
+#: Formats of QEMU.
+_LOGS = frozenset({"qemu", "simpletrace"})
 
 
 class Judge:
@@ -70,7 +73,9 @@ class Judge:
             origin = mapping.origin(start)
             line, source = origin.line, mapping.source
             since = mapping.since
-        if conversion is not None and not conversion.over:
+        if event is None and kind is FindingKind.STALE and _stopped(conversion):
+            note = note or "the log ends in this conversion: the guest stopped, or the log is cut"
+        elif conversion is not None and not conversion.over:
             self._inside(kind, target, start, end, since, source.name, line, mapping, event, note)
             return
         length = self.now - since
@@ -92,7 +97,7 @@ class Judge:
                 mapped=None if mapping is None else mapping.origin(start),
                 open=event is None,
                 note=note,
-                grace=conversion is not None and conversion.guessed,
+                grace=conversion is not None and (conversion.guessed or not conversion.over),
             )
         )
 
@@ -167,9 +172,11 @@ class Judge:
     def report(self, event: Remark) -> None:
         """Note a report of the trace itself."""
         start = event.start or 0
+        # A probe that saw a mapping stay says so in other words.
+        kind = FindingKind.BROKEN_RULE if event.source.format == _OWN else FindingKind.REPORTED
         self.found(
             Finding(
-                kind=FindingKind.REPORTED,
+                kind=kind,
                 target=event.target,
                 start=start,
                 end=event.end or start,
@@ -192,3 +199,18 @@ class Judge:
 
     def _time(self, time: int) -> int | None:
         return time if self.timed else None
+
+
+def _stopped(conversion: ActiveConversion | None) -> bool:
+    """
+    Whether a log ends in a conversion.
+
+    QEMU writes each line at once, and the steps of a conversion follow each other in microseconds.
+    The kernel's buffers end anywhere.
+    """
+    return (
+        conversion is not None
+        and conversion.told
+        and not conversion.over
+        and conversion.source.format in _LOGS
+    )

@@ -64,11 +64,14 @@ def why_not_judged(evidence: Evidence, *, followed: bool, left: bool) -> list[st
         if has_states or not evidence.faults:
             reasons.append("no mappings are in this trace")
     elif not followed and (left or has_states):
-        reasons.append(
-            "page states and mappings are those of different processes"
-            if has_states
-            else "no page states are in this trace: which pages were private is not known"
-        )
+        if not has_states:
+            reasons.append(
+                "no page states are in this trace: which pages were private is not known"
+            )
+        elif evidence.unplaced_states:
+            reasons.append("the places of page states are not known (--layout)")
+        else:
+            reasons.append("page states and mappings are those of different processes")
     if evidence.not_compared:
         reasons.append("there were more targets, or guests, at the same time than are compared")
     return reasons
@@ -116,7 +119,8 @@ def _about_mappings(evidence: Evidence, targets: Sequence[TargetState]) -> list[
         limits.append("no unmap events in this trace: stale mappings cannot be ruled out")
     if evidence.regions:
         limits.append(
-            "no maps are told, as by QEMU's type1: RAM that it adds wholly is taken for mapped"
+            "no maps are told, as by QEMU's type1: RAM that it adds wholly, and pages that it says"
+            " became populated, are taken for mapped"
         )
     limits += [
         f"{name}: several devices, which the trace does not tell apart: a mapping that one of them"

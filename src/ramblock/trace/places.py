@@ -95,19 +95,22 @@ class Places:
             each is not None and each.name != source.name for each in sources
         )
 
-    def of_block(self, name: str | None, start: int, end: int) -> list[tuple[int, int]]:
+    def of_block(
+        self, name: str | None, start: int, end: int, within: tuple[int, int] | None = None
+    ) -> list[list[tuple[int, int]]]:
         """
-        Find where a range of a block lies for the guest.
+        Find where a range of a block may lie for the guest.
 
-        :param name: None: the trace does not say; then it must fit into one confidential block
-            only. Places with one private side are of one block.
-        :return: Nothing, where that is not known.
+        :param name: None: the trace does not say; then each confidential block into which it fits
+            is one possibility. Places with one private side are of one block.
+        :param within: A range of the guest in which it has to begin, if that is known.
+        :return: The possibilities, each a list of places.
         """
         if name is not None:
             blocks = self._of_block.get(name, {})
-            return [place for block in blocks.values() for place in _part_of(block, start, end)]
-        fitting = []
-        found: list[tuple[int, int]] = []
+            found = [place for block in blocks.values() for place in _part_of(block, start, end)]
+            return [found] if found else []
+        fitting, partly = [], []
         for blocks in self._of_block.values():
             found = [
                 place
@@ -115,13 +118,13 @@ class Places:
                 if block.confidential
                 for place in _part_of(block, start, end)
             ]
+            if within is not None and not any(within[0] <= low < within[1] for low, _ in found):
+                continue
             if sum(high - low for low, high in found) >= end - start:
                 fitting.append(found)
-        if len(fitting) == 1:
-            return fitting[0]
-        if not fitting and len(self._of_block) == 1:  # a part of it is not placed
-            return found
-        return []
+            elif found:
+                partly.append(found)
+        return fitting or partly
 
     def of_host(self, start: int, end: int) -> list[tuple[int, int]]:
         """Find where a range of host addresses lies for the guest."""
