@@ -23,7 +23,11 @@ def print_result(result: AuditResult, judgement: Judgement, *, strict: bool) -> 
     """Print one audit on stdout."""
     terminal = out()
     failing = failing_kinds(strict=strict)
-    failures = [finding for finding in result.findings if finding.kind in failing]
+    failures = [
+        finding
+        for finding in result.findings
+        if finding.kind in failing and finding.kind is not FindingKind.FAULT
+    ]
     notes = [finding for finding in result.findings if finding.kind not in failing]
     terminal.line(Styled(", ".join(result.sources), "bold"))
     if result.events or result.error is None:
