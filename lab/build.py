@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import busybox, double, emulator, kernel, packages, virtme
+from lab import busybox, double, emulator, kernel, packages, recorders, virtme
 from lab.cache import Cache, Entry
 from lab.shell import Shell
 
@@ -32,6 +32,8 @@ class Lab:
     """
     double: Path | None
     """The shim and the firmware of ``lab.qemu_double``; None: not built."""
+    recorders: Path | None
+    """The folder of an entry with programs that record the kernel's events; None: not built."""
     launcher: tuple[str, ...]
     """The command that boots a kernel."""
 
@@ -56,7 +58,7 @@ def provide(
     needs = _Needs(own_kernel is None, own_qemu is None)
     _build_missing(cache, needs.missing, dry_run=dry_run)
     kernel_entry, qemu_entry = kernel.find(cache), emulator.find(cache)
-    double_entry = double.find(cache)
+    double_entry, recorders_entry = double.find(cache), recorders.find(cache)
     absent = cache.root / "not-built"
     tools_path = _path(busybox.find(cache), absent)
     kernel_path = kernel_entry.path if kernel_entry else absent
@@ -66,6 +68,7 @@ def provide(
         headers=None if own_kernel else kernel_path / kernel.HEADERS,
         busybox=None if own_kernel else tools_path / busybox.PROGRAM,
         double=double_entry.path if double_entry else None,
+        recorders=recorders_entry.path if recorders_entry else None,
         launcher=tuple(virtme.run_command(_path(virtme.find(cache), absent))),
     )
 
@@ -111,12 +114,13 @@ class _Needs:
             "kernel": kernel.find(cache) if self.kernel else True,
             # Where both are somebody's own, nothing of ours is built that was not asked for.
             "double": double.find(cache) if self.kernel or self.qemu else True,
+            "recorders": recorders.find(cache) if self.kernel or self.qemu else True,
         }
         return {name for name, entry in found.items() if not entry}
 
 
 def _build(cache: Cache, shell: Shell, missing: set[str]) -> None:
-    if missing & {"busybox", "kernel", "qemu"}:
+    if missing & {"busybox", "kernel", "qemu", "recorders"}:
         packages.check_machine()
     if "virtme" in missing:
         virtme.build(cache, shell)
@@ -129,6 +133,8 @@ def _build(cache: Cache, shell: Shell, missing: set[str]) -> None:
         double.build(cache, shell)
     if "busybox" in missing:
         busybox.build(cache, shell)
+    if "recorders" in missing:
+        recorders.build(cache, shell)
     if "kernel" in missing:
         packages.provide(shell)
         tools = _path(virtme.find(cache), cache.root / "not-built")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab import build, busybox, double, emulator, kernel, suite, virtme
+from lab import build, busybox, double, emulator, kernel, recorders, suite, virtme
 from lab.build import Lab
 from lab.cache import Cache
 from lab.errors import EXIT_LAB, LabError
@@ -281,6 +281,7 @@ FINDERS = {
     "kernel": kernel.find,
     "qemu": emulator.find,
     "busybox": busybox.find,
+    "recorders": recorders.find,
     "double": double.find,
     "virtme": virtme.find,
 }
@@ -297,6 +298,7 @@ def _machine(lab: Lab, variant: str) -> Machine:
         kernel=lab.kernel,
         qemu=lab.qemu,
         double=lab.double,
+        recorders=lab.recorders,
         launcher=lab.launcher,
         variant=VARIANTS[variant],
         logs=Cache().logs,

@@ -36,7 +36,7 @@ done
 cd {directory} 2>/dev/null || cd /
 ulimit -l unlimited
 echo started >{exchange}/status
-env {environment} sh -c {command}
+taskset --cpu-list {processors} env {environment} sh -c {command}
 code=$?
 echo "exit $code" >>{exchange}/status
 """
@@ -63,6 +63,7 @@ def exchange_options(folder: Path) -> list[str]:
 def script(
     command: str,
     *,
+    processors: str,
     directory: Path,
     places: Sequence[Path],
     environment: Mapping[str, str],
@@ -70,6 +71,7 @@ def script(
     """
     Return the script that runs *command*, text for a shell, and reports how it ended.
 
+    :param processors: Of the VM's those where the command runs: ``1-2``.
     :param directory: Where the command runs; the root if the guest has no such folder.
     :param places: Folders of the host that the command needs, wherever they are: a checkout may
         well be in /tmp.
@@ -77,6 +79,7 @@ def script(
     return _SCRIPT.format(
         exchange=EXCHANGE,
         host=_HOST,
+        processors=processors,
         places=shlex.join(str(place) for place in places) or '""',
         directory=shlex.quote(str(directory)),
         environment=shlex.join(f"{name}={value}" for name, value in environment.items()),

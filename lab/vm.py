@@ -27,6 +27,7 @@ from lab import guest
 from lab.console import KernelWatch, Lines
 from lab.double import DOUBLE_VARIABLE, QEMU_VARIABLE
 from lab.errors import LostVmError
+from lab.recorders import PROGRAMS, RECORDERS_VARIABLE
 from lab.shell import end_group
 from lab.variants import Variant
 
@@ -95,6 +96,8 @@ class Machine:
     logs: Path
     double: Path | None = None
     """The QEMU double, for programs in the VM that start confidential guests by *qemu*."""
+    recorders: Path | None = None
+    """Programs that record the kernel's events, for tests in the VM."""
 
     def command(self, exchange: Path) -> list[str]:
         """Return the command that boots the VM with *exchange* as the folder shared with it."""
@@ -121,8 +124,12 @@ class Machine:
         if self.double is not None:
             environment |= {QEMU_VARIABLE: str(self.qemu), DOUBLE_VARIABLE: str(self.double)}
             places += [self.qemu.parent, self.double]
+        if self.recorders is not None:
+            environment[RECORDERS_VARIABLE] = str(self.recorders / PROGRAMS)
+            places.append(self.recorders)
         return guest.script(
             work.command,
+            processors=self.variant.command_processors,
             directory=work.directory,
             places=places,
             environment={**environment, **work.environment},

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lab import build, busybox, double, emulator, kernel, packages, virtme
+from lab import build, busybox, double, emulator, kernel, packages, recorders, virtme
 from lab.archive import mirror_from
 from lab.cache import Cache
 from lab.errors import CommandError, KernelOptionsError, LabError, MissingPackagesError
@@ -80,7 +80,11 @@ def _build_all(cache: Cache, shell: Shell) -> None:
     emulator.build(cache, shell)
     double.build(cache, shell)
     busybox.build(cache, shell)
+    recorders.build(cache, shell)
     kernel.build(cache, shell, cache.root)
+
+
+_PARTS = ["virtme", "qemu", "double", "busybox", "recorders", "kernel"]
 
 
 def _whole(cache: Cache) -> list[str]:
@@ -89,6 +93,7 @@ def _whole(cache: Cache) -> list[str]:
         "qemu": emulator.find,
         "double": double.find,
         "busybox": busybox.find,
+        "recorders": recorders.find,
         "kernel": kernel.find,
     }
     return [name for name, find in finders.items() if find(cache)]
@@ -98,7 +103,7 @@ def test_build_ends_with_all_parts(cache: Cache) -> None:
     _build_all(cache, ScriptedShell(cache))
 
     entry = kernel.find(cache)
-    assert _whole(cache) == ["virtme", "qemu", "double", "busybox", "kernel"]
+    assert _whole(cache) == _PARTS
     assert entry is not None
     assert entry.inputs["version"] == _VERSION
     assert (entry.path / kernel.IMAGE).exists()
@@ -108,7 +113,7 @@ def test_build_ends_with_all_parts(cache: Cache) -> None:
 def test_build_interrupted_at_any_step_leaves_nothing_that_looks_whole(cache: Cache) -> None:
     complete = ScriptedShell(cache)
     _build_all(complete_cache := Cache(cache.root / "complete"), complete)
-    assert len(_whole(complete_cache)) == 5
+    assert _whole(complete_cache) == _PARTS
 
     for stop in range(len(complete.steps)):
         cut = Cache(cache.root / str(stop))
@@ -125,10 +130,12 @@ def test_build_interrupted_at_any_step_leaves_nothing_that_looks_whole(cache: Ca
             expected.append("double")
         if stop > complete.steps.index("busybox starts"):
             expected.append("busybox")
+        if stop > complete.steps.index("bpftrace starts"):
+            expected.append("recorders")
         assert _whole(cut) == expected, step
 
         _build_all(cut, ScriptedShell(cut))
-        assert _whole(cut) == ["virtme", "qemu", "double", "busybox", "kernel"], step
+        assert _whole(cut) == _PARTS, step
 
 
 def test_interrupted_build_goes_on_with_what_is_there(cache: Cache) -> None:
@@ -229,6 +236,9 @@ def test_dry_run_prints_the_commands_and_touches_nothing(
         "install --yes --no-install-recommends bc",
         "qemu-system-x86",
         "busybox-static",
+        "trace-cmd",
+        "linux-perf",
+        "bpftrace",
         "double/shim.so",
         "double/firmware.bin",
     ):
@@ -246,7 +256,7 @@ def test_own_kernel_and_qemu_need_no_build_of_ours(
     lab = build.provide(cache, own_kernel=tmp_path / "k", own_qemu=tmp_path / "q")
 
     assert (lab.kernel, lab.qemu) == (tmp_path / "k", tmp_path / "q")
-    assert (lab.headers, lab.busybox, lab.double) == (None, None, None)
+    assert (lab.headers, lab.busybox, lab.double, lab.recorders) == (None,) * 4
     assert capsys.readouterr().err == ""
 
 

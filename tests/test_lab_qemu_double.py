@@ -140,6 +140,20 @@ def test_events_are_kept_until_somebody_wants_them(
         qmp.execute("quit")
 
 
+def test_events_of_a_qemu_that_ends_are_read_to_the_last(
+    line: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = line
+    empty: dict[str, object] = {}
+    _say(theirs, {"QMP": empty}, {"return": empty}, {"event": "RESUME"})
+    qmp = Qmp(ours, timeout=1)
+    _say(theirs, {"return": empty}, {"event": "SHUTDOWN", "data": {"reason": "guest-reset"}})
+    theirs.close()
+
+    assert [event["event"] for event in qmp.remaining_events()] == ["RESUME", "SHUTDOWN"]
+    assert qmp.remaining_events() == []
+
+
 def test_log_gives_whole_lines_once(tmp_path: Path) -> None:
     path = tmp_path / "log"
     log = QemuLog(path)

@@ -179,6 +179,7 @@ def no_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         headers=None,
         busybox=None,
         double=Path("/d"),
+        recorders=None,
         launcher=("virtme",),
     )
     monkeypatch.setattr("lab.build.provide", lambda *_, **__: lab)

@@ -11,7 +11,7 @@ import pytest
 from lab import guest, vm
 from lab.console import KernelWatch, Lines
 from lab.errors import LostVmError
-from lab.variants import VARIANTS
+from lab.variants import VARIANTS, Variant
 from lab.vm import Machine, Result, Work
 
 _PRELUDE = """
@@ -154,16 +154,25 @@ def test_command_line_has_the_variant() -> None:
     assert words[0] == "virtme"
     assert "amd-iommu,dma-remap=on" in words
     assert "iommufd.allow_unsafe_interrupts=1" in words
-    assert words[words.index("--cpus") + 1] == "2"
+    assert words[words.index("--cpus") + 1] == "3"
     assert "--disable-kvm" in words
     assert "local,id=exchange,path=/a,,b,security_model=none" in words
     # What comes after it is QEMU's.
     assert words.index("--qemu-opts") > words.index("--script-sh")
 
 
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda variant: variant.name)
+def test_command_never_runs_on_the_first_of_several_processors(variant: Variant) -> None:
+    first, last = map(int, variant.command_processors.split("-"))
+
+    assert first == (0 if variant.vcpus == 1 else 1)
+    assert (last, last - first + 1) == (variant.vcpus - 1, variant.processors)
+
+
 def test_script_quotes_what_people_give() -> None:
     script = guest.script(
         "echo 'a b'; exit 3",
+        processors="1-2",
         directory=Path("/with space"),
         places=[Path("/tmp/it's")],
         environment={"NAME": "a value"},

@@ -9,7 +9,7 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from enum import Enum
 from pathlib import Path
@@ -32,6 +32,8 @@ _ENCRYPTED = 1 << 4
 _START_SECONDS = 120.0
 _END_SECONDS = 20.0
 _POLL_SECONDS = 0.05
+# Of each log, in the message about a QEMU that is gone.
+_HISTORY_LINES = 6
 
 
 class Way(Enum):
@@ -49,12 +51,21 @@ class QemuEnded(Exception):
 
     :ivar status: Its exit code; negative: the signal that ended it.
     :ivar output: Its standard output and error.
+    :ivar reason: Why, in QMP's words: ``guest-reset`` and others; None: it did not say.
+    :ivar triple_fault: Whether KVM said that a vCPU had one. QEMU takes that for a reset, and says
+        nothing of it.
     """
 
-    def __init__(self, status: int, output: str) -> None:
-        super().__init__(f"QEMU ended with {status}: {output.strip() or 'it said nothing'}")
+    def __init__(
+        self, status: int, output: str, *, reason: str | None = None, history: Sequence[str] = ()
+    ) -> None:
+        why = f", {reason}" if reason else ""
+        text = f"QEMU ended with {status}{why}: {output.strip() or 'it said nothing'}"
+        super().__init__("\n".join((text, *history)))
         self.status = status
         self.output = output
+        self.reason = reason
+        self.triple_fault = any("triple fault" in line for line in history)
 
 
 class GuestStopped(Exception):
@@ -113,6 +124,7 @@ class ConfidentialGuest:
         self.shim_log = folder / "shim.log"
         self.faults = Faults(folder / "faults")
         self._output = folder / "qemu.out"
+        self._opened = False
         self._call = Order.VMMCALL if way is Way.REAL else Order.DOORBELL
         devices = list(devices)
         objects = dict.fromkeys(value for device in devices for value in device.objects())
@@ -142,8 +154,7 @@ class ConfidentialGuest:
             try:
                 self._open(folder, stack)
             except ConnectionError:
-                with suppress(subprocess.TimeoutExpired):
-                    self.process.wait(_END_SECONDS)
+                self._wait_for_end()
                 self._check_alive()
                 raise
             stack.pop_all()
@@ -153,20 +164,24 @@ class ConfidentialGuest:
         qmp_line = stack.enter_context(self._connect(folder / "qmp"))
         self.qmp = Qmp(qmp_line)
         self.firmware = Firmware(firmware_line, self._check_running)
+        self._opened = True
         # QEMU was started with -S: COM1 has to be connected before the firmware writes to it.
         self.qmp.execute("cont")
         self.firmware.wait_ready(_START_SECONDS)
 
     def _channels(self, folder: Path) -> list[str]:
-        events = folder / "events"
-        events.write_text("".join(f"{name}\n" for name in TRACED))
         return [
             "-S",
             *("-chardev", f"socket,id=com1,path={folder}/com1,server=on,wait=off"),
             *("-serial", "chardev:com1"),
             *("-qmp", f"unix:{folder}/qmp,server=on,wait=off"),
-            *("-msg", "timestamp=on", "-trace", f"events={events}", "-D", str(self.log.path)),
+            *(self.options.tracing or self._tracing(folder)),
         ]
+
+    def _tracing(self, folder: Path) -> list[str]:
+        events = folder / "events"
+        events.write_text("".join(f"{name}\n" for name in TRACED))
+        return ["-msg", "timestamp=on", "-trace", f"events={events}", "-D", str(self.log.path)]
 
     # -- the guest's orders
 
@@ -317,9 +332,26 @@ class ConfidentialGuest:
             else:
                 return line
 
+    def _wait_for_end(self) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_END_SECONDS)
+
     def _check_alive(self) -> None:
         if (status := self.process.poll()) is not None:
-            raise QemuEnded(status, self.output())
+            raise QemuEnded(status, self.output(), reason=self._reason(), history=self._history())
+
+    def _reason(self) -> str | None:
+        events = self.qmp.remaining_events() if self._opened else []
+        reasons = [event["data"]["reason"] for event in events if event["event"] == "SHUTDOWN"]
+        return reasons[-1] if reasons else None
+
+    def _history(self) -> list[str]:
+        """Return the end of what was asked and done, for a message."""
+        lines = [f"order: {order}" for order in self.firmware.history] if self._opened else []
+        for name, path in (("shim", self.shim_log), ("trace", self.log.path)):
+            text = path.read_text(errors="replace") if path.exists() else ""
+            lines += [f"{name}: {line}" for line in text.splitlines()[-_HISTORY_LINES:]]
+        return lines
 
     def _check_running(self) -> None:
         self._check_alive()
@@ -327,8 +359,7 @@ class ConfidentialGuest:
             status = self.status
         except ConnectionError:
             # Its monitor is closed a moment before the process is gone.
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(_END_SECONDS)
+            self._wait_for_end()
             self._check_alive()
             raise
         if status in ("internal-error", "guest-panicked", "io-error", "shutdown"):

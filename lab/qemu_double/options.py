@@ -43,6 +43,8 @@ class GuestOptions:
     """Slots for devices that come later."""
     resets: bool = False
     """Whether a reset starts the guest anew; otherwise it ends QEMU. Not with TDX."""
+    tracing: tuple[str, ...] = ()
+    """QEMU's options for its trace, instead of the double's own: then ``log`` stays empty."""
     more: tuple[str, ...] = ()
     """Other arguments of QEMU's."""
 

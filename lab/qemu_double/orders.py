@@ -6,6 +6,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
+from collections import deque
 from collections.abc import Callable
 from enum import Enum
 
@@ -18,6 +19,7 @@ _ANSWER = struct.Struct("<Q")
 _MASK = (1 << 64) - 1
 # How often, while there is no answer, somebody looks whether there can still be one.
 _POLL_SECONDS = 0.1
+_HISTORY = 6
 
 
 class Order(Enum):
@@ -41,11 +43,13 @@ class Firmware:
 
     :param line: COM1, connected; closed by :meth:`close`.
     :param check: Called again and again while there is no answer; raises if there will be none.
+    :ivar history: The newest orders, with their answers, oldest first.
     """
 
     def __init__(self, line: socket.socket, check: Callable[[], None]) -> None:
         self._line = line
         self._check = check
+        self.history: deque[str] = deque(maxlen=_HISTORY)
         line.settimeout(_POLL_SECONDS)
 
     def wait_ready(self, timeout: float) -> None:
@@ -67,8 +71,16 @@ class Firmware:
         :raises TimeoutError: There is none within *timeout* seconds. It may still come, so nothing
             more can be asked.
         """
-        self._line.sendall(order.value + b"".join(map(_number, (a, b, c, d))))
-        answer: int = _ANSWER.unpack(self._receive(timeout))[0]
+        text = f"{order.name} {a:#x} {b:#x} {c:#x} {d:#x}"
+        self.history.append(text)
+        try:
+            self._line.sendall(order.value + b"".join(map(_number, (a, b, c, d))))
+            data = self._receive(timeout)
+        except ConnectionError:
+            self._check()  # it knows why nobody is there
+            raise
+        answer: int = _ANSWER.unpack(data)[0]
+        self.history[-1] = f"{text} -> {answer:#x}"
         return answer
 
     def _receive(self, timeout: float) -> bytes:

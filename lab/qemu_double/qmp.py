@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 __all__ = ["Qmp", "QmpError"]
@@ -83,6 +84,21 @@ class Qmp:
                     self._events.remove(event)
                     return event
             self._events.append(self._next(deadline))
+
+    def remaining_events(self, timeout: float = 1.0) -> list[dict[str, Any]]:
+        """
+        Return the events that nobody has taken, with those still to come from a QEMU that ends.
+
+        Nothing is raised: what can be read is read, until the monitor is closed or *timeout*.
+        """
+        deadline = time.monotonic() + timeout
+        with suppress(OSError, ValueError):
+            while True:
+                message = self._next(deadline)
+                if "event" in message:
+                    self._events.append(message)
+        events, self._events = self._events, []
+        return events
 
     def _next(self, deadline: float) -> dict[str, Any]:
         while b"\n" not in self._partial:

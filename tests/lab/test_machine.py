@@ -20,8 +20,11 @@ def _pci_devices() -> dict[str, Path]:
     }
 
 
-def test_processors_are_as_many_as_the_variant_has() -> None:
-    assert os.cpu_count() == (1 if os.environ["RAMBLOCK_LAB_VARIANT"] == "one-vcpu" else 2)
+def test_processors_are_as_many_as_the_variant_has_and_guests_never_run_on_the_first() -> None:
+    one = os.environ["RAMBLOCK_LAB_VARIANT"] == "one-vcpu"
+
+    assert os.sched_getaffinity(0) == ({0} if one else {1, 2})  # lab/variants.py says why
+    assert os.cpu_count() == (1 if one else 3)
 
 
 def test_iommu_is_the_one_of_the_variant(lab_iommu: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from lab.double import locate
 from lab.qemu_double import (
+    GIB,
     KIB,
     MIB,
     Call,
@@ -75,9 +76,36 @@ def test_qemu_that_dies_is_told_while_an_answer_is_awaited(double: Double) -> No
     guest.qmp.execute("stop")
     guest.process.kill()
 
-    with pytest.raises((QemuEnded, ConnectionError)):
+    with pytest.raises(QemuEnded, match="QEMU ended with -9"):
         guest.firmware.ask(Order.PING)
     assert guest.end() == -9
+
+
+def test_guest_that_is_lost_to_a_triple_fault_says_so(double: Double) -> None:
+    guest = double.guest()
+    guest.convert(2 * MIB, 4 * KIB, private=False)
+
+    with pytest.raises(QemuEnded) as caught:
+        guest.read(16 * GIB)  # the firmware maps 8 GiB, and has no handler for a page fault
+    error = caught.value
+    assert (error.status, error.reason, error.triple_fault) == (0, "guest-reset", True)
+    for part in (
+        "QEMU ended with 0, guest-reset",
+        "order: DOORBELL 0xc 0x200000 0x1 0x0 -> 0x0",
+        "order: READ 0x400000000 0x8 0x0 0x0",
+        "triple fault",
+        "kvm_convert_memory start 0x200000 size 0x1000",
+    ):
+        assert part in str(error)
+
+
+def test_reset_that_the_guest_asked_for_is_no_triple_fault(double: Double) -> None:
+    guest = double.guest()
+
+    with pytest.raises(QemuEnded) as caught:
+        guest.port_out(0xCF9, 6, 1)  # the reset register of the PC's chipsets
+    error = caught.value
+    assert (error.status, error.reason, error.triple_fault) == (0, "guest-reset", False)
 
 
 def test_refused_command_names_itself_and_the_reason(double: Double) -> None:

@@ -16,53 +16,20 @@
 
 #include "shim.h"
 
-enum { DOORBELL = 0x12b0, KVM_EXIT_IO = 2, KVM_EXIT_HYPERCALL = 3, MAX_FD = 4096 };
+enum { DOORBELL = 0x12b0, MAX_FD = 4096 };
 enum { RAX = 0, RBX = 1, RCX = 2, RSI = 4, REGS = 18 }; /* struct kvm_regs */
 
-struct kvm_run {
-    uint8_t head[8];
-    uint32_t exit_reason, more;
-    uint64_t cr8, apic_base;
-    union {
-        struct {
-            uint8_t direction, size;
-            uint16_t port;
-            uint32_t count;
-            uint64_t offset;
-        } io;
-        struct {
-            uint64_t nr, args[6], ret, flags;
-        } hypercall;
-    };
-};
-
-/* By file descriptor. Each is used by its own vCPU's thread. */
-static struct {
-    struct kvm_run *run;
-    bool asked;
-} vcpus[MAX_FD];
-
-static int create_vcpu(int vm, void *argument)
-{
-    int fd = syscall(SYS_ioctl, vm, KVM_CREATE_VCPU, argument);
-
-    if (fd >= 0 && fd < MAX_FD) {
-        void *run = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-
-        vcpus[fd].run = run == MAP_FAILED ? NULL : run;
-        vcpus[fd].asked = false;
-    }
-    return fd;
-}
+/* By the vCPU's file descriptor: it has asked, and gets its answer when it goes on. */
+static bool asked[MAX_FD];
 
 static int run_vcpu(int fd)
 {
-    struct kvm_run *run = fd < MAX_FD ? vcpus[fd].run : NULL;
+    struct kvm_run *run = fd < MAX_FD ? vcpus_run(fd) : NULL;
     uint64_t regs[REGS];
     int result;
 
-    if (run && vcpus[fd].asked) {
-        vcpus[fd].asked = false;
+    if (run && asked[fd]) {
+        asked[fd] = false;
         if (syscall(SYS_ioctl, fd, KVM_GET_REGS, regs))
             return -1;
         regs[RAX] = run->hypercall.ret;
@@ -83,7 +50,7 @@ static int run_vcpu(int fd)
     run->hypercall.args[1] = regs[RCX];
     run->hypercall.args[2] = regs[RSI];
     run->hypercall.flags = 1; /* KVM_EXIT_HYPERCALL_LONG_MODE */
-    vcpus[fd].asked = true;
+    asked[fd] = true;
     return 0;
 }
 
@@ -132,9 +99,6 @@ bool pretend_ioctl(int fd, unsigned long request, void *argument, int *result)
     case KVM_ENABLE_CAP:
         *result = 0;
         return *(uint32_t *)argument == KVM_CAP_EXIT_HYPERCALL;
-    case KVM_CREATE_VCPU:
-        *result = create_vcpu(fd, argument);
-        return true;
     case KVM_RUN:
         *result = run_vcpu(fd);
         return true;

@@ -46,9 +46,13 @@ int kernel_ioctl(int fd, unsigned long request, void *argument)
 {
     int result;
 
-    if (pretending && pretend_ioctl(fd, request, argument, &result))
-        return result;
-    return syscall(SYS_ioctl, fd, request, argument);
+    if (!pretending || !pretend_ioctl(fd, request, argument, &result))
+        result = syscall(SYS_ioctl, fd, request, argument);
+    if (request == KVM_CREATE_VCPU)
+        vcpus_add(result);
+    if (request == KVM_RUN && !result)
+        vcpus_note_exit(fd);
+    return result;
 }
 
 /* The call that fails is not made: the kernel's state is what it was. */

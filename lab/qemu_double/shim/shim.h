@@ -65,6 +65,39 @@ struct kvm_device_attr {
     uint64_t attr, addr;
 };
 
+enum {
+    KVM_EXIT_IO = 2,
+    KVM_EXIT_HYPERCALL = 3,
+    KVM_EXIT_SHUTDOWN = 8,
+    KVM_EXIT_FAIL_ENTRY = 9,
+    KVM_EXIT_INTERNAL_ERROR = 17,
+    KVM_EXIT_SYSTEM_EVENT = 24,
+};
+
+struct kvm_run {
+    uint8_t head[8];
+    uint32_t exit_reason, more;
+    uint64_t cr8, apic_base;
+    union {
+        struct {
+            uint8_t direction, size;
+            uint16_t port;
+            uint32_t count;
+            uint64_t offset;
+        } io;
+        struct {
+            uint64_t nr, args[6], ret, flags;
+        } hypercall;
+        uint64_t entry_failure;
+        uint32_t suberror, system_event;
+    };
+};
+
+/* vcpus.c: what a vCPU and the kernel share, and the exits that end a guest. */
+void vcpus_add(int fd);
+struct kvm_run *vcpus_run(int fd); /* NULL: fd is no vCPU */
+void vcpus_note_exit(int fd);
+
 /* faults.c: calls that a test makes fail. The order is that of the table shared with faults.py. */
 enum fault {
     FAULT_MAP,
@@ -78,7 +111,7 @@ enum fault {
 void faults_open(const char *path);
 int fault_of(enum fault fault); /* the errno that this call has to fail with; 0: none */
 
-/* log.c: a line about a VM, a launch, attributes or a fault. */
+/* log.c: a line about a VM, a launch, attributes, a fault or a vCPU's end. */
 void log_open(const char *path);
 void log_call(const char *format, ...) __attribute__((format(printf, 1, 2)));
 

@@ -1,0 +1,61 @@
+"""The commands of `ramblock check --how qemu`, as they are printed, with a real QEMU."""
+
+import re
+import subprocess
+from pathlib import Path
+
+from lab.qemu_double import Double, GuestOptions
+from qemu_scenarios import SCENARIOS
+from ramblock.check import check_file
+from ramblock.cli.check_how import QEMU_EVENTS, RECIPES
+
+
+def _steps(folder: Path) -> tuple[str, ...]:
+    """Carry out what comes before QEMU's start; return the options that it is to be started with."""
+    before, line = RECIPES["qemu"].start.rsplit("qemu-system-x86_64 ... ", 1)
+    subprocess.run(["sh", "-e", "-c", before], cwd=folder, check=True)
+    words = line.split()
+    return tuple(re.sub(r"(?<==)(\w+\.\w+)", rf"{folder}/\1", word) for word in words)
+
+
+def test_qemu_records_what_the_check_reads(double: Double, tmp_path: Path) -> None:
+    options = GuestOptions(tracing=_steps(tmp_path))
+    guest = double.guest(options, double.vfio_user_device())
+    SCENARIOS["clean"].play(guest, lambda: None)
+    output = guest.output()
+    guest.end()
+
+    # This QEMU is new enough for all of them, and too new for some.
+    gone = {name for versions, group in QEMU_EVENTS.items() if " to " in versions for name in group}
+    assert set(re.findall(r"trace event '(\w+)' does not exist", output)) == gone
+    log = (tmp_path / "qemu.trace").read_text()
+    names = {name for group in QEMU_EVENTS.values() for name in group}
+    written = {match[1] for match in re.finditer(r"^\S+Z (\w+)", log, re.M)} & names
+    assert written >= {
+        "kvm_convert_memory",
+        "kvm_set_user_memory",
+        "ram_block_attributes_state_change",
+        "ram_block_discard_shared_range",
+        "vfio_listener_region_add_ram",
+        "vfio_user_dma_map",
+        "vfio_user_dma_unmap",
+    }
+    result = check_file(str(tmp_path / "qemu.trace"))
+    assert result.error is None
+    assert result.by_event["kvm_convert_memory"] == log.count(" kvm_convert_memory ")
+    assert result.by_event["vfio_user_dma_map"] == log.count(" vfio_user_dma_map ")
+
+
+def test_event_that_a_qemu_does_not_have_is_a_warning_and_the_others_are_recorded(
+    double: Double, tmp_path: Path
+) -> None:
+    options = _steps(tmp_path)
+    with (tmp_path / "events.txt").open("a") as file:
+        file.write("an_event_of_the_future\nkvm_hc_map_gpa_range\n")
+    guest = double.guest(GuestOptions(tracing=options))
+    guest.convert(2 << 20, 4096, private=False)
+
+    # Both of QEMU's options for a log set the same one, so it is in the log or in the output.
+    said = guest.output() + (tmp_path / "qemu.trace").read_text()
+    assert "'an_event_of_the_future' does not exist" in said
+    assert "kvm_convert_memory start 0x200000" in (tmp_path / "qemu.trace").read_text()
