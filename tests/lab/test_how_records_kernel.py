@@ -99,7 +99,7 @@ def test_recording_has_every_event_and_the_right_verdict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, *, coordinated: bool
 ) -> None:
     own = tmp_path / "run.jsonl"
-    options = ["--memory", "64M", "--conversions", "30", "-q", "--trace", str(own)]
+    options = ["--memory", "32M", "--conversions", "20", "-q", "--trace", str(own)]
     options += ["--iommu", "type1", *([] if coordinated else ["--uncoordinated"])]
     with _recording(name, tmp_path) as told:
         code = main(["run", "--guest", "kvm", *options])
@@ -114,7 +114,7 @@ def test_recording_has_every_event_and_the_right_verdict(
     assert result.error is None
     counts = result.by_event
     assert counts["kvm_vm_set_mem_attributes"] >= _converted(own) > 0
-    assert counts["kvm_entry"] > counts["kvm_hypercall"] > 20
+    assert counts["kvm_entry"] > counts["kvm_hypercall"] > 10
     assert counts["map"] > 0
-    assert (result.counts[FindingKind.STALE].count > 0) is not coordinated
+    assert (FindingKind.STALE in result.counts) is not coordinated
     assert not re.search(r"\blost\b", output, re.I)
