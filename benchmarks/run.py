@@ -30,6 +30,7 @@ from cases import (
     state_change,
     threads,
     translation,
+    whole_check,
 )
 from harness.baselines import Baseline, build
 from harness.context import Context
@@ -57,6 +58,7 @@ CASES: dict[str, ModuleType] = {
     "reset": reset,
     "translation": translation,
     "check": check,
+    "whole-check": whole_check,
     "plan": plan,
 }
 

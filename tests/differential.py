@@ -328,7 +328,7 @@ class Differential:
         number, device = self.random.choice(list(self.virtio.items()))
         plugged = self.pages[number].plugged
         assert plugged is not None
-        unit = device.block_size // PAGE
+        unit = device.granularity // PAGE
         first, count = (part * unit for part in self._range(COUNT // unit))
         pages = set(range(first, first + count))
         verb = self.random.choice(("plug", "unplug"))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSet, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple, TypeVar
@@ -337,7 +337,7 @@ class FaultyTarget:
 
 
 class FaultyVm:
-    def __init__(self, injector: Injector, inner: CheckedVm) -> None:
+    def __init__(self, injector: Injector, inner: CheckedVm | RenewedVm) -> None:
         self.inner = inner
         self.injector = injector
 
@@ -371,6 +371,9 @@ class SlotVm:
     def __init__(self, checker: GuestChecker) -> None:
         self.checker = checker
         self.slots: dict[int, RamSection] = {}
+        self.serves: dict[int, object] = {}
+        """The private side that a slot was made with: KVM does not look again."""
+        self.private_pages: MutableSet[int] = checker.private_pages
 
     def set_memory_attributes(self, gpa: int, size: int, private: bool) -> None:
         pass
@@ -386,17 +389,30 @@ class SlotVm:
             if (
                 host_page not in self.checker.private_memory
                 if block.in_place is not None
-                else section.gpa + page not in self.checker.private_pages
+                else section.gpa + page not in self.private_pages
             ):
                 self.checker.complain(f"slot of {section!r}: page {page:#x} is not private yet")
         if section.gpa in self.slots:
             raise OSError(errno.EEXIST, "there is a slot")
         self.slots[section.gpa] = section
+        self.serves[section.gpa] = block.private
 
     def remove_memory_slot(self, section: RamSection) -> None:
         if section.gpa not in self.slots:
             raise OSError(errno.ENOENT, "there is no slot")
         del self.slots[section.gpa]
+
+
+class RenewedVm(SlotVm):
+    """The VM of the guest behind a reset: it has attributes and slots of its own."""
+
+    def __init__(self, checker: GuestChecker) -> None:
+        super().__init__(checker)
+        self.private_pages = set()
+
+    def set_memory_attributes(self, gpa: int, size: int, private: bool) -> None:
+        for page in range(gpa, gpa + size, PAGE):
+            (self.private_pages.add if private else self.private_pages.discard)(page)
 
 
 class FakeShared:
@@ -682,10 +698,13 @@ class Guest:
         self.checker = GuestChecker()
         self.slots = SlotVm(self.checker)
         self.memory = GuestMemory(FaultyVm(self.injector, self.checker.vm(self.slots)))
+        self.new_vm: FaultyVm | None = None
+        self.new_private: list[FakePrivate] = []
         self.shared: dict[str, FakeShared] = {}
         self.private: dict[str, FakePrivate] = {}
         self.in_place: dict[str, FakeInPlace] = {}
         self.blocks = {name: self._block(name) for name in BLOCKS}
+        self.first_private = [block.private for block in self.blocks.values()]
         for name, pages in setup.states.items():
             for page in sorted(pages):
                 attributes = self.blocks[name].attributes
@@ -776,6 +795,32 @@ class Guest:
             max_mappings=self.setup.max_mappings,
         )
 
+    def renew_vm(self) -> FaultyVm:
+        """Make the VM of a new guest, as a VMM does for a reset."""
+        self.new_vm = FaultyVm(self.injector, RenewedVm(self.checker))
+        return self.new_vm
+
+    def renew_private(self) -> dict[RamBlock, FaultyPrivate]:
+        """Make new private sides, by block."""
+        renewed = {}
+        self.new_private = []
+        for name, old in self.private.items():
+            fresh = FakePrivate(old.size)
+            checked = self.checker.private(fresh)
+            checked.block = self.blocks[name]
+            self.new_private.append(fresh)
+            renewed[self.blocks[name]] = FaultyPrivate(self.injector, checked)
+        return renewed
+
+    @property
+    def vm(self) -> SlotVm:
+        """The VM in force."""
+        new = self.new_vm
+        if new is not None and self.memory._vm is new:
+            assert isinstance(new.inner, RenewedVm)
+            return new.inner
+        return self.slots
+
     @property
     def backings(self) -> list[FakeShared | FakePrivate]:
         return [*self.shared.values(), *self.private.values(), *self.in_place.values()]
@@ -784,7 +829,7 @@ class Guest:
         """Whether the attribute of the page at *gpa* is private, whoever holds it."""
         memory = self.in_place.get(section.block.name)
         if memory is None:
-            return gpa in self.checker.private_pages
+            return gpa in self.vm.private_pages
         return section.offset + gpa - section.gpa in memory.private
 
     @property
@@ -921,10 +966,8 @@ def picture_of(guest: Guest) -> Picture:
             runs = list(block.attributes.ranges(SHARED))
             assert block.attributes.shared_bytes == sum(size for _, size in runs), "shared_bytes"
         own = sum(section.block is block for section in memory.sections) * len(memory.mappers)
-        own += any(
-            entry.listener is guest.listener for entry in block.discard_manager.registrations
-        )
-        assert len(block.discard_manager.registrations) == own, "registrations"
+        own += any(entry.listener is guest.listener for entry in block.discard_manager.registry)
+        assert len(list(block.discard_manager.registry)) == own, "registrations"
     return Picture(
         shared=_pages(memory.ranges(SHARED)),
         private=_pages(memory.ranges(PRIVATE)),
@@ -934,11 +977,11 @@ def picture_of(guest: Guest) -> Picture:
             for page in range(section.gpa, section.gpa_end, PAGE)
             if guest.is_private(section, page)
         ),
-        slots=frozenset(guest.slots.slots),
+        slots=frozenset(guest.vm.slots),
         mapped=tuple(mapped_by(iommu) for iommu in guest.iommus),
         attached=tuple(any(target is entry for entry in attached) for target in guest.targets),
         held=frozenset(guest.listener.held),
-        listening=any(entry.listener is guest.listener for entry in manager.registrations),
+        listening=any(entry.listener is guest.listener for entry in manager.registry),
         source=any(entry is guest.source for entry in manager.sources),
         plugged=None if virtio_mem is None else _pages(virtio_mem.ranges(0, virtio_mem.block.size)),
         states=tuple(
@@ -987,6 +1030,8 @@ class Scenario:
     """How many failures at once."""
     frees: bool = True
     """What is no longer used is freed."""
+    renews: str = ""
+    """What a reset replaces: "vm", "private" or both."""
     resets: bool = False
     """Nothing is left on either side of a confidential block, used or not."""
     few: bool = False
@@ -1101,6 +1146,8 @@ def judge(scenario: Scenario, guest: Guest, result: object, error: BaseException
         kind, way = first.call.kind, first.way
         # Nobody knows then whether there is a slot, and the VM does not tell.
         lost = kind in {Kind.ADD_SLOT, Kind.REMOVE_SLOT} and way is Way.INTERRUPT_BEFORE
+        # A VM that is not taken over is dropped.
+        lost = lost and "vm" not in scenario.renews
         assert guest.poisoned == (way in _SHORT or lost), "poisoned by one failure"
     guest.checker.verify()
 
@@ -1127,6 +1174,9 @@ def judge_committed(
         assert result.unmap_calls == injector.counted(Kind.UNMAP)
         assert result.not_freed_bytes == waiting
     frees_failed = any(failed.call.kind in FREES for failed in injector.failed)
+    if scenario.renews:
+        judge_renewed(scenario, guest, result, error)
+        return
     assert (waiting > 0) == frees_failed, "the account of what is not freed"
     if scenario.resets:
         # Its own pages are the new guest's already: nobody but another reset may free them.
@@ -1158,6 +1208,28 @@ def judge_committed(
     judge_close(guest)
 
 
+def judge_renewed(
+    scenario: Scenario, guest: Guest, result: object, error: BaseException | None
+) -> None:
+    assert (guest.vm is not guest.slots) == ("vm" in scenario.renews)
+    assert bool(guest.new_private) == ("private" in scenario.renews)
+    failed = [failure.call.kind for failure in guest.injector.failed]
+    if error is None:
+        assert (result != 0) == bool(FREES & set(failed)), "the account of what is not freed"
+    for gpa, served in guest.vm.serves.items():
+        if gpa in guest.vm.slots:
+            block = block_of(guest.vm.slots[gpa])
+            assert served is block.private, "a slot serves a private side that has gone"
+    assert guest.memory.reset() == 0
+    sides: list[FakeShared | FakePrivate] = [*guest.shared.values(), *guest.new_private]
+    for side in sides:
+        assert not side.resident, "something of the old guest is left"
+    if Kind.FREE_PRIVATE not in failed:
+        for name, old in guest.private.items():
+            assert not old.resident, f"the old private side of {name} is left"
+    judge_close(guest)
+
+
 def judge_rolled_back(
     scenario: Scenario, guest: Guest, error: BaseException | None, first: Failed
 ) -> None:
@@ -1172,6 +1244,7 @@ def judge_rolled_back(
         assert error.__cause__ is cause
     assert_like(guest, scenario.before)
     assert_nothing_freed(guest)
+    assert [block.private for block in guest.blocks.values()] == guest.first_private
     assert not any(block.not_freed_bytes for block in guest.blocks.values())
     # And it is no worse off for it.
     injector.arm(())
@@ -1250,7 +1323,7 @@ def assert_doubts_cover(guest: Guest) -> list[object]:
     manager = block_of(listener.section).discard_manager
     shift = listener.section.gpa - listener.section.offset
     ought = set()
-    if any(entry.listener is listener for entry in manager.registrations):
+    if any(entry.listener is listener for entry in manager.registry):
         ought = {page for part in manager.populated(listener.section) for page in _offsets(part)}
     in_doubt = _pages(doubt[:2] for doubt in doubts if doubt.target is listener)
     assert {page + shift for page in listener.held ^ ought} <= in_doubt, "the listener"

@@ -8,6 +8,7 @@ from doubles import (
     PAGE,
     Heard,
     RecordingListener,
+    RecordingVm,
     RefusalError,
     attributes_of,
     discard,
@@ -19,6 +20,7 @@ from ramblock import GuestMemory, PageState, RamBlock, RamBlockAttributes
 from ramblock.dma import SoftIommu
 from ramblock.errors import MappingLimitError, UsageError
 from ramblock.events import StateChanged
+from ramblock.testing import SimulatedInPlace
 
 SHARED, PRIVATE = PageState.SHARED, PageState.PRIVATE
 COUNT = 12
@@ -319,3 +321,24 @@ def test_any_sequence_against_a_set(sequence: list[tuple[int, int, PageState, bo
             assert whole.wrong == part.wrong == []
         assert not block.guard.poisoned
         part.refuse_nothing()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_states_of_a_guest_with_a_vm_change_with_the_vms_attributes_only(in_place: bool) -> None:
+    private = SimulatedInPlace("ram", PAGE) if in_place else "stand-in"
+    with RamBlock.create("ram", PAGE, private=private) as block:
+        attributes = attributes_of(block)
+        memory = GuestMemory(RecordingVm())
+        section = memory.map(block, 0)
+        with pytest.raises(UsageError, match="is in a guest with a VM") as caught:
+            attributes.state_change(0, PAGE, SHARED)
+        assert caught.value.expected == "GuestMemory.convert"
+        assert attributes.shared_bytes == 0
+        memory.unmap(section)
+        attributes.state_change(0, PAGE, SHARED)
+        memory = GuestMemory()
+        memory.map(block, 0)
+        attributes.state_change(0, PAGE, PRIVATE)
+        memory.reset(RecordingVm())
+        with pytest.raises(UsageError, match="is in a guest with a VM"):
+            attributes.state_change(0, PAGE, SHARED)

@@ -38,35 +38,27 @@ def test_who_may_stand_beside_whom(first: HoldKind, second: HoldKind) -> None:
     coordinator.hold("two", second)
 
 
-@pytest.mark.parametrize("kind", list(HoldKind))
-def test_the_named_ways_to_hold(kind: HoldKind) -> None:
-    coordinator = DiscardCoordinator()
-    named = {
-        COORDINATED: coordinator.require_coordinated,
-        UNCOORDINATED: coordinator.require_uncoordinated,
-        NONE_AT_ALL: coordinator.forbid_all,
-        NOT_UNCOORDINATED: coordinator.forbid_uncoordinated,
-    }
-    hold = named[kind]("me")
-    assert (hold.kind, hold.owner) == (kind, "me")
-    assert repr(hold) == f"<DiscardHold: me {kind.value}>"
+def test_a_claim_says_whose_it_is() -> None:
+    hold = DiscardCoordinator().hold("me", NONE_AT_ALL)
+    assert (hold.kind, hold.owner) == (NONE_AT_ALL, "me")
+    assert repr(hold) == "<DiscardHold: me forbids all discards>"
 
 
 def test_each_claim_of_one_user_counts() -> None:
     coordinator = DiscardCoordinator()
-    one, two = coordinator.forbid_all("pinning"), coordinator.forbid_all("pinning")
+    one, two = coordinator.hold("pinning", NONE_AT_ALL), coordinator.hold("pinning", NONE_AT_ALL)
     one.release()
     with pytest.raises(BusyError):
-        coordinator.require_coordinated("conversions")
+        coordinator.hold("conversions", COORDINATED)
     two.release()
-    coordinator.require_coordinated("conversions")
+    coordinator.hold("conversions", COORDINATED)
 
 
 def test_giving_back_twice_is_the_same_as_once() -> None:
     coordinator = DiscardCoordinator()
-    with coordinator.forbid_all("pinning") as hold:
+    with coordinator.hold("pinning", NONE_AT_ALL) as hold:
         hold.release()
-        again = coordinator.forbid_all("pinning")
+        again = coordinator.hold("pinning", NONE_AT_ALL)
     assert coordinator.holds == (again,)
 
 
@@ -75,13 +67,13 @@ def test_a_confidential_block_converts_and_so_forbids_pinning() -> None:
     with RamBlock.create("ram", PAGE, private="stand-in") as block:
         memory.map(block, 0)
         with pytest.raises(BusyError, match="page conversion of block 'ram'"):
-            memory.discards.forbid_all("pinning")
-    memory.discards.forbid_all("pinning")  # the block is closed
+            memory.discards.hold("pinning", NONE_AT_ALL)
+    memory.discards.hold("pinning", NONE_AT_ALL)  # the block is closed
 
 
 def test_pinning_forbids_a_confidential_block_but_not_ordinary_memory() -> None:
     memory = GuestMemory()
-    hold = memory.discards.forbid_all("pinning")
+    hold = memory.discards.hold("pinning", NONE_AT_ALL)
     with (
         RamBlock.create("private", PAGE, private="stand-in") as private,
         RamBlock.create("ordinary", PAGE) as ordinary,
@@ -100,15 +92,15 @@ def test_pinning_forbids_a_confidential_block_but_not_ordinary_memory() -> None:
 
 def test_a_balloon_and_a_mapper_exclude_each_other() -> None:
     memory = GuestMemory()
-    with memory.discards.require_uncoordinated("balloon"):
+    with memory.discards.hold("balloon", UNCOORDINATED):
         with pytest.raises(BusyError, match="balloon"):
             memory.attach(SoftIommu())
         assert memory.mappers == ()
     mapper = memory.attach(SoftIommu())
     with pytest.raises(BusyError, match="DMA mapper"):
-        memory.discards.require_uncoordinated("balloon")
+        memory.discards.hold("balloon", UNCOORDINATED)
     memory.detach(mapper)
-    memory.discards.require_uncoordinated("balloon").release()
+    memory.discards.hold("balloon", UNCOORDINATED).release()
 
 
 def test_a_refused_attach_holds_nothing() -> None:
@@ -150,13 +142,13 @@ def test_virtio_mem_that_comes_back_claims_again() -> None:
     with RamBlock.create("ram", 2 * PAGE) as block:
         device = VirtioMem(block, PAGE)
         block.discard_manager.remove_source(device)
-        with block.guard.discards.forbid_all("pinning"):
+        with block.guard.discards.hold("pinning", NONE_AT_ALL):
             with pytest.raises(BusyError, match="pinning"):
                 block.discard_manager.add_source(device)
             assert block.discard_manager.sources == ()
         block.discard_manager.add_source(device)
         with pytest.raises(BusyError, match="virtio-mem"):
-            block.guard.discards.forbid_all("pinning")
+            block.guard.discards.hold("pinning", NONE_AT_ALL)
         device.plug(0, PAGE)
 
 

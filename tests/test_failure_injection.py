@@ -539,6 +539,22 @@ def test_reset(setup: Setup) -> None:
     explore(Scenario(setup=setup, act=reset, change=is_reset, few=True, resets=True))
 
 
+def renewing(what: str) -> Callable[[Guest], object]:
+    def act(guest: Guest) -> object:
+        guest.checker.resetting = True
+        vm = guest.renew_vm() if "vm" in what else None
+        return guest.memory.reset(vm, guest.renew_private() if "private" in what else None)
+
+    return act
+
+
+@pytest.mark.parametrize("renews", ["vm", "private", "vm and private"])
+@pytest.mark.parametrize("setup", [RESETS["alone"], RESETS["virtio-mem"]], ids=["alone", "plug"])
+def test_reset_with_a_new_vm_or_new_private_sides(setup: Setup, renews: str) -> None:
+    act = renewing(renews)
+    explore(Scenario(setup=setup, act=act, change=is_reset, few=True, resets=True, renews=renews))
+
+
 # -- the same, in place ----------------------------------------------------------------------------
 
 
@@ -629,6 +645,31 @@ def test_attributes_that_could_not_be_reset_are_set_for_ordinary_memory() -> Non
     assert BLOCKS["b"].gpa in pages_of(guest.iommus[0].mappings())
     assert BLOCKS["b"].gpa not in guest.checker.private_pages
     guest.checker.verify()
+
+
+@pytest.mark.parametrize("by", ["ordinary", "confidential", "part", "new vm"])
+def test_attributes_that_were_set_meanwhile_are_not_set_again(by: str) -> None:
+    guest = Guest(Setup(place=("a",)))
+    guest.injector.arm(((2, Way.REFUSE), (3, Way.REFUSE)))
+    with pytest.raises(OSError, match="add slot"):
+        guest.place("b")
+    guest.injector.disarm()
+    gpa, memory = BLOCKS["b"].gpa, guest.memory
+    ordinary = RamBlock("c", FakeShared(0x7C00_0000_0000, 4 * PAGE), None, owns_private=False)
+    if by == "confidential":
+        memory.unmap(guest.place("b"))
+    elif by == "new vm":
+        guest.checker.resetting = True
+        memory.reset(guest.renew_vm())
+    else:
+        memory.unmap(memory.map(ordinary, gpa + PAGE * (by == "part"), size=3 * PAGE))
+        if by == "ordinary":
+            memory.unmap(memory.map(ordinary, gpa + 3 * PAGE, size=PAGE))
+    guest.injector.arm(())
+    memory.map(ordinary, gpa)
+    # Of a part, the first page was left as it was.
+    assert guest.injector.counted(Kind.ATTRIBUTE) == (by == "part")
+    guest.injector.disarm()
 
 
 def test_leaving_by_something_that_is_neither_error_nor_interrupt_puts_everything_back() -> None:

@@ -94,6 +94,11 @@ def guest() -> Iterator[Guest]:
     spare.close()
 
 
+def change_state(guest: Guest, page: int) -> None:
+    guest.block.guard.has_vm = False  # nothing here minds that its attribute stays behind
+    attributes_of(guest.block).state_change(page * PAGE, PAGE, SHARED)
+
+
 # Every call that changes something, in a form that would otherwise succeed.
 CHANGES: dict[str, Callable[[Guest], object]] = {
     "convert": lambda guest: guest.memory.convert(3 * PAGE, PAGE, SHARED),
@@ -101,7 +106,7 @@ CHANGES: dict[str, Callable[[Guest], object]] = {
     "unmap": lambda guest: guest.memory.unmap(guest.placed),
     "attach": lambda guest: guest.memory.attach(SoftIommu()),
     "detach": lambda guest: guest.memory.detach(guest.mapper),
-    "state_change": lambda guest: attributes_of(guest.block).state_change(3 * PAGE, PAGE, SHARED),
+    "state_change": lambda guest: change_state(guest, 3),
     "add_source": lambda guest: guest.block.discard_manager.add_source(PageSource(range(8))),
     "remove_source": lambda guest: guest.block.discard_manager.remove_source(guest.source),
     "notify_populate": lambda guest: guest.block.discard_manager.notify_populate(
@@ -182,13 +187,13 @@ def test_every_operation_keeps_a_listener_out(guest: Guest, outer: str) -> None:
             guest.memory.convert(0, PAGE, PRIVATE)
         caught.append(busy.value)
 
-    attributes_of(guest.block).state_change(4 * PAGE, PAGE, SHARED)  # for plug to populate
-    attributes_of(guest.block).state_change(3 * PAGE, PAGE, SHARED)  # for unplug to discard
+    change_state(guest, 4)  # for plug to populate
+    change_state(guest, 3)  # for unplug to discard
     guest.listener.then = call_back
     guest.target.then = lambda: call_back(None)
     guest.source.populated.discard(7)
     if outer == "state_change":
-        attributes_of(guest.block).state_change(2 * PAGE, PAGE, SHARED)
+        change_state(guest, 2)
     elif outer == "add_source":
         guest.block.discard_manager.add_source(PageSource())
     elif outer == "attach":
@@ -480,7 +485,7 @@ def test_a_listener_leaves_a_poisoned_block_whatever_it_says(guest: Guest) -> No
     guest.listener.refuse_all("discard")
     manager = guest.block.discard_manager
     manager.unregister_listener(guest.listener)
-    assert guest.listener not in [entry.listener for entry in manager.registrations]
+    assert guest.listener not in [entry.listener for entry in manager.registry]
     doubted = [doubt for doubt in guest.memory.in_doubt() if doubt.target is guest.listener]
     assert [(doubt.gpa, doubt.size) for doubt in doubted] == [(0, 2 * PAGE)]
 

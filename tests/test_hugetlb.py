@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ramblock.hostmem import hugetlb
-from ramblock.hostmem.hugetlb import HugePagePool, describe_shortage, lacking_on
+from ramblock.hostmem import host_facts
+from ramblock.hostmem.host_facts import HugePagePool, describe_shortage, lacking_on
 from ramblock.units import GIB, KIB, MIB
 
 TWO = 2 * MIB
@@ -30,8 +30,8 @@ class Pools:
 
 @pytest.fixture
 def pools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pools:
-    monkeypatch.setattr(hugetlb, "_POOLS", tmp_path / "pools")
-    monkeypatch.setattr(hugetlb, "NODES", tmp_path / "node")
+    monkeypatch.setattr(host_facts, "_POOLS", tmp_path / "pools")
+    monkeypatch.setattr(host_facts, "NODES", tmp_path / "node")
     return Pools(tmp_path)
 
 

@@ -138,15 +138,16 @@ def test_signals_are_handled_in_the_order_in_which_they_came() -> None:
     assert handled == came
 
 
-def test_handlers_are_put_back() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_handlers_are_put_back(number: int) -> None:
     def mine(*_: object) -> None: ...
 
-    with handler(signal.SIGINT, mine):
+    with handler(number, mine):
         uninterrupted(int)
-        assert signal.getsignal(signal.SIGINT) is mine
+        assert signal.getsignal(number) is mine
         with suppress(RuntimeError):
             uninterrupted(lambda: (_ for _ in ()).throw(RuntimeError))
-        assert signal.getsignal(signal.SIGINT) is mine
+        assert signal.getsignal(number) is mine
 
 
 @pytest.mark.parametrize("disposition", [signal.SIG_IGN, signal.SIG_DFL])
@@ -166,6 +167,23 @@ def test_nested_work_hands_over_at_the_outer_end() -> None:
     with handler(signal.SIGINT, lambda *_: order.append("handled")):
         uninterrupted(outer)
     assert order == ["outer ends", "handled"]
+
+
+def test_work_inside_other_work_is_not_left_in_the_middle() -> None:
+    order: list[str] = []
+
+    def inner() -> None:
+        strike()
+        hand_over()
+        order.append("inner ends")
+
+    def outer() -> None:
+        uninterrupted(inner)
+        order.append("outer ends")
+
+    with handler(signal.SIGINT, lambda *_: order.append("handled")):
+        uninterrupted(outer)
+    assert order == ["inner ends", "outer ends", "handled"]
 
 
 def test_work_that_can_be_left_hands_over_in_the_middle() -> None:
@@ -202,17 +220,20 @@ def test_a_handler_that_was_left_in_place_passes_signals_on() -> None:
     """
     Putting handlers back can be struck in between; the one that stays must not swallow anything.
     """
-    hold = interrupts._Hold()
     handled: list[int] = []
 
     def mine(number: int, _: FrameType | None) -> None:
         handled.append(number)
 
-    hold.handlers = {int(signal.SIGINT): mine}
-    hold.over = True
-    with handler(signal.SIGINT, hold.note):
+    with handler(signal.SIGINT, mine):
+        uninterrupted(int)
+        signal.signal(signal.SIGINT, interrupts._note)
         strike()
         assert handled == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) is mine
+        signal.signal(signal.SIGINT, interrupts._note)
+        uninterrupted(strike)  # an operation copes with it too
+        assert handled == [signal.SIGINT] * 2
         assert signal.getsignal(signal.SIGINT) is mine
 
 

@@ -57,7 +57,7 @@ PURE = ("bitmap", "ranges", "discard", "guest", "dma.mapper")
 FORBIDDEN_IN_PURE = {"fcntl", "select", "socket", "subprocess", "time"}
 
 # Slow to import and needed by few callers, or (hypothesis) not always installed.
-NOT_AT_IMPORT = {"argparse", "asyncio", "hypothesis", "rich"}
+NOT_AT_IMPORT = {"argparse", "asyncio", "hypothesis"}
 
 
 class Import(NamedTuple):

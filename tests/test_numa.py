@@ -12,8 +12,7 @@ from ramblock import BackendKind, GuestMemory, HostMemoryBackend, PageState, Ram
 from ramblock.errors import UsageError
 from ramblock.hostmem import NumaBinding, NumaPolicy, host_facts, numa
 from ramblock.hostmem.host_calls import populate, set_memory_policy
-from ramblock.hostmem.host_facts import nodes_with_memory
-from ramblock.hostmem.hugetlb import HugePagePool
+from ramblock.hostmem.host_facts import HugePagePool, nodes_with_memory
 from ramblock.uapi.mempolicy import MempolicyMode
 from ramblock.units import MIB
 from require import require_hugetlb

@@ -11,9 +11,9 @@ import pytest
 
 from doubles import PAGE
 from ramblock import BackendKind, GuestMemory, HostMemoryBackend, PageState, RamBlock
-from ramblock.hostmem import MemfdBacking, NumaBinding, NumaPolicy, backend, host_calls, prealloc
+from ramblock.hostmem import MemfdBacking, NumaBinding, NumaPolicy, backend, host_calls
+from ramblock.hostmem.backend import preallocate
 from ramblock.hostmem.host_calls import populate
-from ramblock.hostmem.prealloc import preallocate
 from ramblock.units import GIB, KIB, MIB, TIB
 from require import require_hugetlb
 
@@ -41,7 +41,7 @@ def resident(address: int) -> int:
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> int:
     """Pieces of 4 pages, so that little memory is many pieces."""
-    monkeypatch.setattr(prealloc, "_PIECE", 4 * PAGE)
+    monkeypatch.setattr(backend, "_PIECE", 4 * PAGE)
     return 4 * PAGE
 
 
@@ -178,7 +178,7 @@ def test_memory_without_a_count_says_what_was_done(
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
         populate(address, size)
 
-    monkeypatch.setattr(prealloc, "populate", fail_later)
+    monkeypatch.setattr(backend, "populate", fail_later)
     backing = HostMemoryBackend(size=16 * PAGE, kind=ANONYMOUS, prealloc=True)
     with pytest.raises(OSError, match=r"anonymous memory 'ram' of 64 KiB: only \d+ KiB of 64 KiB"):
         backing.allocate("ram")
@@ -241,7 +241,7 @@ def test_a_huge_page_that_cannot_be_had_names_the_pool(monkeypatch: pytest.Monke
     def refuse(address: int, size: int) -> None:
         raise OSError(errno.EFAULT, f"Bad address at {address:#x}")
 
-    monkeypatch.setattr(prealloc, "populate", refuse)
+    monkeypatch.setattr(backend, "populate", refuse)
     with pytest.raises(
         OSError, match=r"only 0 B of 4 MiB could be had.*the pool of 2 MiB pages has"
     ):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from doubles import PAGE, RecordingListener
 from ramblock import RamBlock, RamSection
-from ramblock.discard.registry import Registry
+from ramblock.discard.listeners import Registry
 
 COUNT = 64
 

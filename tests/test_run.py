@@ -270,7 +270,8 @@ def test_the_command_prints_a_report_for_machines() -> None:
     assert done.stderr == ""
 
 
-def test_the_command_prints_a_report_for_people() -> None:
+def test_the_command_prints_a_report_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     done = command("run", "--memory", "256M", "--conversions", "300")
     assert done.returncode == 0, done.stderr
     assert "0 violations" in done.stdout

@@ -102,7 +102,7 @@ def test_to_a_server_that_nobody_drives_memory_is_mapped(
 
 def test_without_a_server_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "nobody.sock"
-    assert main(["run", "-q", "--iommu", f"vfio-user:{path}"]) == 1
+    assert main(["run", "-q", "--iommu", f"vfio-user:{path}"]) == 5
     assert f"vfio-user server at {path}: No such file or directory" in capsys.readouterr().err
 
 

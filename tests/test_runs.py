@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from doubles import PAGE, PageSource, PageSourceWithRanges, runs
 from ramblock.discard.sources import joint_runs, populated_in
 from ramblock.errors import UsageError
-from ramblock.ranges import clip, complement, merge_adjacent
+from ramblock.ranges import clip, complement, merge
 
 COUNT = 24
 END = COUNT * PAGE
@@ -90,9 +90,10 @@ def test_intersection_of_several_sources(
     assert found == as_runs(inside(one & two & three, window))
 
 
-def test_merge_adjacent() -> None:
-    assert list(merge_adjacent(iter([(0, 1), (1, 2), (2, 5), (6, 7), (7, 8)]))) == [(0, 5), (6, 8)]
-    assert list(merge_adjacent(iter(()))) == []
+def test_merge() -> None:
+    assert list(merge(iter([(0, 1), (1, 2), (2, 5), (6, 7), (7, 8)]))) == [(0, 5), (6, 8)]
+    assert list(merge([(0, 9), (1, 2), (4, 12), (12, 13)])) == [(0, 13)]
+    assert list(merge(iter(()))) == []
 
 
 def test_everything_is_lazy() -> None:

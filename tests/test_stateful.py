@@ -454,7 +454,7 @@ class EverythingAgrees(RuleBasedStateMachine):
     def plug_or_unplug(self, verb: str, where: tuple[int, int], refuse_at: int | None) -> None:
         device = self.edges["hotplug"].device
         assert device is not None
-        unit = device.block_size
+        unit = device.granularity
         start, end = where[0] // unit * unit, -(-sum(where) // unit) * unit
         where = start, end - start
         plugged = self.model.blocks["hotplug"].plugged

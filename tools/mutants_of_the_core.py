@@ -60,6 +60,7 @@ UNMAP = f"{INJECTION}::test_unmap"
 ATTACH = f"{INJECTION}::test_attach"
 DETACH = f"{INJECTION}::test_detach"
 INJECTED_RESET = f"{INJECTION}::test_reset"
+INJECTED_RENEWAL = f"{INJECTION}::test_reset_with_a_new_vm_or_new_private_sides"
 REGISTER = f"{INJECTION}::test_register_listener"
 UNREGISTER = f"{INJECTION}::test_unregister_listener"
 ADD_SOURCE = f"{INJECTION}::test_add_source"
@@ -132,7 +133,7 @@ _in(
 )
 _in(
     "guest.conversion:_FLIP",
-    ("undo of the state left out", replace("piece.change.flip_back()", "None"), ONE_FAILURE),
+    ("undo of the state left out", replace("it.change.flip_back()", "None"), ONE_FAILURE),
 )
 _in(
     "guest.conversion:ConversionPiece.settle_in_doubt",
@@ -236,18 +237,18 @@ _in(
     "discard.bitmap_source:BitmapSource.change",
     (
         "a source's change: nothing is put back",
-        drop("put_back(manager.guard, begun)"),
+        replace("notification.take_back", "int"),
         (ATTRIBUTES, VIRTIO_MEM),
     ),
     (
         "a source's change: bits before listeners",
-        swap("notification.tell()", "change.flip()"),
+        swap("undo.do('notify', ...)", "undo.do('state', ...)"),
         (ATTRIBUTES, VIRTIO_MEM),
     ),
     ("a source's change: no budget", replace("manager.registry.limited", "False"), VIRTIO_MEM),
     (
-        "a source's change: the undo of the bits is not noted",
-        drop("begun.append(...)"),
+        "a source's change: the undo of the bits is left out",
+        replace("change.flip_back", "int"),
         f"{INJECTION}::test_plug",
     ),
 )
@@ -277,12 +278,12 @@ _in(
     ),
     (
         "runs begin in front of the section",
-        replace("max(self._start, section.offset)", "self._start"),
+        replace("start if start > self._start else self._start", "self._start"),
         (MANAGER, VIRTIO_MEM),
     ),
     (
         "runs end behind the section",
-        replace("min(self._end, section.offset + section.size)", "self._end"),
+        replace("end if end < self._end else self._end", "self._end"),
         (MANAGER, VIRTIO_MEM),
     ),
     (
@@ -318,19 +319,14 @@ _in(
 _in(
     f"{_NOTIFICATION}.tell",
     (
-        "one run begins in front of the section",
-        replace("max(self._start, whole.offset)", "self._start"),
-        (ATTRIBUTES, MANAGER),
-    ),
-    (
-        "one run ends behind the section",
-        replace("min(self._end, whole.offset + whole.size)", "self._end"),
-        (ATTRIBUTES, MANAGER),
-    ),
-    (
         "an interrupted listener counts as one that refused",
         replace("isinstance(error, Exception)", "True"),
         (OTHER_LISTENER, REGISTER),
+    ),
+    (
+        "a second device hears of the first one's section",
+        replace("registration.section is not whole", "whole is None"),
+        (ATTRIBUTES, MANAGER),
     ),
     ("who was told is not counted", drop("self._told += 1"), (MANAGER, ONE_FAILURE)),
     (
@@ -410,8 +406,9 @@ _in(
 )
 _in("ranges:complement", ("complement: without its last run", drop("if position < end: ..."), RUNS))
 _in(
-    "ranges:merge_adjacent",
-    ("runs that touch are not joined", replace("run_start != end", "True"), RUNS),
+    "ranges:merge",
+    ("runs that touch are not joined", replace("run_start > end", "True"), RUNS),
+    ("a run inside the one before cuts it short", replace("run_end > end", "True"), RUNS),
 )
 _in(
     "discard.sources:populated_in",
@@ -472,7 +469,7 @@ _in(
 # -- who listens where -----------------------------------------------------------------------------
 
 _in(
-    "discard.registry:Registry.overlapping",
+    "discard.listeners:Registry.overlapping",
     ("overlapping: long sections are not found", replace("1 << shift", "1 << shift - 1"), REGISTRY),
     (
         "overlapping: the section behind",
@@ -492,7 +489,7 @@ _in(
     # no section begins there.
 )
 _in(
-    "discard.registry:Registry.discard",
+    "discard.listeners:Registry.discard",
     (
         "registry: another section of the same offset goes",
         replace("registrations.index(...)", "bisect_left(offsets, section.offset)"),
@@ -500,7 +497,7 @@ _in(
     ),
 )
 _in(
-    "discard.registry:Registry.add",
+    "discard.listeners:Registry.add",
     ("registry: a listener is there twice", drop("self.discard(registration.listener)"), REGISTRY),
     (
         "registry: budgets are not counted",
@@ -701,32 +698,33 @@ _in(
 # -- interrupts ------------------------------------------------------------------------------------
 
 _in(
-    "interrupts:_Hold.note",
-    ("a signal is dropped", drop("self.waiting.append((number, frame))"), INTERRUPTS),
+    "interrupts:_note",
+    ("a signal is dropped", drop("_waiting.append((number, frame))"), INTERRUPTS),
     (
         "a signal is delivered inside",
-        prepend("return self.handlers[number](number, frame)"),
+        prepend("return _handlers[number](number, frame)"),
         INTERRUPTS,
     ),
     (
         "patience is ignored: a second signal never kills",
-        replace("now - self.since >= PATIENCE_SECONDS", "False"),
+        replace("now - _since >= PATIENCE_SECONDS", "False"),
         INTERRUPTS,
     ),
     (
         "patience is ignored: a second signal always kills",
-        replace("now - self.since >= PATIENCE_SECONDS", "True"),
+        replace("now - _since >= PATIENCE_SECONDS", "True"),
         INTERRUPTS,
     ),
-    ("patience: counted from long ago", drop("self.since = now"), INTERRUPTS),
-    ("a handler that was left swallows signals", drop("if self.over: ..."), INTERRUPTS),
+    ("patience: counted from long ago", drop("_since = now"), INTERRUPTS),
+    ("a handler that was left swallows signals", drop("if not _depth: ..."), INTERRUPTS),
+    ("a handler that was left stays", drop("_put_back_all()"), INTERRUPTS),
 )
 _in(
-    "interrupts:_Hold.hand_over",
+    "interrupts:_hand_over",
     ("a second handler is not called", replace("error = raised", "raise"), INTERRUPTS),
     (
         "signals are handled latest first",
-        replace("self.waiting.pop(0)", "self.waiting.pop()"),
+        replace("_waiting.pop(0)", "_waiting.pop()"),
         INTERRUPTS,
     ),
     (
@@ -736,33 +734,51 @@ _in(
     ),
 )
 _in(
-    "interrupts:_Hold.hand_over",
+    "interrupts:_hand_over",
     (
         "the error of the work takes the place of earlier signals",
         drop("error.__context__ = context"),
         INTERRUPTS,
     ),
 )
-_in("interrupts:_HELD_BACK", ("SIGTERM is not held back", drop("_signal.SIGTERM"), INTERRUPTS))
 _in(
     "interrupts:uninterrupted",
+    ("SIGINT is not held back", drop("signal(SIGINT, _note)"), INTERRUPTS),
+    ("SIGTERM is not held back", drop("signal(SIGTERM, _note)"), INTERRUPTS),
+    ("SIGINT's handler is not put back", drop("_restore(SIGINT)"), INTERRUPTS),
+    ("SIGTERM's handler is not put back", drop("_restore(SIGTERM)"), INTERRUPTS),
     (
-        "handlers are not put back",
-        drop("for number, handler in handlers.items(): ..."),
-        INTERRUPTS,
-    ),
-    (
-        "a handler that set another one is put back over it",
-        replace("found is not note", "False"),
+        "a handler that was left is taken for the application's",
+        replace(
+            "if handler is not _note:\n _handlers[SIGINT] = handler", "_handlers[SIGINT] = handler"
+        ),
         INTERRUPTS,
     ),
     ("handlers of other threads' operations", drop("if get_ident() != _main: ..."), INTERRUPTS),
-    ("nested operations: the outer one is forgotten", drop("hold.outer = _hold"), INTERRUPTS),
-    ("what waits is not handed over", drop("while hold.waiting: ..."), INTERRUPTS),
+    ("nested operations: the inner one hands over", drop("if _depth: ..."), INTERRUPTS),
+    ("nested operations: the inner one is not counted", drop("_depth += 1"), INTERRUPTS),
+    ("what waits is not handed over", drop("while _waiting: ..."), INTERRUPTS),
+)
+_in(
+    "interrupts:_restore",
+    (
+        "a handler that set another one is put back over it",
+        replace("found is not _note", "False"),
+        INTERRUPTS,
+    ),
 )
 _in(
     "interrupts:hand_over",
     ("an operation that could be left goes on", prepend("return"), INTERRUPTS),
+    ("an operation inside another is left", replace("_depth == 1", "True"), INTERRUPTS),
+)
+_in(
+    "discard.attributes:RamBlockAttributes._state_change",
+    (
+        "states change without the VM's attributes",
+        replace("manager.guard.has_vm", "False"),
+        ATTRIBUTES,
+    ),
 )
 _in(
     "discard.attributes:RamBlockAttributes.observe",
@@ -890,12 +906,17 @@ _in(
         replace("any(...)", "False"),
         f"{INJECTION}::test_attributes_that_could_not_be_reset_are_set_for_ordinary_memory",
     ),
+    (
+        "attributes that stayed private are set for ever",
+        drop("if place.block.in_place is None: ..."),
+        f"{INJECTION}::test_attributes_that_were_set_meanwhile_are_not_set_again",
+    ),
 )
 _in(
     f"{_MEMORY}._try_to_withdraw",
     (
         "attributes that stayed private are forgotten",
-        drop("self._not_reset.append(place.section)"),
+        drop("self._not_reset.append(...)"),
         f"{INJECTION}::test_attributes_that_could_not_be_reset_are_set_for_ordinary_memory",
     ),
 )
@@ -941,7 +962,7 @@ _in(
     "hostmem.in_place:set_attributes",
     (
         "in place: any error is tried again",
-        drop("if error.errno != errno.EAGAIN: ..."),
+        replace("error.errno != errno.EAGAIN or not left", "not left"),
         IN_PLACE,
     ),
     (
@@ -1084,8 +1105,6 @@ _in(
     _RESET,
     ("reset: nothing is unmapped", drop("undo.do('unmap', ...)"), RESET),
     ("reset: undo of unmap left out", replace("farewell.take_back", "int"), RESET),
-    # Not here: no budget for the undo of the unmapping. All of a section goes, in whole mappings,
-    # which give back what they need: what is reserved is always 0.
     (
         "reset: the slot stays with the old side",
         drop("change_slot(undo, old_vm, place, ...)"),
@@ -1094,13 +1113,13 @@ _in(
     (
         "reset: a slot that does not come back is no doubt",
         drop_keyword("stuck", of="change_slot(undo, old_vm, ...)"),
-        RESET,
+        INJECTED_RENEWAL,
     ),
     ("reset: the new private side is not taken", drop("undo.do('private side', ...)"), RESET),
     (
         "reset: undo of the private side left out",
         replace("partial(swap, block.private)", "int"),
-        RESET,
+        INJECTED_RENEWAL,
     ),
     ("reset: attributes are not made private", drop("undo.do('attribute', ...)"), RESET),
     (
@@ -1126,13 +1145,13 @@ _in(
     (
         "reset: slots before attributes",
         swap("for place in places: ...", "for place in again: ..."),
-        RESET,
+        INJECTED_RENEWAL,
     ),
     ("reset: a new VM gets no slots", drop("change_slot(undo, new_vm, ...)"), RESET),
     (
         "reset: a slot that stays with the new side leaves the state shared",
         drop_keyword("stuck", of="change_slot(undo, new_vm, ...)"),
-        RESET,
+        INJECTED_RENEWAL,
     ),
     ("reset: the states stay", drop("undo.do('state', ...)"), RESET),
     ("reset: undo of the state left out", replace("change.flip_back", "int"), _RESETS),
@@ -1178,7 +1197,7 @@ _in(
 _in("guest.reset:_settle", ("reset: stuck does nothing", prepend("return"), _RESETS))
 _in(
     "guest.memory:GuestMemory._reset",
-    ("reset: the new VM is not taken", drop("self._vm = ..."), RESET),
+    ("reset: the new VM is not taken", replace("vm is not None", "False"), RESET),
     ("reset: nothing is freed", replace("free_each(frees)", "0"), RESET),
 )
 _in(

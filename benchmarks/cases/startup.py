@@ -14,7 +14,7 @@ from harness.context import Context
 from harness.ours import OURS
 from harness.rows import Row, Samples
 
-__all__ = ["CASE", "HELP", "IMPORT", "run"]
+__all__ = ["CASE", "HELP", "IMPORT", "run", "used"]
 
 CASE = "start-up"
 IMPORT, HELP = "import ramblock", "ramblock --help"
@@ -39,8 +39,8 @@ def run(context: Context) -> Iterator[Row]:
     # The first of each is not counted: it compiles what is not compiled yet.
     for index in range(context.choose(8, 41)):
         imported = float(_output([sys.executable, "-c", _TIME_THE_IMPORT]))
-        helped = _used([*command, "--help"])
-        alone = _used([sys.executable, "-c", "pass"])
+        helped = used([*command, "--help"])
+        alone = used([sys.executable, "-c", "pass"])
         if index:
             samples[IMPORT].add(OURS, [imported])
             samples[HELP].add(OURS, [helped])
@@ -50,7 +50,7 @@ def run(context: Context) -> Iterator[Row]:
         yield entry.row(CASE, {"what": what})
 
 
-def _used(command: Sequence[str]) -> float:
+def used(command: Sequence[str]) -> float:
     """Tell the CPU time of a process, in nanoseconds; the kernel's part of it too."""
     before = getrusage(RUSAGE_CHILDREN)
     _output(command)

@@ -22,6 +22,7 @@ from cases import (
     startup,
     state_change,
     threads,
+    whole_check,
 )
 from harness.ours import OURS
 from ramblock.units import GIB, KIB, MIB, TIB, format_size
@@ -61,6 +62,7 @@ def promises(results: Results) -> list[Promise]:
         *_calls(results),
         *_replay(results),
         *_start_up(results),
+        *_check(results),
     ]
 
 
@@ -167,3 +169,13 @@ def _start_up(results: Results) -> Iterator[Promise]:
     for what, limit in ((startup.IMPORT, 60), (startup.HELP, 150)):
         value = results.figure(startup.CASE, {"what": what}, OURS)
         yield _at_most(what, limit, value, " ms", 1e6)
+
+
+def _check(results: Results) -> Iterator[Promise]:
+    small = results.figure(whole_check.CASE, {"what": whole_check.SMALL}, whole_check.CHECK)
+    yield _at_most(f"{whole_check.CHECK}, {whole_check.SMALL}", 150, small, " ms", 1e6)
+    alone, drawn = (
+        results.figure(whole_check.CASE, {"what": whole_check.REPORT}, what)
+        for what in (whole_check.CHECK, whole_check.REPORT)
+    )
+    yield _at_most("the same with --report, against without", 1.5, _ratio(drawn, alone), " times")

@@ -19,8 +19,6 @@ from bitarray import bitarray, frozenbitarray
 
 from ramblock.ranges import complement
 
-__all__ = ["SavedBits", "SparseBitmap"]
-
 # A guest that touches a single bit makes us allocate a chunk: 8 KiB. 2**15 bits take half of that,
 # and a conversion of 1 GiB is a quarter slower.
 _CHUNK_SHIFT = 16
@@ -55,7 +53,7 @@ class SparseBitmap:
         # The chunks that exist, with the part of each that lies in the range of bits.
         for index in self._present(start >> _CHUNK_SHIFT, (end - 1) >> _CHUNK_SHIFT):
             chunk = self._chunks.get(index)
-            if chunk is not None:  # else another thread, as in count()
+            if chunk is not None:  # else a writer on another thread has just emptied it
                 base = index << _CHUNK_SHIFT
                 yield index, chunk, max(start - base, 0), min(end - base, _CHUNK_BITS)
 
@@ -121,33 +119,16 @@ class SparseBitmap:
 
     def count(self, start: int, end: int) -> int:
         """Count the bits that are set in the range."""
-        first, last = start >> _CHUNK_SHIFT, (end - 1) >> _CHUNK_SHIFT
-        low, high = start & _CHUNK_MASK, end - (last << _CHUNK_SHIFT)
-        chunks = self._chunks
-        if first == last:
+        index = start >> _CHUNK_SHIFT
+        base = index << _CHUNK_SHIFT
+        if end - base <= _CHUNK_BITS:
             # Nearly every conversion lies in one chunk: half the time of the general way below.
-            chunk = chunks.get(first)
-            return 0 if chunk is None else chunk.count(1, low, high)
-        total = 0
-        for index in self._present(first, last):
-            chunk = chunks.get(index)
-            if chunk is not None:  # else a writer on another thread has just emptied it
-                bit = low if index == first else 0
-                end_bit = high if index == last else _CHUNK_BITS
-                total += end_bit - bit if chunk is _ONES else chunk.count(1, bit, end_bit)
-        return total
-
-    def all(self, start: int, end: int) -> bool:
-        """Whether every bit of the range is set; stops at the first that is not."""
-        for index in range(start >> _CHUNK_SHIFT, ((end - 1) >> _CHUNK_SHIFT) + 1):
             chunk = self._chunks.get(index)
-            if chunk is None:
-                return False
-            if chunk is not _ONES:
-                base = index << _CHUNK_SHIFT
-                if chunk.find(0, max(start - base, 0), min(end - base, _CHUNK_BITS)) >= 0:
-                    return False
-        return True
+            return 0 if chunk is None else chunk.count(1, start - base, end - base)
+        return sum(
+            high - low if chunk is _ONES else chunk.count(1, low, high)
+            for _, chunk, low, high in self._pieces(start, end)
+        )
 
     def span(self, start: int, end: int, *, value: bool) -> tuple[int, int] | None:
         """Find the smallest range around all bits in it that equal *value*; None: there is none."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["Sparingly"]
-
 
 class Sparingly:
     """Logs the 1st, 10th, 100th, ... of many like messages, with the count."""

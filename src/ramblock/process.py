@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import os
-from typing import NoReturn
+from typing import NoReturn, Self
 
 from ramblock.errors import UsageError
-
-__all__ = ["OfOneProcess", "current", "refuse_fork"]
 
 #: Grows in each fork. A number, since every operation compares it: getpid(2) is a system call.
 current = 0
@@ -28,6 +26,20 @@ class OfOneProcess:
     # copy.copy, copy.deepcopy and pickle ask here.
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(f"{self!r} holds memory or a device of this process: it cannot be copied")
+
+
+class ClosedAtEnd(OfOneProcess):
+    """Leaving it as a context manager closes it."""
+
+    def close(self) -> None:
+        """Give everything back."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
 
 
 def refuse_fork(operation: str) -> NoReturn:

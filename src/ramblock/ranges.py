@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeAlias
-
-__all__ = ["Runs", "clip", "complement", "merge_adjacent"]
 
 Runs: TypeAlias = Iterator[tuple[int, int]]
 
@@ -31,14 +29,15 @@ def complement(runs: Runs, start: int, end: int) -> Runs:
         yield position, end
 
 
-def merge_adjacent(runs: Runs) -> Runs:
-    """Join runs that touch."""
+def merge(runs: Iterable[tuple[int, int]]) -> Runs:
+    """Join runs that touch or overlap; they ascend by their start."""
     start = end = -1
     for run_start, run_end in runs:
-        if run_start != end:
+        if run_start > end:
             if end > start:
                 yield start, end
             start = run_start
-        end = run_end
+        if run_end > end:
+            end = run_end
     if end > start:
         yield start, end

@@ -8,17 +8,14 @@ from mmap import PAGESIZE
 
 from ramblock.errors import UsageError, describe_range
 
-__all__ = [
-    "ADDRESS_LIMIT", "GIB", "KIB", "MIB", "PAGE_SIZE", "TIB", "check_granularity",
-    "check_positive", "check_range", "format_size", "parse_size",
-]  # fmt: skip
-
 #: The host's page, in bytes: the granularity of states (QEMU: qemu_real_host_page_size()).
 PAGE_SIZE = PAGESIZE
 #: First address that does not exist: guest physical and I/O virtual addresses have 64 bits. An int
 #: does not wrap around, so check_range() sees a range past it.
 ADDRESS_LIMIT = 1 << 64
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+#: Makes a NamedTuple without its own constructor, a function in Python: half the time of it.
+new_tuple = tuple.__new__
 
 
 def check_range(start: int, size: int, *, limit: int, align: int, what: str) -> None:

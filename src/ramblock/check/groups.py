@@ -24,6 +24,11 @@ class FindingGroup(NamedTuple):
         return self.findings[0]
 
     @property
+    def number(self) -> int:
+        """How many events they stand for."""
+        return sum(finding.count for finding in self.findings)
+
+    @property
     def start(self) -> int:
         """The lowest address."""
         return min(finding.start for finding in self.findings)

@@ -2,17 +2,18 @@
 """
 Bytes of a recording: a file, or standard input.
 
-As it is, or compressed with gzip or Zstandard.
+As it is, or compressed with gzip, xz, bzip2 or Zstandard.
 """
 
 from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from ramblock.errors import TraceError, UsageError
 
@@ -23,8 +24,11 @@ STDIN = "-"
 
 _CHUNK = 1 << 18
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_XZ, _BZIP2 = b"\xfd7zXZ\x00", b"BZh"
 #: Bytes that one step of decompression may give: a small file may hold a very large one.
 _MOST = 1 << 20
+#: Bytes that an xz stream's dictionary may take; that of `xz -9` takes 65 MiB.
+_MOST_XZ = 128 << 20
 
 
 @contextmanager
@@ -55,7 +59,7 @@ def read_chunks(stream: IO[bytes], path: str) -> Iterator[bytes]:
     """
     chunks = _raw_chunks(stream, path)
     first = next(chunks, b"")
-    while first and len(first) < len(_ZSTD):  # a pipe may give one byte at a time
+    while first and len(first) < len(_XZ):  # a pipe may give one byte at a time
         more = next(chunks, b"")
         if not more:
             break
@@ -64,6 +68,15 @@ def read_chunks(stream: IO[bytes], path: str) -> Iterator[bytes]:
         yield from _gunzip(first, chunks, path)
     elif first.startswith(_ZSTD):
         yield from _unzstd(first, chunks, path)
+    elif first.startswith(_XZ):
+        import lzma
+
+        make = partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, memlimit=_MOST_XZ)
+        yield from _unpack(first, chunks, path, "xz", make, lzma.LZMAError)
+    elif first.startswith(_BZIP2) and first[3:4].isdigit():
+        import bz2
+
+        yield from _unpack(first, chunks, path, "bzip2", bz2.BZ2Decompressor, OSError)
     else:
         if first:
             yield first
@@ -106,6 +119,51 @@ def _gunzip(first: bytes, chunks: Iterator[bytes], path: str) -> Iterator[bytes]
     if not member.eof:
         yield from _nonempty(member.flush())
         raise TraceError(f"{path}: the file ends in the middle of its gzip data", path=path)
+
+
+class _Stream(Protocol):
+    """A decompressor of the standard library, for one stream of perhaps several."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def needs_input(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, max_length: int = -1) -> bytes: ...
+
+
+def _unpack(
+    first: bytes,
+    chunks: Iterator[bytes],
+    path: str,
+    name: str,
+    make: Callable[[], _Stream],
+    corrupt: type[Exception],
+) -> Iterator[bytes]:
+    """Decompress streams one after the other, as xz(1) and bzip2(1) do."""
+    stream = make()
+    data: bytes | None = first
+    while data is not None:
+        try:
+            while data or not (stream.eof or stream.needs_input):
+                if stream.eof:
+                    data = data.lstrip(b"\0")  # xz pads with zeros between streams
+                    if not data:
+                        break
+                    stream = make()
+                output = stream.decompress(data, _MOST)
+                data = stream.unused_data if stream.eof else b""
+                if output:
+                    yield output
+        except corrupt as error:
+            raise TraceError(f"{path}: its {name} data is corrupt: {error}", path=path) from error
+        data = next(chunks, None)
+    if not stream.eof:
+        raise TraceError(f"{path}: the file ends in the middle of its {name} data", path=path)
 
 
 def _nonempty(data: bytes) -> Iterator[bytes]:

@@ -7,6 +7,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ramblock.cli.check_how import HOW
+from ramblock.cli.trace_format import trace_format
+
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
@@ -50,7 +53,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--how",
-        choices=("qemu", "ftrace", "trace-cmd", "perf", "bpftrace"),
+        choices=tuple(HOW),
         help="print the commands that record a trace for the check, and exit",
     )
     _add_reading(parser)
@@ -73,7 +76,8 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     )
     reading.add_argument(
         "--format",
-        choices=("ramblock", "qemu", "simpletrace", "ftrace", "perf", "bpftrace"),
+        type=trace_format,
+        metavar="NAME",
         help="of all files (default: found out from each)",
     )
     reading.add_argument(

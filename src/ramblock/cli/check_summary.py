@@ -15,7 +15,7 @@ from ramblock.units import PAGE_SIZE, format_size
 
 __all__ = ["print_result", "print_verdict"]
 
-_GROUPS_SHOWN = 20
+_GROUPS_SHOWN, _FAULTS_SHOWN = 20, 8
 _EXAMPLES_SHOWN = 3
 
 
@@ -44,8 +44,7 @@ def _print_head(terminal: Terminal, result: AuditResult) -> None:
     terminal.line(f"{line}, {result.conversions:,} conversions")
     for target in result.targets:
         text = (
-            f"{target.name}: {target.maps:,} maps, {target.unmaps:,} unmaps,"
-            f" {target.faults:,} faults;"
+            f"{target.name}: {target.maps:,} maps, {target.unmaps:,} unmaps;"
             f" {target.entries:,} mappings of {format_size(target.mapped_bytes)} at the end"
         )
         terminal.line(Styled(text, "dim"), hang=2)
@@ -139,15 +138,17 @@ def _print_faults(terminal: Terminal, result: AuditResult) -> None:
     if not groups:
         return
     terminal.line()
-    terminal.line(Styled("Faults: accesses that the IOMMU refused", "bold"))
+    number = sum(each.number for each in groups)
+    title = f"Faults: {number:,} accesses that the IOMMU refused, by device and page"
+    terminal.line(Styled(title, "bold"))
     rows: list[list[Cell]] = []
-    for each in groups[:_GROUPS_SHOWN]:
+    for each in groups[:_FAULTS_SHOWN]:
         first = each.first
         who = first.device or first.target or "-"
         page = f"{first.start // PAGE_SIZE * PAGE_SIZE:#x}"
         lines = _lines(each, several_files=len(result.sources) > 1)
         rows.append(
-            [f"{len(each.findings):,}", who, page, _after(first, result), first.note or "-", lines]
+            [f"{each.number:,}", who, page, _after(first, result), first.note or "-", lines]
         )
     terminal.table(
         rows,
@@ -155,7 +156,7 @@ def _print_faults(terminal: Terminal, result: AuditResult) -> None:
         right=(0, 3),
         folds=(4, 1),
     )
-    _print_more(terminal, len(groups))
+    _print_more(terminal, len(groups), _FAULTS_SHOWN)
 
 
 def _print_notes(terminal: Terminal, result: AuditResult, notes: list[Finding]) -> None:
@@ -189,9 +190,9 @@ def _print_notes(terminal: Terminal, result: AuditResult, notes: list[Finding]) 
             terminal.line(f"(Of {count.count:,} {kind} the worst {count.kept:,} are listed.)")
 
 
-def _print_more(terminal: Terminal, groups: int) -> None:
-    if groups > _GROUPS_SHOWN:
-        terminal.line(f"... and {groups - _GROUPS_SHOWN:,} more groups (--json, --report)")
+def _print_more(terminal: Terminal, groups: int, shown: int = _GROUPS_SHOWN) -> None:
+    if groups > shown:
+        terminal.line(f"... and {groups - shown:,} more groups (--json, --report)")
 
 
 def _print_in_conversion(terminal: Terminal, result: AuditResult) -> None:

@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ramblock.cli.trace_format import trace_format
+
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
@@ -26,8 +28,8 @@ examples:
   ramblock plan --device nic --sweep memory=8G..2T --sweep policy=page,run --table sweep.csv
 
 exit codes: 0 some way fits or may fit, 1 none of those that were asked for does, 2 usage,
-3 the recording could not be read to its end, 130 a sweep was interrupted (its table has the
-finished guests)
+3 the recording could not be read to its end, 4 it has no shared memory, so there is nothing to plan
+from, 130 a sweep was interrupted (its table has the finished guests)
 """
 
 
@@ -130,7 +132,8 @@ def _add_working(parser: argparse.ArgumentParser) -> None:
     )
     working.add_argument(
         "--format",
-        choices=("ramblock", "qemu", "simpletrace", "ftrace", "perf", "bpftrace"),
+        type=trace_format,
+        metavar="NAME",
         help="of the recording (default: found out from it)",
     )
 

@@ -14,18 +14,14 @@ from ramblock.errors import UsageError
 from ramblock.events import StateChanged
 from ramblock.units import PAGE_SIZE, check_range
 
-__all__ = ["PageState", "RamBlockAttributes", "check_state"]
-
 _log = logging.getLogger(__name__)
 
 
 class PageState(Enum):
     """The state of a guest page. Everything starts private."""
 
-    PRIVATE = "private"
-    """Only the guest can read it. For a discard manager: discarded."""
-    SHARED = "shared"
-    """The host and its devices can read it. For a discard manager: populated."""
+    PRIVATE = "private"  #: Only the guest can read it. For a discard manager: discarded.
+    SHARED = "shared"  #: The host and its devices can read it. For a discard manager: populated.
 
 
 def check_state(to: object) -> None:
@@ -89,11 +85,9 @@ class RamBlockAttributes(BitmapSource):
         ``GuestMemory.convert`` is the one to call.
 
         :param offset: In bytes, as *size*; both multiples of the page size.
-        :raises UsageError: Unaligned, empty, outside the block, or not a page state; nothing has
-            changed.
-        :raises MappingLimitError: A mapper has no room for it; nothing has changed.
-        :raises PoisonedError: The block is poisoned, or this call poisoned it.
-        :raises Exception: Whatever a listener raised when it refused; nothing has changed.
+        :raises UsageError: Unaligned, empty, outside the block, not a page state, or in a guest
+            that has a VM. Else it raises as :meth:`RamDiscardManager.notify_populate`, after which
+            all is as before.
         """
         self.block.discard_manager.run("state_change", self._state_change, offset, size, to)
 
@@ -102,6 +96,9 @@ class RamBlockAttributes(BitmapSource):
         if manager.closed:
             manager.check_open()
         check_state(to)
+        if manager.guard.has_vm:
+            text = f"{self.place} is in a guest with a VM, whose attributes would stay behind"
+            raise UsageError(text, value=self.block.name, expected="GuestMemory.convert")
         check_range(offset, size, limit=self.block.size, align=PAGE_SIZE, what=self.place)
         change = self.plan(offset, size, populate=to is PageState.SHARED)
         if change is not None:

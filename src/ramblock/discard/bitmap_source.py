@@ -8,12 +8,9 @@ from collections.abc import Callable, Iterator
 from ramblock.bitmap import SavedBits, SparseBitmap
 from ramblock.discard.manager import ManagedBlock
 from ramblock.discard.notification import Notification, reserve
-from ramblock.discard.undo import Entry, put_back
-from ramblock.errors import describe_range
+from ramblock.discard.undo import UndoLog
 from ramblock.process import OfOneProcess
 from ramblock.ranges import Runs
-
-__all__ = ["BitmapChange", "BitmapSource"]
 
 
 class BitmapSource(OfOneProcess):
@@ -35,7 +32,8 @@ class BitmapSource(OfOneProcess):
 
     def is_populated(self, offset: int, size: int) -> bool:
         """Whether all of ``[offset, offset + size)`` is populated; any alignment."""
-        return self.bits.all(offset >> self.shift, ((offset + size - 1) >> self.shift) + 1)
+        start, end = offset >> self.shift, ((offset + size - 1) >> self.shift) + 1
+        return self.bits.count(start, end) == end - start
 
     def ranges(self, offset: int, size: int, /) -> Iterator[tuple[int, int]]:
         """Yield the populated runs in ``[offset, offset + size)`` as (offset, size), ascending."""
@@ -56,18 +54,10 @@ class BitmapSource(OfOneProcess):
         manager, notification = self.block.discard_manager, change.notification
         if manager.registry.limited:
             reserve((notification,))
-        # As with an UndoLog, without its four calls.
-        begun: list[Entry] = [("notify", None, notification.take_back, None, ())]
-        try:
-            notification.tell()
+        with UndoLog(manager.guard, operation) as undo:
+            undo.do("notify", notification.tell, notification.take_back)
             # Where the bits cannot be put back the listeners stay told.
-            begun.append(("state", None, change.flip_back, change.flip, ()))
-            change.flip()
-        except BaseException as error:
-            put_back(manager.guard, begun)
-            if manager.guard.poisoned:
-                raise manager.guard.poisoned_error(operation) from error
-            raise
+            undo.do("state", change.flip, change.flip_back, stuck=change.flip)
 
 
 class BitmapChange:
@@ -132,7 +122,3 @@ class BitmapChange:
             bits.clear(start, end)
         else:
             bits.set(start, end)
-
-    def __repr__(self) -> str:
-        start, end = (bit << self.source.shift for bit in self._span)
-        return f"<BitmapChange {describe_range(start, end - start)} of {self.source.block.name!r}>"

@@ -2,15 +2,11 @@
 """
 Who needs RAM to be discardable, and who forbids it.
 
-Two kinds of discard. *Coordinated*: the listeners are told first (page conversions, virtio-mem).
-*Uncoordinated*: memory just goes (a plain balloon). Two kinds of user stand against them. One that
-pins memory and hears nothing forbids both. One that a listener drives forbids the uncoordinated
-kind.
-
-QEMU commit 852f0048f3 ("RAMBlock: make guest_memfd require uncoordinated discard") is the reason:
-conversions discarded memory that VFIO had pinned, VFIO was not told, and its mappings went stale;
-so that commit made the two exclude each other. A discard manager makes the conversion coordinated,
-and they live together. QEMU keeps four counters for the whole process (system/physmem.c,
+A discard is *coordinated* if the listeners are told first; else memory just goes. The reason is
+QEMU commit 852f0048f3 ("RAMBlock: make guest_memfd require uncoordinated discard"): conversions
+discarded memory that VFIO had pinned, VFIO was not told, and its mappings went stale; so that
+commit made the two exclude each other. A discard manager makes the conversion coordinated, and they
+live together. QEMU keeps four counters for the whole process (system/physmem.c,
 ram_block_discard_disable() and its kin); here they belong to one guest memory.
 """
 
@@ -22,15 +18,16 @@ from enum import Enum
 
 from ramblock.errors import BusyError
 
-__all__ = ["DiscardCoordinator", "DiscardHold", "HoldKind"]
-
 
 class HoldKind(Enum):
     """A demand on the memory."""
 
+    #: Discards will happen, and listeners are told: page conversions, virtio-mem.
     REQUIRE_COORDINATED = "requires coordinated discards"
+    #: Discards will happen, and nobody is told: a plain balloon.
     REQUIRE_UNCOORDINATED = "requires uncoordinated discards"
-    FORBID_ALL = "forbids all discards"
+    FORBID_ALL = "forbids all discards"  #: The memory is pinned by somebody who hears nothing.
+    #: It is pinned by somebody whom a listener drives: a mapper.
     FORBID_UNCOORDINATED = "forbids uncoordinated discards"
 
 
@@ -76,28 +73,8 @@ class DiscardCoordinator:
         """The claims that are held now, oldest first."""
         return tuple(self._holds)
 
-    def require_coordinated(self, owner: str) -> DiscardHold:
-        """Discards will happen, and listeners are told (conversions). See :meth:`hold`."""
-        return self.hold(owner, HoldKind.REQUIRE_COORDINATED)
-
-    def require_uncoordinated(self, owner: str) -> DiscardHold:
-        """Discards will happen and nobody is told (a plain balloon). See :meth:`hold`."""
-        return self.hold(owner, HoldKind.REQUIRE_UNCOORDINATED)
-
-    def forbid_all(self, owner: str) -> DiscardHold:
-        """Memory is pinned by somebody who hears nothing. See :meth:`hold`."""
-        return self.hold(owner, HoldKind.FORBID_ALL)
-
-    def forbid_uncoordinated(self, owner: str) -> DiscardHold:
-        """Memory is pinned by somebody who listens (a mapper). See :meth:`hold`."""
-        return self.hold(owner, HoldKind.FORBID_UNCOORDINATED)
-
     def hold(self, owner: str, kind: HoldKind) -> DiscardHold:
-        """
-        Claim *kind* for *owner* until the result is released.
-
-        :raises BusyError: Somebody holds a contradicting claim; both are named. Nothing is held.
-        """
+        """Claim *kind* for *owner*; BusyError: somebody's claim contradicts it, nothing is held."""
         hold = DiscardHold(self, owner, kind)
         self._check(hold)
         self._holds.append(hold)
@@ -119,11 +96,7 @@ class DiscardCoordinator:
     def adopt(
         self, other: DiscardCoordinator, only: Collection[DiscardHold] | None = None
     ) -> list[DiscardHold]:
-        """
-        Take over the claims of *other*, all or *only* some, with the block that comes from there.
-
-        :raises BusyError: One of them contradicts one of ours. Nothing has moved.
-        """
+        """Take over claims, all or *only* some; BusyError: one contradicts ours, none has moved."""
         moving = [hold for hold in other.holds if only is None or hold in only]
         for hold in moving:
             self._check(hold)

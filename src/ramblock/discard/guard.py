@@ -22,8 +22,7 @@ from ramblock.discard.section import Block, RamSection
 from ramblock.errors import BusyError, PoisonedError, describe_range
 from ramblock.events import Observer
 from ramblock.interrupts import uninterrupted
-
-__all__ = ["Guard", "Home", "InDoubt", "MovedError"]
+from ramblock.ranges import merge
 
 _log = logging.getLogger(__name__)
 
@@ -33,11 +32,9 @@ T = TypeVar("T")
 class InDoubt(NamedTuple):
     """A range of the guest where a target may reach discarded pages, or miss populated ones."""
 
-    gpa: int
-    """Guest physical address, in bytes, like the size."""
+    gpa: int  #: Guest physical address, in bytes, like the size.
     size: int
-    target: object
-    """The DMA target; for a listener that is no mapper, the listener."""
+    target: object  #: The DMA target; for a listener that is no mapper, the listener.
 
 
 class MovedError(Exception):
@@ -67,6 +64,8 @@ class Guard:
         self.doubts: list[tuple[RamSection, object]] = []
         self.discards = DiscardCoordinator()
         self.observer: Observer | None = None
+        #: Whether a VM has page attributes, which go with the page states.
+        self.has_vm = False
 
     def run(
         self,
@@ -179,16 +178,11 @@ class Guard:
         for section, target in list(self.doubts):  # another thread may add some
             _, ranges = by_target.setdefault(id(target), (target, []))
             ranges.append((section.gpa, section.gpa_end))
-        result: list[InDoubt] = []
-        for target, ranges in by_target.values():
-            start, end = min(ranges)
-            for low, high in sorted(ranges):
-                if low > end:
-                    result.append(InDoubt(start, end - start, target))
-                    start = low
-                end = max(end, high)
-            result.append(InDoubt(start, end - start, target))
-        return result
+        return [
+            InDoubt(start, end - start, target)
+            for target, ranges in by_target.values()
+            for start, end in merge(sorted(ranges))
+        ]
 
     def leave_with(self, other: Guard, block: Block, holds: list[DiscardHold]) -> None:
         """Give a block that goes to *other* its own: *holds*, doubts, and the poison."""

@@ -17,9 +17,8 @@ from typing import Protocol, TypeVar
 
 from ramblock.discard.coordination import DiscardHold
 from ramblock.discard.guard import Guard, MovedError
-from ramblock.discard.listeners import Listener
+from ramblock.discard.listeners import Listener, Registration, Registry
 from ramblock.discard.notification import Notification, reserve
-from ramblock.discard.registry import Registration, Registry
 from ramblock.discard.section import Block, RamSection
 from ramblock.discard.sources import Source, held_back_by, joint_runs
 from ramblock.discard.undo import UndoLog
@@ -27,8 +26,6 @@ from ramblock.errors import BusyError, UsageError, describe_error
 from ramblock.process import OfOneProcess
 from ramblock.ranges import complement
 from ramblock.units import PAGE_SIZE, check_granularity, check_range
-
-__all__ = ["Freeing", "ManagedBlock", "RamDiscardManager"]
 
 T = TypeVar("T")
 
@@ -38,15 +35,9 @@ class Freeing(Protocol):
 
     def free(self, offset: int, size: int) -> int:
         """Free a range, where nobody uses it any more; return the bytes that wait."""
-        return 0
 
     def keep_used(self, offset: int, size: int) -> None:
         """Note that the part of the range in use is no longer waiting to be freed."""
-        return
-
-
-class _NothingToFree(Freeing):
-    """Until a block has its sides: its page attributes are added before that."""
 
 
 def _nothing() -> None:
@@ -73,7 +64,7 @@ class RamDiscardManager(OfOneProcess):
         self.guard = Guard()
         #: Claims on discards that go with the block.
         self.holds: list[DiscardHold] = []
-        self.freeing: Freeing = _NothingToFree()
+        self.freeing: Freeing  # the block's sides, which need this manager
         self.closed = False
         #: The sources, oldest first. Callers change them by the methods below.
         self.sources: tuple[Source, ...] = ()
@@ -99,11 +90,6 @@ class RamDiscardManager(OfOneProcess):
         """Raise :class:`UsageError` if the block is closed."""
         if self.closed:
             raise UsageError(f"{self._place} is closed", value=self.block.name)
-
-    @property
-    def registrations(self) -> tuple[Registration, ...]:
-        """The listeners, in the order of registration."""
-        return tuple(self.registry)
 
     @property
     def min_granularity(self) -> int:

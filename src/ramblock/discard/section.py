@@ -7,30 +7,20 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ramblock.errors import describe_range
-from ramblock.hostmem.backing import PrivateBacking
+from ramblock.hostmem.backing import HostMemory, PrivateBacking
 from ramblock.units import ADDRESS_LIMIT, check_range
 
-__all__ = ["Block", "RamSection"]
 
+class Block(HostMemory, Protocol):
+    """
+    All that whoever maps a section needs of its block; ``ramblock.RamBlock`` is one.
 
-class Block(Protocol):
-    """All that whoever maps a section needs of its block; ``ramblock.RamBlock`` is one."""
+    Descriptor and address are those of the shared backing.
+    """
 
     @property
     def name(self) -> str:
         """For messages."""
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-
-    @property
-    def fd(self) -> int | None:
-        """Descriptor of the shared backing; None for anonymous memory."""
-
-    @property
-    def address(self) -> int:
-        """Host virtual address of the shared backing."""
 
     @property
     def private(self) -> PrivateBacking | None:
@@ -46,14 +36,10 @@ class RamSection:
     """
 
     block: Block
-    offset: int
-    """First byte inside the block."""
-    size: int
-    """In bytes."""
-    gpa: int = 0
-    """Guest physical address of its first byte."""
-    readonly: bool = False
-    """Devices may not write to it (a ROM)."""
+    offset: int  #: First byte inside the block.
+    size: int  #: In bytes.
+    gpa: int = 0  #: Guest physical address of its first byte.
+    readonly: bool = False  #: Devices may not write to it (a ROM).
 
     def __post_init__(self) -> None:
         what = f"section of {self.block.name!r}"

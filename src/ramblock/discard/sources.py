@@ -9,9 +9,7 @@ from itertools import chain, starmap
 from typing import Protocol
 
 from ramblock.errors import UsageError, describe_range
-from ramblock.ranges import Runs, complement, merge_adjacent
-
-__all__ = ["Source", "held_back_by", "joint_runs", "populated_in"]
+from ramblock.ranges import Runs, complement, merge
 
 
 class Source(Protocol):
@@ -41,14 +39,10 @@ class Source(Protocol):
 
 
 def populated_in(source: Source, start: int, end: int) -> Runs:
-    """
-    Yield the populated runs of *source* inside [start, end), as (start, end).
-
-    :raises UsageError: Its runs do not ascend, overlap, or cut granules.
-    """
+    """Yield the populated runs of *source* in [start, end); UsageError: an impossible answer."""
     ranges = getattr(source, "ranges", None)
     if ranges is None:
-        yield from merge_adjacent(_granules(source, start, end))
+        yield from merge(_granules(source, start, end))
         return
     position, inside = start, source.granularity - 1
     for offset, size in ranges(start, end - start):
@@ -87,4 +81,4 @@ def joint_runs(runs: Runs, sources: Iterable[Source]) -> Runs:
     """Yield the parts of *runs* that every one of *sources* calls populated."""
     for source in sources:
         runs = chain.from_iterable(starmap(partial(populated_in, source), runs))
-    return merge_adjacent(runs)
+    return merge(runs)

@@ -29,8 +29,6 @@ from typing import TypeAlias
 from ramblock.discard.guard import Guard
 from ramblock.errors import describe_error
 
-__all__ = ["Entry", "UndoLog", "put_back"]
-
 _Function: TypeAlias = Callable[..., object]
 #: A step that was begun: its name, its piece, the functions ``undo`` and ``stuck``, arguments.
 Entry: TypeAlias = tuple[str, object, _Function, _Function | None, tuple[object, ...]]

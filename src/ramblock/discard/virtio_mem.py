@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 from ramblock.discard.bitmap_source import BitmapSource
-from ramblock.discard.coordination import DiscardHold
+from ramblock.discard.coordination import DiscardHold, HoldKind
 from ramblock.discard.manager import ManagedBlock
 from ramblock.errors import UsageError, describe_range
 from ramblock.units import PAGE_SIZE, check_granularity, check_range
-
-__all__ = ["VirtioMem"]
 
 
 class VirtioMem(BitmapSource):
@@ -20,6 +18,12 @@ class VirtioMem(BitmapSource):
     memory is freed. Plug state and page state are independent: an unplugged range may be converted,
     and is mapped when it is plugged. Taken out of the block's sources and added again, it keeps its
     plug state, and frees all it withholds.
+
+    To plug and to unplug are all or nothing. They raise :class:`~ramblock.errors.UsageError` for a
+    range that is not of whole device blocks, leaves the block, or is partly so already;
+    :class:`~ramblock.errors.MappingLimitError` where a mapper has no room, or cannot cut there; and
+    the exception of a listener that refused. Nothing has changed then, unless it is
+    :class:`~ramblock.errors.PoisonedError`: the memory is kept.
 
     :param block: The block that the device provides.
     :param block_size: Of the device, in bytes: a power of two, at least a host page, that divides
@@ -49,36 +53,16 @@ class VirtioMem(BitmapSource):
         block.discard_manager.add_source(self)
 
     @property
-    def block_size(self) -> int:
-        """The device's block size in bytes."""
-        return self.granularity
-
-    @property
     def plugged_size(self) -> int:
         """The size of all plugged blocks, in bytes."""
         return self.populated_bytes
 
     def plug(self, offset: int, size: int) -> None:
-        """
-        Plug ``[offset, offset + size)``: listeners hear of it, then it counts.
-
-        :raises UsageError: Not whole device blocks, outside the block, or partly plugged already;
-            nothing has changed.
-        :raises MappingLimitError: A mapper has no room for it; nothing has changed.
-        :raises PoisonedError: The block is poisoned, or this call poisoned it.
-        :raises Exception: Whatever a listener raised when it refused; nothing has changed.
-        """
+        """Plug ``[offset, offset + size)``, in bytes: listeners hear of it, then it counts."""
         self.block.discard_manager.run("plug", self._change, "plug", offset, size)
 
     def unplug(self, offset: int, size: int) -> None:
-        """
-        Unplug ``[offset, offset + size)``: listeners first, then both backings are freed.
-
-        :raises UsageError: As :meth:`plug`, or partly unplugged already; nothing has changed.
-        :raises MappingLimitError: A mapper has no room to cut there; nothing has changed.
-        :raises PoisonedError: The block is poisoned, or this call poisoned it; the memory is kept.
-        :raises Exception: Whatever a listener raised when it refused; nothing has changed.
-        """
+        """Unplug a range, in bytes: listeners first, then both backings are freed."""
         self.block.discard_manager.run("unplug", self._change, "unplug", offset, size)
 
     def _change(self, operation: str, offset: int, size: int) -> None:
@@ -99,18 +83,14 @@ class VirtioMem(BitmapSource):
             keep_or_free(offset, size)
 
     def unplug_all(self) -> None:
-        """
-        Unplug everything that is plugged, in one transaction; nothing plugged is fine.
-
-        Raises as :meth:`unplug`, with the same state left.
-        """
+        """Unplug everything that is plugged, in one transaction; nothing plugged is fine."""
         manager, size = self.block.discard_manager, self.block.size
         manager.run("unplug_all", self._change, "unplug_all", 0, size)
 
     def on_adding(self) -> None:
         """Claim that discards will happen; the manager calls it before it adds the device."""
         manager = self.block.discard_manager
-        self._hold = manager.guard.discards.require_coordinated(self.place)
+        self._hold = manager.guard.discards.hold(self.place, HoldKind.REQUIRE_COORDINATED)
         manager.holds.append(self._hold)
 
     def on_removed(self) -> None:

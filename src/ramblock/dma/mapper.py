@@ -28,18 +28,10 @@ from collections.abc import Callable, Iterable
 from ramblock.bitmap import SavedBits, SparseBitmap
 from ramblock.discard.section import RamSection
 from ramblock.dma.target import DmaTarget, HostRange, MappingPolicy
-from ramblock.errors import (
-    DmaError,
-    MappingLimitError,
-    UsageError,
-    describe_error,
-    describe_range,
-)
+from ramblock.errors import DmaError, MappingLimitError, UsageError, describe_error, describe_range
 from ramblock.logs import Sparingly
 from ramblock.process import OfOneProcess
-from ramblock.units import PAGE_SIZE
-
-__all__ = ["Mapper", "SectionMapper"]
+from ramblock.units import PAGE_SIZE, new_tuple
 
 _log = logging.getLogger(__name__)
 
@@ -51,12 +43,7 @@ _NEARLY_USED_UP = 0.9
 
 
 class Mapper(OfOneProcess):
-    """
-    One target's mappings. Made by ``GuestMemory.attach``.
-
-    :param max_mappings: The operator's budget; the smaller of it and the target's counts.
-    :raises UsageError: RUN, and the target cannot cut.
-    """
+    """One target's mappings. Made by ``GuestMemory.attach``, which says what is raised."""
 
     def __init__(self, target: DmaTarget, policy: MappingPolicy, max_mappings: int | None) -> None:
         capabilities = target.capabilities
@@ -146,15 +133,10 @@ class SectionMapper:
     @property
     def in_doubt(self) -> bool:
         """Whether the target may still reach pages that it was told to let go of."""
-        return self.uncertain.span(0, self.pages, value=True) is not None
+        return bool(self.uncertain.count(0, self.pages))
 
     def notify_populate(self, section: RamSection) -> None:
-        """
-        Map *section*: one mapping, or one per page.
-
-        :raises BaseException: From the target. This call has mapped nothing of *section*, or it is
-            in doubt.
-        """
+        """Map *section*. After an exception it is as before, or in doubt."""
         start = (section.offset - self.section.offset) // PAGE_SIZE
         end = start + section.size // PAGE_SIZE
         if not self.mapped.count(start, end):
@@ -170,12 +152,7 @@ class SectionMapper:
                 raise
 
     def notify_discard(self, section: RamSection) -> None:
-        """
-        Unmap the mapped pages of *section*.
-
-        :raises BaseException: From the target, or a DmaError for a short unmap. Everything is
-            mapped as before, or it is in doubt.
-        """
+        """Unmap *section*. After an exception it is as before, or in doubt."""
         start = (section.offset - self.section.offset) // PAGE_SIZE
         end = start + section.size // PAGE_SIZE
         mapped = self.mapped.count(start, end)
@@ -183,11 +160,7 @@ class SectionMapper:
             self._unmap(start, end, mapped)
 
     def let_go(self) -> None:
-        """
-        Unmap all that the target lets go of: for closing, and for a poisoned memory.
-
-        The pages that it does not let go of are in doubt, and those that were in doubt stay so.
-        """
+        """Unmap as much as the target lets go of; the rest is in doubt, or stays so."""
         uncertain = list(self.uncertain.runs(0, self.pages))
         certain = SparseBitmap(self.pages)
         certain.restore(0, self.pages, self.mapped.save(0, self.pages))
@@ -247,7 +220,8 @@ class SectionMapper:
     def _map_piece(self, page: int, pages: int) -> None:
         section, start = self.section, page * PAGE_SIZE
         block, offset = section.block, section.offset + start
-        memory = HostRange(block.fd, offset, block.address + offset, pages * PAGE_SIZE)
+        at = block.fd, offset, block.address + offset, pages * PAGE_SIZE
+        memory = new_tuple(HostRange, at)
         self.mapper.map_calls += 1
         self.target.map(section.gpa + start, memory, writable=not section.readonly)
 

@@ -27,8 +27,6 @@ from ramblock.hostmem.host_calls import write_own_memory
 from ramblock.process import OfOneProcess
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_granularity, check_positive, check_range
 
-__all__ = ["FaultRecord", "Mapping", "MappingTable", "SoftIommu"]
-
 # Enough to look at, not enough for a device that faults forever to fill memory with.
 _FAULTS_KEPT = 1024
 
@@ -118,7 +116,8 @@ class SoftIommu(OfOneProcess):
         if max_mappings is not None:
             check_positive(max_mappings, "max_mappings")
         cut = cut and not exact
-        self._capabilities = DmaCapabilities(page_size, max_mappings, cut, exact, iova_ranges)
+        #: What it can do.
+        self.capabilities = DmaCapabilities(page_size, max_mappings, cut, exact, iova_ranges)
         self._in_page = page_size - 1
         self._lock = Lock()
         self._table = MappingTable()
@@ -126,21 +125,10 @@ class SoftIommu(OfOneProcess):
         self.faults: deque[FaultRecord] = deque(maxlen=_FAULTS_KEPT)
         self.fault_count = 0  #: Faults since the beginning.
 
-    @property
-    def capabilities(self) -> DmaCapabilities:
-        """What it can do."""
-        return self._capabilities
-
     def map(self, iova: int, memory: HostRange, *, writable: bool = True) -> None:
-        """
-        Let devices reach *memory* at *iova*.
-
-        :raises DmaError: EINVAL: misaligned, empty, past 2**64 or outside the IOVA ranges. EEXIST:
-            something is mapped there; the text says where. ENOSPC: no entry is left. Nothing has
-            changed.
-        """
+        """Let devices reach *memory* at *iova*; see :meth:`DmaTarget.map`."""
         size, end = memory.size, iova + memory.size
-        limit, ranges = self._capabilities.max_mappings, self._capabilities.iova_ranges
+        limit, ranges = self.capabilities.max_mappings, self.capabilities.iova_ranges
         if size <= 0 or iova < 0 or end > ADDRESS_LIMIT or (iova | size) & self._in_page:
             raise self._refusal("map", iova, size)
         if ranges is not None and not any(start <= iova and end <= stop for start, stop in ranges):
@@ -156,21 +144,14 @@ class SoftIommu(OfOneProcess):
             self._table.replace(first, first, [Mapping(iova, size, memory, writable)])
 
     def unmap(self, iova: int, size: int) -> int:
-        """
-        Take ``[iova, iova + size)`` away from devices; no access to it is under way on return.
-
-        :return: Bytes unmapped; 0 where nothing was.
-        :raises DmaError: EINVAL: misaligned, or it would cut a mapping and ``cut`` is off. ENOENT:
-            with ``exact``, it is not one whole mapping. ENOSPC: no entry is left for the part
-            behind the cut. Nothing has changed.
-        """
+        """Take ``[iova, iova + size)`` away from devices; see :meth:`DmaTarget.unmap`."""
         end = iova + size
         if size <= 0 or iova < 0 or end > ADDRESS_LIMIT or (iova | size) & self._in_page:
             raise self._refusal("unmap", iova, size)
         with self._lock:
             position, behind = self._table.overlapping(iova, end)
             hit = self._table.mappings[position:behind]
-            if self._capabilities.exact and (len(hit) != 1 or hit[0][:2] != (iova, size)):
+            if self.capabilities.exact and (len(hit) != 1 or hit[0][:2] != (iova, size)):
                 raise self._refusal("unmap", iova, size, errno.ENOENT, "not one whole mapping")
             if not hit:
                 return 0
@@ -181,11 +162,11 @@ class SoftIommu(OfOneProcess):
                 rest.append(first.part(first.iova, iova))
             if last_end > end:
                 rest.append(last.part(end, last_end))
-            if rest and not self._capabilities.cut:
+            if rest and not self.capabilities.cut:
                 cut = first if first.iova < iova else last
                 text = f"it would cut {describe_range(cut.iova, cut.size)}"
                 raise self._refusal("unmap", iova, size, errno.EINVAL, text)
-            limit = self._capabilities.max_mappings if len(rest) > len(hit) else None
+            limit = self.capabilities.max_mappings if len(rest) > len(hit) else None
             if limit is not None and len(self._table.mappings) >= limit:
                 raise self._refusal("unmap", iova, size, errno.ENOSPC)
             self._table.replace(position, behind, rest)
@@ -208,10 +189,10 @@ class SoftIommu(OfOneProcess):
         self, call: str, iova: int, size: int, number: int = errno.EINVAL, text: str = ""
     ) -> DmaError:
         if number == errno.ENOSPC:
-            text = f"{len(self._table)} of {self._capabilities.max_mappings} mappings in use"
+            text = f"{len(self._table)} of {self.capabilities.max_mappings} mappings in use"
         elif size <= 0 or iova < 0 or iova + size > ADDRESS_LIMIT:
             text = "empty, or past 2**64"
-        text = text or f"not made of pages of {self._capabilities.page_size:#x} bytes"
+        text = text or f"not made of pages of {self.capabilities.page_size:#x} bytes"
         where = describe_range(iova, size)
         return DmaError(number, f"{call} {where}: {text}", iova=iova, size=size)
 

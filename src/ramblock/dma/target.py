@@ -13,8 +13,6 @@ from typing import NamedTuple, Protocol
 
 from ramblock.units import PAGE_SIZE
 
-__all__ = ["DmaCapabilities", "DmaTarget", "HostRange", "MappingPolicy"]
-
 
 class MappingPolicy(Enum):
     """How much one mapping covers."""

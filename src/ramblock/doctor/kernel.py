@@ -89,13 +89,6 @@ def _fault_events(root: Path) -> Line:
     )
     tracefs = root / "sys/kernel/tracing"
     event = tracefs / "events/iommu/io_page_fault"
-    if event.is_dir():
-        return Line(
-            name="IOMMU faults in traces",
-            status=Status.GOOD,
-            found="tracefs has iommu:io_page_fault",
-            why=why,
-        )
     if not os.access(tracefs, os.R_OK | os.X_OK):
         return Line(
             name="IOMMU faults in traces",
@@ -103,6 +96,13 @@ def _fault_events(root: Path) -> Line:
             found="/sys/kernel/tracing cannot be read",
             why=why,
             todo="be root, and mount tracefs there",
+        )
+    if event.is_dir():
+        return Line(
+            name="IOMMU faults in traces",
+            status=Status.GOOD,
+            found="tracefs has iommu:io_page_fault",
+            why=why,
         )
     return Line(
         name="IOMMU faults in traces",

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from ramblock.dma.vfio_facts import locked_memory
 from ramblock.doctor.line import Line, Purpose, Status, read_text
-from ramblock.hostmem.host_facts import available_bytes
-from ramblock.hostmem.hugetlb import HugePagePool
+from ramblock.hostmem.host_facts import HugePagePool, available_bytes
 from ramblock.units import KIB, MIB, format_size
 
 __all__ = ["cgroup_limit", "look"]

@@ -7,18 +7,16 @@ import logging
 from typing import Protocol
 
 from ramblock.discard.attributes import RamBlockAttributes
+from ramblock.discard.coordination import HoldKind
 from ramblock.discard.guard import Guard
 from ramblock.discard.manager import RamDiscardManager
 from ramblock.errors import UsageError
 from ramblock.guest.freeing import Sides
-from ramblock.hostmem.backend import HostMemoryBackend
+from ramblock.hostmem.backend import HostMemoryBackend, Progress
 from ramblock.hostmem.backing import PrivateBacking, SharedBacking, StandInPrivate, check_private
 from ramblock.hostmem.in_place import check_in_place, is_in_place, take_in_place
-from ramblock.hostmem.prealloc import Progress
-from ramblock.process import OfOneProcess
+from ramblock.process import ClosedAtEnd
 from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_range, format_size
-
-__all__ = ["Placement", "RamBlock"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +33,7 @@ def _check_name(name: object) -> None:
         raise UsageError(f"{name!r} is not a name", value=name, expected="text without NUL")
 
 
-class RamBlock(OfOneProcess):
+class RamBlock(ClosedAtEnd):
     """
     Guest RAM: its backings, page states and discard manager.
 
@@ -71,12 +69,13 @@ class RamBlock(OfOneProcess):
         self.attributes: RamBlockAttributes | None = None
         if private is not None:
             self.attributes = RamBlockAttributes(self)
-            manager.add_source(self.attributes)
-            owner = f"page conversion of block {name!r}"
-            manager.holds.append(self.guard.discards.require_coordinated(owner))
         #: The use of its memory, and freeing the rest.
         self.sides = Sides(manager, self.attributes, shared, self._discard_private)
         manager.freeing = self.sides
+        if self.attributes is not None:
+            manager.add_source(self.attributes)
+            owner, kind = f"page conversion of block {name!r}", HoldKind.REQUIRE_COORDINATED
+            manager.holds.append(self.guard.discards.hold(owner, kind))
 
     def _discard_private(self, offset: int, size: int) -> None:
         # Not bound once: a reset puts another backing here.
@@ -236,12 +235,6 @@ class RamBlock(OfOneProcess):
             self.shared.close()
         if self._own_private is not None:
             self._own_private.close()
-
-    def __enter__(self) -> RamBlock:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<RamBlock {self.name!r}: {format_size(self.size)}>"

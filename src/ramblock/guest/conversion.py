@@ -35,13 +35,11 @@ from ramblock.discard.attributes import PageState, RamBlockAttributes
 from ramblock.discard.bitmap_source import BitmapChange
 from ramblock.discard.guard import Guard
 from ramblock.discard.notification import reserve
-from ramblock.discard.section import RamSection
 from ramblock.discard.undo import Entry, put_back
 from ramblock.errors import ConversionError, PoisonedError, UsageError, describe_range
 from ramblock.guest.places import Place, PlaceMap
 from ramblock.guest.vm import Vm, set_attribute
-
-__all__ = ["ConversionPiece", "ConversionResult", "convert_pieces"]
+from ramblock.units import new_tuple
 
 
 class ConversionResult(NamedTuple):
@@ -61,7 +59,8 @@ class ConversionPiece(NamedTuple):
     """The part of a conversion that lies in one section, where something changes."""
 
     place: Place
-    section: RamSection
+    start: int  #: First byte of it in the block.
+    end: int  #: First byte behind it.
     attributes: RamBlockAttributes
     change: BitmapChange
     vm: Vm | None
@@ -69,9 +68,8 @@ class ConversionPiece(NamedTuple):
     def set_attribute(self) -> None:
         """Set the attribute of the whole piece: one call, which changes nothing where it is set."""
         if self.vm is not None or self.place.block.in_place is not None:
-            start = self.section.offset
-            end = start + self.section.size
-            set_attribute(self.vm, self.place, start, end, private=not self.change.populate)
+            private = not self.change.populate
+            set_attribute(self.vm, self.place, self.start, self.end, private=private)
 
     def put_attribute_back(self) -> None:
         """Undo :meth:`set_attribute`, however far it came: only where it differed."""
@@ -91,13 +89,12 @@ class ConversionPiece(NamedTuple):
             used, unused = unused, used
         if used is None or unused is None:
             return 0  # in place, the page stays in use
-        used.keep_used(self.section.offset, self.section.size)
-        return unused.free(self.section.offset, self.section.size)
+        size = self.end - self.start
+        used.keep_used(self.start, size)
+        return unused.free(self.start, size)
 
 
 _Call: TypeAlias = Callable[[ConversionPiece], None]
-
-
 # Name, do, undo; a function called when undo failed, so that our records say what is true now.
 _Step: TypeAlias = tuple[str, _Call, _Call, _Call | None]
 
@@ -106,10 +103,7 @@ _TELL: tuple[_Call, _Call] = (
     lambda piece: piece.change.notification.tell(),
     lambda piece: piece.change.notification.take_back(),
 )
-_FLIP: tuple[_Call, _Call] = (
-    lambda piece: piece.change.flip(),
-    lambda piece: piece.change.flip_back(),
-)
+_FLIP: tuple[_Call, _Call] = (lambda it: it.change.flip(), lambda it: it.change.flip_back())
 
 TO_PRIVATE: tuple[_Step, ...] = (
     ("unmap", *_TELL, None),
@@ -129,29 +123,27 @@ TO_SHARED: tuple[_Step, ...] = (
 def convert_pieces(
     guard: Guard, places: PlaceMap, vm: Vm | None, gpa: int, size: int, to: PageState
 ) -> list[ConversionPiece]:
-    """
-    Convert, but for freeing; return the pieces in which something changed.
-
-    The table runs step by step: all pieces are unmapped before the first attribute changes. Raises
-    as ``GuestMemory.convert``; an exception that is no Exception goes on as it is.
-    """
+    """Convert, but for freeing, as ``GuestMemory.convert``; return the pieces that changed."""
     pieces = []
     limited = False
-    for place, section in places.pieces(gpa, size):
+    for place, start, end in places.pieces(gpa, size):
         attributes = place.block.attributes
         if attributes is None:
-            where = f"{describe_range(gpa, size)}: block {place.block.name!r} at {section.gpa:#x}"
+            at = place.section.gpa + start - place.section.offset
+            where = f"{describe_range(gpa, size)}: block {place.block.name!r} at {at:#x}"
             text, expected = f"{where} has no private backing", "RAM with private backing"
-            raise UsageError(text, value=section.gpa, expected=expected, reason="no private side")
-        change = attributes.plan(section.offset, section.size, populate=to is PageState.SHARED)
+            raise UsageError(text, value=at, expected=expected, reason="no private side")
+        change = attributes.plan(start, end - start, populate=to is PageState.SHARED)
         if change is not None:
-            pieces.append(ConversionPiece(place, section, attributes, change, vm))
+            piece = new_tuple(ConversionPiece, (place, start, end, attributes, change, vm))
+            pieces.append(piece)
             if place.block.discard_manager.registry.limited:
                 limited = True
     if limited:
         reserve([piece.change.notification for piece in pieces])
     begun: list[Entry] = []  # as an UndoLog keeps, without a call for each step
     try:
+        # Step by step: all pieces are unmapped before the first attribute changes.
         for step, do, undo, stuck in TO_PRIVATE if to is PageState.PRIVATE else TO_SHARED:
             for piece in pieces:
                 begun.append((step, piece, undo, stuck, (piece,)))

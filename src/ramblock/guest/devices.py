@@ -13,9 +13,10 @@ import weakref
 from collections.abc import Generator, Iterable
 from itertools import islice
 
+from ramblock.discard.coordination import HoldKind
 from ramblock.discard.guard import Guard
+from ramblock.discard.listeners import Registration
 from ramblock.discard.notification import reserve
-from ramblock.discard.registry import Registration
 from ramblock.discard.section import RamSection
 from ramblock.discard.undo import UndoLog
 from ramblock.dma.mapper import Mapper, SectionMapper
@@ -23,8 +24,6 @@ from ramblock.dma.target import DmaTarget
 from ramblock.errors import UsageError, describe_range
 from ramblock.guest.places import Place, PlaceMap
 from ramblock.hostmem.backing import SharedBacking
-
-__all__ = ["Attachment"]
 
 # Entries that one batch maps: some milliseconds on a fast target, and conversions wait no longer.
 _BATCH = 256
@@ -57,7 +56,8 @@ class Attachment:
         self.complete = False
         for place in places:
             self._check(place)
-        self._hold = guard.discards.forbid_uncoordinated(f"DMA mapper of {target!r}")
+        owner = f"DMA mapper of {target!r}"
+        self._hold = guard.discards.hold(owner, HoldKind.FORBID_UNCOORDINATED)
         # By listener. Nothing in here leads back to the target: else neither would ever go.
         self._reachable: dict[int, SharedBacking] = {}
         self._anchor: weakref.finalize[..., DmaTarget] | None = None

@@ -38,8 +38,6 @@ from ramblock.logs import Sparingly
 from ramblock.ranges import Runs, complement
 from ramblock.units import PAGE_SIZE
 
-__all__ = ["Reclaimer", "Sides", "free_each"]
-
 _log = logging.getLogger(__name__)
 
 # How many earlier failures one call tries again: the work of a request must not grow with the
@@ -70,7 +68,6 @@ class Reclaimer:
     """
     Frees one side of one block.
 
-    :param size: Of the block, in bytes.
     :param page_size: The smallest piece that can be freed, in bytes.
     :param discard: Frees whole pages, as (offset, size); raises on failure.
     :param used: Yields the runs inside [start, end) that are in use on this side, ascending.
@@ -100,12 +97,7 @@ class Reclaimer:
                 self._settle(start, end)
 
     def free(self, offset: int, size: int) -> int:
-        """
-        Free ``[offset, offset + size)``, which nobody needs any more.
-
-        :return: Bytes of it that are not freed now; they are on the account and freed later.
-        :raises BaseException: From the backing, if it is no Exception; the range is on the account.
-        """
+        """Free a range; return the bytes of it that are on the account, to be freed later."""
         end = offset + size
         earlier = len(self._queue)
         if not self._free_range(offset, end):
@@ -183,13 +175,7 @@ class Reclaimer:
 
 
 class Sides:
-    """
-    The sides of one block, and freeing them together: for pages that stop being used at all.
-
-    :param manager: Its sources say which pages are in use.
-    :param attributes: The source that knows which pages are shared; None: all are.
-    :param discard_private: Frees pages of the private backing, as (offset, size).
-    """
+    """The sides of one block, and freeing them together: for pages that are not used at all."""
 
     def __init__(
         self,

@@ -15,13 +15,7 @@ from ramblock.discard.section import RamSection
 from ramblock.discard.undo import UndoLog
 from ramblock.dma.mapper import Mapper
 from ramblock.dma.target import DmaTarget, MappingPolicy
-from ramblock.errors import (
-    BusyError,
-    ConversionError,
-    PoisonedError,
-    UsageError,
-    describe_error,
-)
+from ramblock.errors import BusyError, ConversionError, PoisonedError, UsageError, describe_error
 from ramblock.events import Observer
 from ramblock.guest.block import RamBlock
 from ramblock.guest.conversion import ConversionResult, convert_pieces
@@ -34,10 +28,8 @@ from ramblock.hostmem.backing import PrivateBacking
 from ramblock.interrupts import hand_over, uninterrupted
 from ramblock.logs import Sparingly
 from ramblock.process import OfOneProcess
-from ramblock.ranges import Runs, merge_adjacent
-from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_positive, check_range
-
-__all__ = ["GuestMemory"]
+from ramblock.ranges import Runs, clip, complement, merge
+from ramblock.units import ADDRESS_LIMIT, PAGE_SIZE, check_positive, check_range, new_tuple
 
 _log = logging.getLogger(__name__)
 
@@ -46,10 +38,13 @@ class GuestMemory(OfOneProcess):
     """
     The memory of one guest.
 
-    Every changing call takes the one lock of this memory. It raises
-    :class:`~ramblock.errors.BusyError` when a listener, target or VM calls back in, and
-    :class:`~ramblock.errors.UsageError` in a fork of the process that made the memory. Ctrl-C waits
-    until it has ended (:mod:`ramblock.interrupts`).
+    Every changing call takes the one lock of this memory and is all or nothing. It raises
+    :class:`~ramblock.errors.UsageError` for arguments that do not fit, and in a fork of the process
+    that made the memory; :class:`~ramblock.errors.BusyError` when a listener, target or VM calls
+    back in; :class:`~ramblock.errors.MappingLimitError` when a budget does not hold for it and its
+    undo; else the exception of a target or VM that refused. All is as before then, unless it is
+    :class:`~ramblock.errors.PoisonedError`: this memory is poisoned, or this call poisoned it.
+    Ctrl-C waits until a call has ended (:mod:`ramblock.interrupts`).
 
     :param vm: Sets page attributes (and memory slots, where it has them); None: they are only
         tracked.
@@ -58,13 +53,15 @@ class GuestMemory(OfOneProcess):
     def __init__(self, vm: Vm | None = None) -> None:
         self._guard = Guard()
         self._vm = vm
+        self._guard.has_vm = vm is not None
         self._places = PlaceMap()
         self._attachments: list[Attachment] = []
         self._log_failure = Sparingly(_log)
         #: Who needs discards of this memory, and who forbids them.
         self.discards: DiscardCoordinator = self._guard.discards
-        # Sections that have gone, and whose attributes the VM did not reset.
-        self._not_reset: list[RamSection] = []
+        # Guest addresses, as (start, end), of sections that have gone and whose attributes the VM
+        # did not reset.
+        self._not_reset: list[tuple[int, int]] = []
         # The claims that each block's own guard held when it came here, by the block's id.
         self._adopted: dict[int, list[DiscardHold]] = {}
 
@@ -103,9 +100,9 @@ class GuestMemory(OfOneProcess):
         :raises UsageError: Nothing is mapped there.
         """
         check_range(gpa, 1, limit=ADDRESS_LIMIT, align=1, what="guest address")
-        ((place, section),) = self._places.pieces(gpa, 1)
+        ((place, offset, _),) = self._places.pieces(gpa, 1)
         attributes = place.block.attributes
-        shared = attributes is None or attributes.is_populated(section.offset, 1)
+        shared = attributes is None or attributes.is_populated(offset, 1)
         return PageState.SHARED if shared else PageState.PRIVATE
 
     def ranges(self, state: PageState) -> Iterator[tuple[int, int]]:
@@ -118,7 +115,7 @@ class GuestMemory(OfOneProcess):
         :raises UsageError: Not a page state.
         """
         check_state(state)
-        runs = merge_adjacent(self._runs(shared=state is PageState.SHARED))
+        runs = merge(self._runs(shared=state is PageState.SHARED))
         return ((start, end - start) for start, end in runs)
 
     def _runs(self, *, shared: bool) -> Runs:
@@ -137,7 +134,7 @@ class GuestMemory(OfOneProcess):
         readonly: bool = False,
     ) -> RamSection:
         """
-        Let *block*, or ``[offset, offset + size)`` of it, appear at *gpa*. All or nothing.
+        Let *block*, or ``[offset, offset + size)`` of it, appear at *gpa*.
 
         The attributes of a block with private backing are set before the guest can see it (its
         memory slot), so that the guest at no instant could run with pages shared that are tracked
@@ -149,12 +146,8 @@ class GuestMemory(OfOneProcess):
         :param readonly: Devices may not write to it.
         :raises UsageError: Unaligned, outside the block or the address space, overlapping another
             section in guest addresses or (with private backing) in the block, or the block is
-            closed or in another memory; nothing has changed.
-        :raises BusyError: The block's users and this memory's contradict each other about discards;
-            nothing has changed.
-        :raises MappingLimitError: A mapper has no room for it; nothing has changed.
-        :raises OSError: The VM or a target refused; everything is as before.
-        :raises PoisonedError: This memory or the block is poisoned, or this call poisoned it.
+            closed or in another memory.
+        :raises BusyError: The block's users and this memory's contradict each other about discards.
         """
         if not isinstance(block, RamBlock):
             raise UsageError(f"{block!r} is not a RAM block", value=block, expected="a RamBlock")
@@ -220,13 +213,11 @@ class GuestMemory(OfOneProcess):
 
     def unmap(self, section: RamSection) -> None:
         """
-        Take *section* out: from every target, then its slot, then its attributes. All or nothing.
+        Take *section* out: from every target, then its slot, then its attributes.
 
         On a poisoned memory it does as much as can be done and keeps the doubts.
 
         :raises UsageError: It is not a section of this memory.
-        :raises OSError: The VM or a target refused; everything is as before.
-        :raises PoisonedError: This call poisoned the memory.
         """
         self._guard.run("unmap", self._unmap, section, even_poisoned=True)
 
@@ -280,14 +271,21 @@ class GuestMemory(OfOneProcess):
             attachment.forget(place)
 
     def _set_attributes(self, place: Place) -> None:
-        section = place.section
+        section, vm = place.section, self._vm
+        ours = section.gpa, section.gpa_end
         if place.block.attributes is not None:
-            establish(self._vm, place)
-        elif self._vm is not None and any(
-            old.gpa < section.gpa_end and section.gpa < old.gpa_end for old in self._not_reset
+            establish(vm, place)
+        elif vm is not None and any(
+            low < ours[1] and ours[0] < high for low, high in self._not_reset
         ):
             # Ordinary RAM has the kernel's default, which an earlier section may have left changed.
-            self._vm.set_memory_attributes(section.gpa, section.size, MAKE_SHARED)
+            vm.set_memory_attributes(section.gpa, section.size, MAKE_SHARED)
+        if place.block.in_place is None:  # else the VM's are as they were
+            self._not_reset = [
+                rest
+                for run in self._not_reset
+                for rest in complement(clip(iter((ours,)), *run), *run)
+            ]
 
     def _try_to_withdraw(self, place: Place) -> None:
         # For a section that the guest does not see. Where the VM refuses, nobody is harmed: nothing
@@ -295,7 +293,7 @@ class GuestMemory(OfOneProcess):
         try:
             withdraw(self._vm, place)
         except BaseException as error:
-            self._not_reset.append(place.section)
+            self._not_reset.append((place.section.gpa, place.section.gpa_end))
             _log.warning("%r: attributes are not reset: %s", place.section, error)
 
     def forget(self, block: RamBlock) -> None:
@@ -316,7 +314,7 @@ class GuestMemory(OfOneProcess):
         self, vm: Vm | None = None, private: Mapping[RamBlock, PrivateBacking] | None = None
     ) -> int:
         """
-        Reset the guest. All or nothing until it is committed.
+        Reset the guest.
 
         All confidential pages become private, virtio-mem is unplugged, no device maps either, and
         all that memory is freed on both sides.
@@ -325,17 +323,14 @@ class GuestMemory(OfOneProcess):
         :param private: New private backings by block, where they are recreated.
         :return: Bytes of the old guest that could not be freed. Unless it is 0 the new guest must
             not run: call it again. (A backing that was replaced is closed, and not tried again.)
-        :raises UsageError: *vm* is no VM, or a block cannot take a new private backing; nothing has
-            changed.
-        :raises MappingLimitError: A budget does not hold for the undo; nothing has changed.
-        :raises BaseException: From a target or VM; everything is as before.
-        :raises PoisonedError: This memory is poisoned, or this call poisoned it.
+        :raises UsageError: *vm* is no VM, or a block cannot take a new private backing.
         """
         return self._guard.run("reset", self._reset, vm, dict(private or {}))
 
     def _reset(self, vm: Vm | None, private: Mapping[RamBlock, PrivateBacking]) -> int:
         frees = reset_guest(self._guard, self._places, self._vm, vm, private)
-        self._vm = self._vm if vm is None else vm
+        if vm is not None:
+            self._vm, self._guard.has_vm, self._not_reset = vm, True, []
         return free_each(frees)
 
     def attach(
@@ -346,18 +341,15 @@ class GuestMemory(OfOneProcess):
         max_mappings: int | None = None,
     ) -> Mapper:
         """
-        Keep *target* in step from now on: it maps the populated pages. All or nothing.
+        Keep *target* in step from now on: it maps the populated pages.
 
         It maps in batches; conversions get between them, and so does Ctrl-C, which undoes it.
 
         :param max_mappings: The operator's budget; the smaller of it and the target's counts.
         :return: The mapper that watches over it; hand it to :meth:`detach`.
         :raises UsageError: RUN on a target that cannot cut, page size above a block's granularity,
-            a section outside its IOVA ranges, or attached here already; nothing has changed.
-        :raises BusyError: Somebody needs uncoordinated discards; nothing has changed.
-        :raises MappingLimitError: No room for the populated pages; nothing has changed.
-        :raises DmaError: The target refused; its mappings are unmapped again.
-        :raises PoisonedError: This memory is poisoned, or this call poisoned it.
+            a section outside its IOVA ranges, or attached here already.
+        :raises BusyError: Somebody needs uncoordinated discards.
         """
         if max_mappings is not None:
             check_positive(max_mappings, "max_mappings")
@@ -381,14 +373,11 @@ class GuestMemory(OfOneProcess):
 
     def detach(self, mapper: Mapper) -> None:
         """
-        Unmap all that *mapper* mapped and stop watching; the target is not closed. All or nothing.
+        Unmap all that *mapper* mapped and stop watching; the target is not closed.
 
         On a poisoned memory it unmaps as much as can be unmapped and keeps the doubts.
 
         :raises UsageError: It is not attached here.
-        :raises DmaError: The target refused; everything is mapped as before and *mapper* is still
-            attached.
-        :raises PoisonedError: This call poisoned the memory.
         """
         self._guard.run("detach", self._detach, mapper, even_poisoned=True)
 
@@ -406,13 +395,9 @@ class GuestMemory(OfOneProcess):
         :param gpa: In bytes, a multiple of the page size.
         :param size: In bytes, a multiple of the page size.
         :raises UsageError: Unaligned, empty, past 2**64, over a hole or over RAM without private
-            backing; nothing has changed.
-        :raises MappingLimitError: A budget does not hold for it and its undo; nothing has changed.
-        :raises ConversionError: A step failed, and every step was put back: nothing has changed.
-            The cause is chained. In place, an OSError with EAGAIN: somebody holds a page, and the
-            guest may ask again later.
-        :raises PoisonedError: This memory is poisoned, or this call poisoned it: see
-            :meth:`in_doubt`.
+            backing.
+        :raises ConversionError: A step failed, and every step was put back. The cause is chained.
+            In place, an OSError with EAGAIN: somebody holds a page, and the guest may ask again.
         :raises KeyboardInterrupt: It came meanwhile and waited: the conversion is done, or put back
             with its error as the context.
         """
@@ -441,14 +426,14 @@ class GuestMemory(OfOneProcess):
         for piece in pieces:
             changed += piece.change.changed_bytes
             if self._guard.observer is not None:
-                start, length = piece.section.offset, piece.section.size
-                piece.attributes.observe(piece.change, start, length)
+                piece.attributes.observe(piece.change, piece.start, piece.end - piece.start)
         # Committed: freeing cannot be undone, and is not.
         not_freed = pieces[0].free() if len(pieces) == 1 else free_each(p.free for p in pieces)
         for attachment in self._attachments:
             map_calls += attachment.mapper.map_calls
             unmap_calls += attachment.mapper.unmap_calls
-        return ConversionResult(gpa, size, to, changed, map_calls, unmap_calls, not_freed)
+        account = (gpa, size, to, changed, map_calls, unmap_calls, not_freed)
+        return new_tuple(ConversionResult, account)
 
     def __repr__(self) -> str:
         sections, targets = len(self.sections), len(self._attachments)

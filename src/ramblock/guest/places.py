@@ -15,8 +15,6 @@ from ramblock.guest.block import RamBlock
 from ramblock.ranges import Runs
 from ramblock.units import PAGE_SIZE
 
-__all__ = ["Place", "PlaceMap"]
-
 
 @dataclass(slots=True, eq=False)
 class Place:
@@ -70,12 +68,7 @@ class PlaceMap:
         return places[index] if index >= 0 and places[index].section == section else None
 
     def check_free(self, block: RamBlock, section: RamSection) -> None:
-        """
-        Check that *section* could be added.
-
-        :raises UsageError: Its guest addresses are taken, or, with private backing, its part of the
-            block is.
-        """
+        """Raise UsageError if its addresses, or its part of a confidential block, are taken."""
         starts, places = self._index
         after = bisect_left(starts, section.gpa_end)
         if after and section.gpa < places[after - 1].section.gpa_end:
@@ -112,11 +105,10 @@ class PlaceMap:
             if not of_block:
                 del self._of_block[id(place.block)]
 
-    def pieces(self, gpa: int, size: int) -> list[tuple[Place, RamSection]]:
+    def pieces(self, gpa: int, size: int) -> list[tuple[Place, int, int]]:
         """
-        Cut ``[gpa, gpa + size)`` at section boundaries.
+        Cut a range at section borders: ascending places, each with its bytes (start, end).
 
-        :return: Parts of sections with their places, ascending, that together are the range.
         :raises UsageError: A byte of it belongs to no section; the text names the first.
         """
         starts, places = self._index
@@ -127,8 +119,8 @@ class PlaceMap:
             start = gpa - section.gpa
             if start + size <= section.size:
                 start += section.offset
-                return [(places[index], section.part(start, start + size))]
-        pieces: list[tuple[Place, RamSection]] = []
+                return [(places[index], start, start + size)]
+        pieces: list[tuple[Place, int, int]] = []
         position, end = gpa, gpa + size
         while position < end:
             place = places[index] if 0 <= index < len(places) else None
@@ -138,7 +130,7 @@ class PlaceMap:
             section = place.section
             stop = min(end, section.gpa_end)
             shift = section.offset - section.gpa
-            pieces.append((place, section.part(position + shift, stop + shift)))
+            pieces.append((place, position + shift, stop + shift))
             position = stop
             index += 1
         return pieces

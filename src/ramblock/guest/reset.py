@@ -28,7 +28,7 @@ from functools import partial
 from ramblock.discard.attributes import RamBlockAttributes
 from ramblock.discard.bitmap_source import BitmapChange
 from ramblock.discard.guard import Guard
-from ramblock.discard.notification import Notification, reserve
+from ramblock.discard.notification import Notification
 from ramblock.discard.undo import UndoLog
 from ramblock.discard.virtio_mem import VirtioMem
 from ramblock.errors import UsageError
@@ -36,8 +36,6 @@ from ramblock.guest.block import RamBlock
 from ramblock.guest.places import PlaceMap
 from ramblock.guest.vm import Vm, change_slot, make_private, share, try_to, withdraw
 from ramblock.hostmem.backing import PrivateBacking, check_private
-
-__all__ = ["reset_guest"]
 
 
 def reset_guest(
@@ -70,7 +68,7 @@ def reset_guest(
         for block in blocks
         if _resettable(block)
     }
-    reserve(farewells.values())
+    # No budget is asked: whole blocks are unmapped and put back, so that no mapping is cut.
     flips: list[BitmapChange] = []
     with UndoLog(guard, "reset") as undo:
         for block, farewell in farewells.items():

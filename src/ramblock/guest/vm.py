@@ -19,8 +19,6 @@ from ramblock.discard.undo import UndoLog
 from ramblock.guest.places import Place
 from ramblock.hostmem.in_place import set_attributes
 
-__all__ = ["MAKE_PRIVATE", "MAKE_SHARED", "MemorySlots", "Vm"]
-
 _log = logging.getLogger(__name__)
 
 #: Values of the last argument of ``set_memory_attributes``.
@@ -63,11 +61,7 @@ class MemorySlots(Protocol):
 
 
 def set_attribute(vm: Vm | None, place: Place, start: int, end: int, *, private: bool) -> None:
-    """
-    Make the bytes [start, end) of the block, which lie in *place*, private or shared.
-
-    :raises OSError: Refused; part of it may be done.
-    """
+    """Set the attribute of bytes [start, end) of the block, in *place*; OSError: of a part."""
     if place.block.in_place is not None:
         set_attributes(place.block.in_place, start, end - start, private=private)
     elif vm is not None:
@@ -116,12 +110,7 @@ def change_slot(
     stuck: Callable[[], None] | None = None,
     dropped: bool = False,
 ) -> None:
-    """
-    Show the section of *place* to the guest or hide it, as a step; a VM without slots has none.
-
-    :param piece: As for the log, and *stuck* too.
-    :param dropped: Whoever has the VM drops it if this is put back, see :func:`try_to`.
-    """
+    """Show *place* to the guest or hide it, as a step; *dropped*: see :func:`try_to`."""
     if isinstance(vm, MemorySlots):
         adding, removing = vm.add_memory_slot, vm.remove_memory_slot
         do, put_back = (adding, removing) if add else (removing, adding)

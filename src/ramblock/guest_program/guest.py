@@ -39,6 +39,7 @@ from ramblock.kvm import (
     MmioExit,
     ShutdownExit,
 )
+from ramblock.process import ClosedAtEnd
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["GuestEvent", "GuestProgram", "IdleEvent"]
@@ -57,7 +58,7 @@ class IdleEvent:
 GuestEvent: TypeAlias = HypercallExit | MemoryFaultExit | IdleEvent
 
 
-class GuestProgram:
+class GuestProgram(ClosedAtEnd):
     """
     A guest that obeys commands. One vCPU; one thread at a time uses it. A context manager.
 
@@ -217,12 +218,6 @@ class GuestProgram:
         self._mailbox = None
         self._vcpu.close()
         self._block.close()
-
-    def __enter__(self) -> GuestProgram:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<GuestProgram that asks by {self.call.value}>"

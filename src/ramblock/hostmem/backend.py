@@ -4,23 +4,33 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from typing import TypeAlias
 
 from ramblock.errors import UsageError
 from ramblock.hostmem.backing import AnonymousBacking, MemfdBacking, SharedBacking
-from ramblock.hostmem.host_facts import available_bytes, available_on, nodes_with_memory
-from ramblock.hostmem.hugetlb import describe_shortage, lacking_on
+from ramblock.hostmem.host_calls import populate
+from ramblock.hostmem.host_facts import (
+    available_bytes,
+    available_on,
+    describe_shortage,
+    lacking_on,
+    nodes_with_memory,
+)
 from ramblock.hostmem.numa import NumaBinding, NumaPolicy, list_nodes
-from ramblock.hostmem.prealloc import Progress, preallocate
 from ramblock.units import GIB, MIB, PAGE_SIZE, check_range, format_size
-
-__all__ = ["BackendKind", "HostMemoryBackend"]
 
 # The last offset into a file that there is: loff_t is signed.
 _SIZE_LIMIT = (1 << 63) - 1
+#: Called after each piece, with the bytes so far and the bytes in total.
+Progress: TypeAlias = Callable[[int, int], object]
+
+# Ctrl-C waits for one piece: tens of milliseconds for this much, and a huge page at least.
+_PIECE = 64 * MIB
 
 
 class BackendKind(Enum):
@@ -104,3 +114,34 @@ class HostMemoryBackend:
             backing.close()
             raise
         return backing
+
+
+def preallocate(
+    backing: SharedBacking,
+    what: str,
+    progress: Progress | None = None,
+    *,
+    hint: Callable[[], str] = str,
+) -> None:
+    """
+    Put a page everywhere in *backing*; the pages so far stay if something is raised.
+
+    :param hint: Adds to the message the cause, and the cure.
+    :raises OSError: ENOMEM, and how much could be had.
+    """
+    done, total = 0, backing.size
+    while done < total:
+        size = min(max(_PIECE, backing.page_size), total - done)
+        try:
+            populate(backing.address + done, size)
+        except OSError as error:
+            there = backing.allocated_bytes()
+            had = format_size(done if there is None else there)
+            # EFAULT is a page that cannot be had too: without this call it would be a SIGBUS later.
+            number = errno.ENOMEM if error.errno == errno.EFAULT else error.errno
+            cause = os.strerror(error.errno or 0)
+            text = f"{what}: only {had} of {format_size(total)} could be had: {cause}"
+            raise OSError(number, "; ".join(filter(None, (text, hint())))) from error
+        done += size
+        if progress is not None:
+            progress(done, total)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -11,17 +12,12 @@ from typing import Protocol
 
 from ramblock.errors import UsageError
 from ramblock.hostmem.host_calls import address_of, failure, libc, write_own_memory
-from ramblock.hostmem.hugetlb import describe_shortage
+from ramblock.hostmem.host_facts import describe_shortage
 from ramblock.process import OfOneProcess
 from ramblock.units import PAGE_SIZE, check_range, format_size
 
-__all__ = [
-    "AnonymousBacking", "MemfdBacking", "PrivateBacking", "SharedBacking", "StandInPrivate",
-    "check_private", "punch_hole", "read_fd", "write_fd",
-]  # fmt: skip
-
 # include/uapi/linux/falloc.h: KEEP_SIZE and PUNCH_HOLE.
-_PUNCH_HOLE = 0x01 | 0x02
+_PUNCH_HOLE = ctypes.c_int(0x01 | 0x02)
 # include/uapi/linux/memfd.h: the log2 of the page size sits in bits 26 and up.
 _MFD_HUGE_SHIFT = 26
 # include/uapi/asm-generic/mman-common.h; the mmap module has it only from Python 3.13 on.
@@ -47,8 +43,8 @@ class PrivateBacking(Protocol):
         """Free ``[offset, offset + size)``; raise when it could not be done."""
 
 
-class SharedBacking(Protocol):
-    """Memory that the host and its devices read."""
+class HostMemory(Protocol):
+    """A place on this host."""
 
     @property
     def fd(self) -> int | None:
@@ -61,6 +57,10 @@ class SharedBacking(Protocol):
     @property
     def size(self) -> int:
         """In bytes."""
+
+
+class SharedBacking(HostMemory, Protocol):
+    """Memory that the host and its devices read."""
 
     @property
     def page_size(self) -> int:

@@ -13,11 +13,6 @@ from typing import Any
 from ramblock.uapi.mempolicy import MempolicyMode
 from ramblock.units import KIB
 
-__all__ = [
-    "address_of", "failure", "libc", "populate", "read_own_memory", "set_memory_policy",
-    "write_own_memory",
-]  # fmt: skip
-
 # include/uapi/asm-generic/mman-common.h; from Linux 5.14 on.
 _MADV_POPULATE_WRITE = 23
 # arch/x86/entry/syscalls/syscall_64.tbl; scripts/syscall.tbl has the number of every newer

@@ -24,10 +24,6 @@ from weakref import WeakSet
 from ramblock.errors import UsageError
 from ramblock.hostmem.backing import PrivateBacking, SharedBacking
 
-__all__ = [
-    "TRIES", "InPlaceBacking", "check_in_place", "is_in_place", "set_attributes", "take_in_place",
-]  # fmt: skip
-
 #: Calls for an attribute that is refused with EAGAIN. Nobody waits in between: the memory's lock is
 #: held, and the guest asks again anyway (KVM answers TDG.VP.VMCALL<MapGPA> with RETRY). Meanwhile
 #: the kernel drops its own short holds, such as its per-CPU lists of pages.
@@ -91,12 +87,10 @@ def take_in_place(private: InPlaceBacking) -> None:
 
 def set_attributes(backing: InPlaceBacking, offset: int, size: int, *, private: bool) -> None:
     """Set attributes, :data:`TRIES` times while a page is held; OSError: part of it may be done."""
-    for _ in range(TRIES - 1):
+    for left in reversed(range(TRIES)):
         try:
             backing.set_attributes(offset, size, private)
-        except OSError as error:
-            if error.errno != errno.EAGAIN:
-                raise
-        else:
             return
-    backing.set_attributes(offset, size, private)
+        except OSError as error:
+            if error.errno != errno.EAGAIN or not left:
+                raise

@@ -12,8 +12,6 @@ from ramblock.hostmem.host_calls import set_memory_policy
 from ramblock.hostmem.host_facts import allowed_nodes, nodes_with_memory
 from ramblock.uapi.mempolicy import MempolicyMode
 
-__all__ = ["NumaBinding", "NumaPolicy", "list_nodes"]
-
 
 class NumaPolicy(Enum):
     """The choice among the nodes."""

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from ramblock.hostmem.backing import punch_hole
 from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.page_cache import cached_bytes
-from ramblock.process import OfOneProcess
+from ramblock.process import ClosedAtEnd
 from ramblock.uapi.kvm import GuestMemfdFlags
 from ramblock.units import PAGE_SIZE, check_range, format_size
 
 __all__ = ["GuestMemfd"]
 
 
-class GuestMemfd(OfOneProcess):
+class GuestMemfd(ClosedAtEnd):
     """
     A guest_memfd of one VM: a private backing for :class:`~ramblock.RamBlock`.
 
@@ -63,17 +61,6 @@ class GuestMemfd(OfOneProcess):
     def close(self) -> None:
         """Close the descriptor, and with it free the pages. Twice is the same as once."""
         self._descriptor.close()
-
-    def __enter__(self) -> GuestMemfd:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<GuestMemfd: {format_size(self.size)}>"

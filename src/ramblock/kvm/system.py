@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import errno
 import os
-from types import TracebackType
 
 from ramblock.kvm.cpuid import CpuidTable, read_supported
 from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.vm import KvmVm, VmType
-from ramblock.process import OfOneProcess
+from ramblock.process import ClosedAtEnd
 from ramblock.uapi.kvm import (
     KVM_API_VERSION,
     KVM_CHECK_EXTENSION,
@@ -33,7 +32,7 @@ _HINTS = {
 }
 
 
-class Kvm(OfOneProcess):
+class Kvm(ClosedAtEnd):
     """
     The kernel's KVM. A context manager; VMs live on when it is closed.
 
@@ -127,17 +126,6 @@ class Kvm(OfOneProcess):
     def close(self) -> None:
         """Close it; twice is the same as once."""
         self._descriptor.close()
-
-    def __enter__(self) -> Kvm:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<Kvm {self._descriptor.name}{', closed' if self._descriptor.closed else ''}>"

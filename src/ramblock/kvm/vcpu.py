@@ -6,7 +6,6 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from types import TracebackType
 
 from ramblock.errors import UsageError
 from ramblock.kvm.cpuid import CpuidTable
@@ -15,7 +14,7 @@ from ramblock.kvm.exits import Exit, HypercallExit, InterruptedExit, IoExit, Mmi
 from ramblock.kvm.hypercall import HypercallResult
 from ramblock.kvm.kick import discard_kick, enter_thread, send_kick, set_mask
 from ramblock.kvm.run_page import RunPage
-from ramblock.process import OfOneProcess
+from ramblock.process import ClosedAtEnd
 from ramblock.uapi import ioctl
 from ramblock.uapi.kvm import (
     KVM_GET_REGS,
@@ -31,7 +30,7 @@ from ramblock.uapi.kvm import (
 __all__ = ["Vcpu"]
 
 
-class Vcpu(OfOneProcess):
+class Vcpu(ClosedAtEnd):
     """
     A vCPU, made by :meth:`KvmVm.create_vcpu`.
 
@@ -277,17 +276,6 @@ class Vcpu(OfOneProcess):
             self._descriptor.close()
             self._page.release()
             self._mapping.close()
-
-    def __enter__(self) -> Vcpu:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<Vcpu {self.id}{', closed' if self._descriptor.closed else ''}>"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 from enum import IntEnum
-from types import TracebackType
 
 from ramblock.discard.section import RamSection
 from ramblock.errors import UsageError, describe_range
@@ -13,7 +12,7 @@ from ramblock.kvm.descriptor import Descriptor
 from ramblock.kvm.guest_memfd import GuestMemfd
 from ramblock.kvm.slots import SlotTable
 from ramblock.kvm.vcpu import Vcpu
-from ramblock.process import OfOneProcess
+from ramblock.process import ClosedAtEnd
 from ramblock.uapi.kvm import (
     KVM_CHECK_EXTENSION,
     KVM_CREATE_GUEST_MEMFD,
@@ -53,7 +52,7 @@ class VmType(IntEnum):
     """
 
 
-class KvmVm(OfOneProcess):
+class KvmVm(ClosedAtEnd):
     """
     A VM, made by :meth:`Kvm.create_vm`.
 
@@ -247,17 +246,6 @@ class KvmVm(OfOneProcess):
             self._vcpus[-1].close()
             self._vcpus.pop()
         self._descriptor.close()
-
-    def __enter__(self) -> KvmVm:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._descriptor.closed else f"{len(self._vcpus)} vCPUs"

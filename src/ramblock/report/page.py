@@ -103,7 +103,7 @@ def _group(
     start, end = min(each.start for each in group), max(each.end for each in group)
     return {
         **_finding(first, origin),
-        "count": len(group),
+        "count": sum(each.count for each in group),
         "start": start,
         "end": end,
         "range": describe_range(start, end - start),

@@ -56,8 +56,9 @@ class Faults:
         if not event.refused:
             return
         judge.evidence.faults += 1
-        target = event.device or event.target
-        key = target, event.start // PAGE_SIZE
+        # Intel's driver prints no PCI domain, others do.
+        device = (event.device or event.target)[-len("00:00.0") :]
+        key = device, event.start // PAGE_SIZE
         storm = self._storms.get(key)
         if storm is not None:
             storm.count += 1
@@ -94,12 +95,10 @@ class Faults:
 
     def _finding(self, storm: _Storm, cause: _Cause | None) -> Finding:
         event, timed = storm.first, self._judge.timed
-        notes = []
-        if storm.count > 1:
-            notes.append(f"{storm.count:,} faults")
+        note = ""
         if cause is not None:
             before = f" {(storm.began - cause.time) / 1e6:.3f} ms before" if timed else " before"
-            notes.append(f"{cause.word}{before}, at {cause.origin}")
+            note = f"{cause.word}{before}, at {cause.origin}"
         page = event.start // PAGE_SIZE * PAGE_SIZE
         return Finding(
             kind=FindingKind.FAULT,
@@ -109,6 +108,7 @@ class Faults:
             since=storm.began if timed else None,
             until=storm.last if timed else None,
             opened=event.origin,
-            note="; ".join(notes),
+            note=note,
             device=event.device,
+            count=storm.count,
         )

@@ -97,6 +97,8 @@ class Finding(msgspec.Struct, kw_only=True, frozen=True):
     """A remark on this one."""
     device: str | None = None
     """The device of a fault."""
+    count: int = 1
+    """Of like events that it stands for: faults of one device in one page."""
     grace: bool = False
     """Its conversion's end was guessed: with a longer ``--grace`` it may be none."""
 

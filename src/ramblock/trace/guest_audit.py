@@ -719,7 +719,7 @@ class GuestAudit:
         """Judge what a piece of a mapping was wrong for, which goes now."""
         if target.has_refused:
             for low, high, reason in target.refused.pieces(start, end):
-                self._judge.window(FindingKind.STALE, target, low, high, reason, mapping, event)
+                self._judge_refused(target, low, high, reason, mapping, event)
         for kind, reasons in self._bad:
             only = reasons.single(start, end)
             if only is None:
@@ -734,6 +734,20 @@ class GuestAudit:
                 low = pieces[_MOST][0]
                 rest = reasons.covered(low, end)
                 self._window(kind, target, low, end, pieces[_MOST][2], mapping, event, rest)
+
+    def _judge_refused(
+        self,
+        target: TargetState,
+        start: int,
+        end: int,
+        reason: Reason,
+        mapping: Mapping | None,
+        event: Event | None,
+    ) -> None:
+        private = self._private.single(start, end)
+        if isinstance(private, Reason) and (private.conversion is None or private.conversion.over):
+            return  # told already: it is private and mapped
+        self._judge.window(FindingKind.STALE, target, start, end, reason, mapping, event)
 
     def _judge_mapped(
         self,
@@ -822,15 +836,8 @@ class GuestAudit:
                     self._judge_mapped(kind, target, start, end, reason, None)
             for start, end, reason in target.refused.items():
                 pieces = target.mappings.some(start, end, 1)
-                judge.window(
-                    FindingKind.STALE,
-                    target,
-                    start,
-                    end,
-                    reason,
-                    pieces[0][2] if pieces else None,
-                    None,
-                )
+                mapping = pieces[0][2] if pieces else None
+                self._judge_refused(target, start, end, reason, mapping, None)
             for start, end, reason in self._shared.items():
                 self._no_longer_missing(target, start, end, reason, None)
         self._evidence.guessed_ends += self.conversions.guessed

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from ramblock.dma.target import DmaTarget, HostRange
 from ramblock.hostmem.backing import AnonymousBacking
+from ramblock.process import ClosedAtEnd
 from ramblock.units import PAGE_SIZE
 
 __all__ = ["BouncePage"]
 
 
-class BouncePage:
+class BouncePage(ClosedAtEnd):
     """
     One page, mapped for devices at an address outside the guest; also a context manager.
 
@@ -54,14 +53,3 @@ class BouncePage:
             self._target.unmap(self.iova, PAGE_SIZE)
             self._closed = True
             self._backing.close()
-
-    def __enter__(self) -> BouncePage:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

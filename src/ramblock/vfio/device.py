@@ -12,14 +12,13 @@ import ctypes
 import struct
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 from ramblock.dma.descriptor import Descriptor
 from ramblock.dma.iommufd import IommufdIoas
 from ramblock.dma.type1 import Type1Container
 from ramblock.dma.vfio_group import VfioGroup
 from ramblock.errors import UsageError
-from ramblock.process import OfOneProcess
+from ramblock.process import ClosedAtEnd
 from ramblock.uapi.vfio import (
     VFIO_DEVICE_ATTACH_IOMMUFD_PT,
     VFIO_DEVICE_BIND_IOMMUFD,
@@ -46,7 +45,7 @@ _PCI_COMMAND_MASTER = 0x4
 _SYSFS, _DEV = Path("/sys"), Path("/dev")
 
 
-class VfioDevice(OfOneProcess):
+class VfioDevice(ClosedAtEnd):
     """
     An open device; also a context manager. Made by :meth:`open_by_group` and :meth:`open_by_cdev`.
 
@@ -255,17 +254,6 @@ class VfioDevice(OfOneProcess):
             everything.callback(self._fd.close)
             for mapped in self._mapped:
                 everything.callback(mapped.close)
-
-    def __enter__(self) -> VfioDevice:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<VfioDevice {self.address}{', closed' if self.closed else ''}>"

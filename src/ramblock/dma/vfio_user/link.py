@@ -20,6 +20,7 @@ from ramblock.dma.vfio_user.capabilities import Capabilities
 from ramblock.dma.vfio_user.connection import OWN_CAPABILITIES, Connection, Role
 from ramblock.dma.vfio_user.events import CLOSED, NEED_DATA, Event, Outgoing, Reply, Request
 from ramblock.dma.vfio_user.numbers import KERNEL_MAX_FDS
+from ramblock.process import ClosedAtEnd
 
 __all__ = ["Link", "connect"]
 
@@ -29,7 +30,7 @@ _ANCILLARY_BYTES = socket.CMSG_SPACE(KERNEL_MAX_FDS * array("i").itemsize)
 _CHUNK = 1 << 18
 
 
-class Link:
+class Link(ClosedAtEnd):
     """
     One side of a connection with its socket. Not for several threads at once.
 
@@ -192,12 +193,6 @@ class Link:
             raise
         if not ready:
             raise TimeoutError(f"{what}: the peer did not do its part in time")
-
-    def __enter__(self) -> Link:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def connect(path: str | os.PathLike[str], timeout: float | None = None) -> socket.socket:

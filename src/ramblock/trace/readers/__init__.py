@@ -2,6 +2,6 @@
 """
 Readers of traces: one file for each format, and what they share.
 
-:mod:`~ramblock.trace.readers.registry` has them by name, :mod:`~ramblock.trace.readers.detect` finds
-out which one a file needs, :mod:`~ramblock.trace.readers.base` is what a new one begins with.
+:mod:`~ramblock.trace.readers.registry` has them by name, :mod:`~ramblock.trace.readers.detect`
+finds out which one a file needs, :mod:`~ramblock.trace.readers.base` is a new one's beginning.
 """

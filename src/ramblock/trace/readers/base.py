@@ -42,7 +42,7 @@ class ReadCounts(msgspec.Struct):
     by_name: dict[str, int] = {}
     """How often each event was there, also of those that mean nothing here."""
     unreadable: list[tuple[int, str]] = []
-    """The first lines with a known event's name whose rest could not be read: line, and its text."""
+    """The first lines whose event is known and could not be read: line, and its text."""
     unreadable_lines: int = 0
     """All of them."""
     duplicates: int = 0
@@ -66,8 +66,8 @@ class ReadCounts(msgspec.Struct):
 
 
 def shorten(text: bytes, most: int = MAX_NAME) -> str:
-    """Decode at most so many bytes of a stranger's text."""
-    return text[:most].decode(errors="backslashreplace")
+    """Decode a stranger's text, and keep at most so many characters."""
+    return text[:most].decode(errors="backslashreplace")[:most]
 
 
 class TraceReader(ABC):

@@ -38,6 +38,8 @@ class Fault(NamedTuple):
 
 def find_fault(raw: bytes) -> Fault | None:
     """Find a fault in a line."""
+    if b"AMD-Vi" not in raw and b"DMAR" not in raw:
+        return None
     match = _DMAR.search(raw)
     if match is not None:
         return Fault(match[2].decode(), int(match[3], 16), match[1] == b"Write", match.start())

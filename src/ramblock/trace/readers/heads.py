@@ -28,12 +28,12 @@ _STAP = re.compile(rb"(?<!\d)(\d{1,10})@(\d{1,20}) {1,2}\Z")
 _THREAD = re.compile(rb"\((\d{1,10}):([^\n]{0,64}?)\): ?\Z")
 # GLib leaves the fraction out where it is zero.
 _ISO = re.compile(
-    rb"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,9}))?"
+    rb"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d)(?:[.,](\d{1,9}))?"
     rb" ?(Z|[+-]\d\d(?::?\d\d)?)?(?!\d)"
 )
 _KEYED_ISO = re.compile(
     rb'"@?(?:timestamp|time|ts)" {0,4}: {0,4}"'
-    rb"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,9}))?"
+    rb"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d)(?:[.,](\d{1,9}))?"
     rb" ?(Z|[+-]\d\d(?::?\d\d)?)?(?!\d)"
 )
 _JOURNAL_JSON = re.compile(rb'"__REALTIME_TIMESTAMP" {0,4}: {0,4}"(\d{10})(\d{6})"')
@@ -54,6 +54,7 @@ _JOURNAL_COMMAND = re.compile(
 _JOURNAL_PROCESS = re.compile(rb'"_PID" {0,4}: {0,4}"(\d{1,10})"')
 _CLOCKS = re.compile(rb"\d\d:\d\d:\d\d[\d.,]*")
 _DAY = 86_400
+_EPOCH = date(1970, 1, 1).toordinal()
 
 
 class Head(NamedTuple):
@@ -74,8 +75,9 @@ class Heads:
     """Reads them; it remembers the last second, and months of other languages."""
 
     def __init__(self) -> None:
-        self._second: tuple[bytes, ...] = ()
-        self._second_ns: int | None = None
+        #: The newest second of an ISO time, without its zone, and its nanoseconds.
+        self.second: tuple[bytes, bytes | None] = (b"", None)
+        self.second_ns: int | None = None
         self._months: dict[bytes, int] = {}
 
     def read(self, head: bytes, tail: bytes) -> Head:
@@ -89,9 +91,11 @@ class Heads:
         near, first, tail = head[-_LAST:], head[:_FIRST], tail[:_BEHIND]
         qemu = _QEMU.search(near)
         if qemu is not None:
-            time = int(qemu[2]) * 10**9 + int(qemu[3]) * 1000
+            stamp_ns = int(qemu[2]) * 10**9 + int(qemu[3]) * 1000
             process = self._process(first, near, tail)
-            return Head(time, process, qemu[1].decode(), near[: qemu.start()][:_FIRST], fine=True)
+            return Head(
+                stamp_ns, process, qemu[1].decode(), near[: qemu.start()][:_FIRST], fine=True
+            )
         stap = _STAP.search(near)
         if stap is not None:
             return Head(int(stap[2]), stap[1].decode(), None, near[: stap.start()], fine=True)
@@ -103,47 +107,47 @@ class Heads:
             time,
             self._process(first, near, tail),
             None if thread is None else thread[1].decode(),
-            _CLOCKS.sub(b"", first.replace(stamp, b"") if stamp else first),
+            _CLOCKS.sub(b"", first.replace(stamp, b"") if stamp else first).strip(),
             fine,
         )
 
     def _time(self, first: bytes, near: bytes, tail: bytes) -> tuple[int | None, bool, bytes]:
         """Return the time, whether it has a fraction, and its text."""
         iso = None
-        for iso in _ISO.finditer(near):
-            pass
+        for match in _ISO.finditer(near):
+            iso = match  # the last
         if iso is None and first.lstrip()[:1] == b"{":
             iso = _KEYED_ISO.search(tail)
         if iso is not None:
-            return self._iso(iso), iso[7] is not None, iso[0]
+            base = self.iso_second(iso[1], iso[3])
+            time = None if base is None else base + _fraction(iso[2])
+            return time, iso[2] is not None, iso[0]
         since_boot = _SINCE_BOOT.match(first)
-        match = _JOURNAL_JSON.search(first) or _JOURNAL_JSON.search(tail) or _UNIX.search(near)
-        match = match or since_boot
-        if match is not None:
-            return int(match[1]) * 10**9 + _fraction(match[2]), True, match[0]
+        told = _JOURNAL_JSON.search(first) or _JOURNAL_JSON.search(tail) or _UNIX.search(near)
+        told = told or since_boot
+        if told is not None:
+            return int(told[1]) * 10**9 + _fraction(told[2]), True, told[0]
         syslog = _SYSLOG.match(first)
         if syslog is not None:
             month, day, hour, minute, second, fraction = syslog.groups()
             # The year is not told. A leap year has all days.
             days = date(2000, self._month(month), 1).toordinal() + int(day)
             seconds = days * _DAY + int(hour) * 3600 + int(minute) * 60 + int(second)
-            time = (seconds - date(1970, 1, 1).toordinal() * _DAY) * 10**9 + _fraction(fraction)
+            time = (seconds - _EPOCH * _DAY) * 10**9 + _fraction(fraction)
             return time, fraction is not None, b""
         return None, False, b""
 
-    def _iso(self, match: re.Match[bytes]) -> int | None:
-        *second, fraction, zone = match.groups()
-        key = (*second, zone or b"")
-        if key != self._second:
-            year, month, day, hour, minute, seconds = map(int, second)
+    def iso_second(self, text: bytes, zone: bytes | None) -> int | None:
+        """Return the nanoseconds of a second such as ``2026-11-24T03:08:30``."""
+        if (text, zone) != self.second:
             try:
-                days = date(year, month, day).toordinal() - date(1970, 1, 1).toordinal()
+                days = date(int(text[:4]), int(text[5:7]), int(text[8:10])).toordinal() - _EPOCH
             except ValueError:
-                return self._second_ns
-            total = days * _DAY + hour * 3600 + minute * 60 + seconds - _offset(zone)
-            self._second, self._second_ns = key, total * 10**9
-        assert self._second_ns is not None
-        return self._second_ns + _fraction(fraction)
+                return self.second_ns
+            seconds = int(text[11:13]) * 3600 + int(text[14:16]) * 60 + int(text[17:19])
+            self.second = text, zone
+            self.second_ns = (days * _DAY + seconds - _offset(zone)) * 10**9
+        return self.second_ns
 
     def _month(self, word: bytes) -> int:
         digits = re.match(rb"\d{1,2}", word)  # 11月
@@ -161,9 +165,9 @@ class Heads:
     def _process(first: bytes, near: bytes, tail: bytes) -> str | None:
         match = _KATA_PROCESS.search(tail) or _KATA_PROCESS.search(near)
         match = match or _LOGGED_PROCESS.search(first)
-        if match is None and first.lstrip()[:1] == b"{":
-            if _JOURNAL_COMMAND.search(first) or _JOURNAL_COMMAND.search(tail):
-                match = _JOURNAL_PROCESS.search(first) or _JOURNAL_PROCESS.search(tail)
+        is_json = match is None and first.lstrip()[:1] == b"{"
+        if is_json and (_JOURNAL_COMMAND.search(first) or _JOURNAL_COMMAND.search(tail)):
+            match = _JOURNAL_PROCESS.search(first) or _JOURNAL_PROCESS.search(tail)
         return None if match is None else match[1].decode()
 
 

@@ -1,8 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
-"""x"""
+"""
+The fast way: one pattern over a chunk for the lines that recordings mostly consist of.
 
-from ramblock.trace.readers.text import TextReader
+A pattern here is narrower than the careful way, and whatever it does not match goes that way, in
+its place; so both give the same events (``tests/trace/test_hot.py``). A line costs some 2 µs here,
+one of a run 0.5 µs, and 10 to 20 µs there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ramblock.trace.events import Event
+from ramblock.trace.readers.detect import format_of
+from ramblock.trace.readers.hot_calls import HotCalls
+from ramblock.trace.readers.hot_kernel import HotKernel
+from ramblock.trace.readers.hot_qemu import HotQemu
+
+__all__ = ["FastTextReader"]
+
+#: Lines that are read with care before it is decided which shapes to look for.
+_TRIAL = 256
 
 
-class FastTextReader(TextReader):
-    """x"""
+class FastTextReader(HotQemu, HotKernel, HotCalls):
+    """The reader of text; the same as the careful one, faster."""
+
+    #: The shapes to look for; None: not known yet.
+    _style: str | None = None
+
+    def _block(self, block: bytes, found: list[Event]) -> None:
+        position = 0
+        if self._style is None:
+            position = self._try_out(block, found)
+            if position == len(block):
+                return
+        before = len(found)
+        careful = 0
+        for start, end in self._spans(block, position, found):
+            careful += end - start
+            self.block_with_care(block[start:end], found)
+        if careful > len(block) // 2 and len(found) > before:
+            self._style = None  # it has become another kind of text
+
+    def _try_out(self, block: bytes, found: list[Event]) -> int:
+        """Read some lines with care, and decide on a style; return where to go on."""
+        end = 0
+        for _ in range(_TRIAL):
+            end = block.find(b"\n", end) + 1
+            if not end:
+                end = len(block)
+                break
+        if end == len(block) and self.counts.lines < _TRIAL:
+            self.block_with_care(block, found)
+            return end
+        if self.counts.lines < _TRIAL:
+            self.block_with_care(block[:end], found)
+        else:
+            end = 0
+        if not self.counts.by_name:
+            self.block_with_care(block[end:], found)
+            return len(block)
+        self._style = format_of(self.counts.by_name)
+        return end
+
+    def _spans(self, block: bytes, position: int, found: list[Event]) -> Iterator[tuple[int, int]]:
+        """Read the hot lines; yield the spans of the others, each to be read when it comes."""
+        if self._style == "qemu":
+            return self.hot_qemu(block, position, found)
+        if self._style == "ftrace":
+            return self.hot_kernel(block, position, found)
+        return self.hot_calls(block, position, found)

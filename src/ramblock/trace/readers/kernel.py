@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ramblock.trace.events import (
     Access,
@@ -157,11 +157,11 @@ def find_line(raw: bytes) -> KernelLine | None:
                 ticks=fraction is None and micros is None,
                 marker=is_marker,
             )
-    match = _PERF_TRACE.match(raw)
-    if match is None:
+    call = _PERF_TRACE.match(raw)
+    if call is None:
         return None
-    time = int(match[1]) * 10**6 + int(match[2]) * 1000
-    return KernelLine(match[3] + b" " + match[4], time, match[5], match[6], is_fields=True)
+    time = int(call[1]) * 10**6 + int(call[2]) * 1000
+    return KernelLine(call[3] + b" " + call[4], time, call[5], call[6], is_fields=True)
 
 
 def find_task(head: bytes) -> tuple[str | None, str | None]:
@@ -180,6 +180,20 @@ def find_task(head: bytes) -> tuple[str | None, str | None]:
         if process is not None and int(process) < 0:
             process = None
     return thread.decode(), None if process is None else process.decode()
+
+
+_F = TypeVar("_F", bound=Callable[..., Event | None])
+_MAKERS: dict[bytes, Callable[..., Event | None]] = {}
+
+
+def _means(name: bytes) -> Callable[[_F], _F]:
+    """Say which event a method makes of a tracepoint's line."""
+
+    def decorate(function: _F) -> _F:
+        _MAKERS[name] = function
+        return function
+
+    return decorate
 
 
 class KernelEvents:
@@ -205,6 +219,7 @@ class KernelEvents:
         maker = _MAKERS.get(line.name)
         return None if maker is None else maker(self, line, number, task)
 
+    @_means(b"map")
     def _map(self, line: KernelLine, number: int, task: Task) -> Event:
         match = _MAP.match(line.text)
         if match is not None:
@@ -220,8 +235,9 @@ class KernelEvents:
         end = end_of(start, size)
         if not size and requested is not None:
             end = int(requested, 16)
-        return Map(line.time, task.source, number, task.target, start, end, True, size > 0, key)
+        return Map(line.time, task.source, number, task.target, start, end, done=size > 0, key=key)
 
+    @_means(b"unmap")
     def _unmap(self, line: KernelLine, number: int, task: Task) -> Event:
         match = _UNMAP.match(line.text)
         if match is not None:
@@ -234,6 +250,7 @@ class KernelEvents:
             raise UnreadableError
         return Unmap(line.time, task.source, number, task.target, start, end, unmapped)
 
+    @_means(b"attach_device_to_domain")
     def _attach(self, line: KernelLine, number: int, task: Task) -> Event:
         match = _DEVICE.match(line.text)
         if match is None:
@@ -241,6 +258,7 @@ class KernelEvents:
         device = match[1].decode(errors="replace")
         return Attach(line.time, task.source, number, task.target, device)
 
+    @_means(b"io_page_fault")
     def _fault(self, line: KernelLine, number: int, task: Task) -> Event:
         match = _FAULT.match(line.text)
         if match is None:
@@ -254,6 +272,7 @@ class KernelEvents:
             device=device,
         )  # fmt: skip
 
+    @_means(b"kvm_vm_set_mem_attributes")
     def _attributes(self, line: KernelLine, number: int, task: Task) -> Event:
         match = _ATTRIBUTES.match(line.text)
         if match is not None:
@@ -266,6 +285,7 @@ class KernelEvents:
         private = bool(attributes & _PRIVATE)
         return Attributes(line.time, task.source, number, start, end, private, task.thread)
 
+    @_means(b"kvm_hypercall")
     def _hypercall(self, line: KernelLine, number: int, task: Task) -> Event | None:
         match = _HYPERCALL.match(line.text)
         if match is not None:
@@ -277,21 +297,13 @@ class KernelEvents:
         end, private = gpa + (pages << PAGE_SHIFT), bool(attributes & _ENCRYPTED)
         return Conversion(line.time, task.source, number, gpa, end, private, task.thread)
 
+    @_means(b"kvm_entry")
     def _entry(self, line: KernelLine, number: int, task: Task) -> Event | None:
         if task.thread is None:
             return None
         return VcpuEntry(line.time, task.source, number, task.thread)
 
 
-_MAKERS: dict[bytes, Callable[[KernelEvents, KernelLine, int, Task], Event | None]] = {
-    b"map": KernelEvents._map,
-    b"unmap": KernelEvents._unmap,
-    b"attach_device_to_domain": KernelEvents._attach,
-    b"io_page_fault": KernelEvents._fault,
-    b"kvm_vm_set_mem_attributes": KernelEvents._attributes,
-    b"kvm_hypercall": KernelEvents._hypercall,
-    b"kvm_entry": KernelEvents._entry,
-}
 _KNOWN = IGNORED | _MAKERS.keys()
 
 

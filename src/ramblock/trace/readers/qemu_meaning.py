@@ -8,8 +8,10 @@ Two of them are written *before* the thing they name is done, and tell no result
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from operator import itemgetter
+from typing import TypeVar
 
 from ramblock.trace.events import (
     Attach,
@@ -30,7 +32,7 @@ from ramblock.trace.events import (
     Unmap,
     Viommu,
 )
-from ramblock.trace.readers.qemu_table import EVENTS, Reading, Value, forms_of
+from ramblock.trace.readers.qemu_table import Reading, Value
 
 __all__ = ["STATES", "VFIO_USER", "At", "QemuMeaning", "UnreadableError", "end_of"]
 
@@ -55,13 +57,9 @@ class UnreadableError(Exception):
     """An event of this name, with a text that cannot be what its writer meant."""
 
 
-class At(NamedTuple):
-    """Where an event was read."""
-
-    time: int | None
-    source: Source
-    line: int
-    thread: str | None = None
+#: Where an event was read: time, source, line, and the thread that wrote it. A tuple without names,
+#: since it is made for every event.
+At = tuple[int | None, Source, int, str | None]
 
 
 _F = TypeVar("_F", bound=Callable[..., None])
@@ -69,7 +67,7 @@ _MEANINGS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {}
 
 
 def _means(names: str, fields: str = "") -> Callable[[_F], _F]:
-    """Say what some events mean, by those of their fields that matter; one that is absent is None."""
+    """Say what some events mean, by the fields that matter; one that is absent is None."""
 
     def decorate(function: _F) -> _F:
         for name in names.split():
@@ -122,11 +120,8 @@ class QemuMeaning:
         :raises UnreadableError: A word or a number of it is none of QEMU's. Taking it for one of
             them could turn a finding into its opposite.
         """
-        function, fields = _MEANINGS[name]
-        picked = [
-            values[form.fields.index(field)] if field in form.fields else None for field in fields
-        ]
-        function(self, at, found, *picked)
+        function, pick = _picked(name, form)
+        function(self, at, found, *pick(values))
 
     @_means("kvm_convert_memory", "start size msg")
     def _convert_memory(
@@ -347,6 +342,19 @@ class QemuMeaning:
             found.append(Plug(*at[:3], self._plugged_from, self._plugged_to, plugged=False))
 
 
+@lru_cache(256)
+def _picked(
+    name: str, form: Reading
+) -> tuple[Callable[..., None], Callable[[tuple[Value, ...]], Sequence[Value | None]]]:
+    """Return an event's meaning, and what takes its fields out of those of a form."""
+    function, fields = _MEANINGS[name]
+    places = [form.fields.index(field) if field in form.fields else None for field in fields]
+    if len(places) > 1 and None not in places:
+        return function, itemgetter(*places)
+    return function, lambda values: [None if place is None else values[place] for place in places]
+
+
+@lru_cache(256)
 def _ioas(fd: int, ioas: int) -> str:
     return f"iommufd={fd} ioas={ioas}"
 
@@ -356,11 +364,3 @@ def _behind(start: int, last: int) -> int:
     if last < start:
         raise UnreadableError
     return last + 1
-
-
-def _complete() -> None:
-    """Every event of the table has a meaning, and every field that is asked for is in a form."""
-    assert _MEANINGS.keys() == EVENTS.keys(), _MEANINGS.keys() ^ EVENTS.keys()
-    for name, (_, fields) in _MEANINGS.items():
-        known = {field for form in forms_of(name) for field in form.fields}
-        assert known >= set(fields), (name, fields)

@@ -13,7 +13,7 @@ import re
 from typing import NamedTuple
 
 from ramblock.trace.events import ConversionEnd, Event, Remark
-from ramblock.trace.readers.base import MAX_NAME
+from ramblock.trace.readers.base import MAX_NAME, shorten
 from ramblock.trace.readers.qemu_meaning import At, QemuMeaning
 
 __all__ = ["MESSAGES", "Failures", "Message", "find_message"]
@@ -25,8 +25,11 @@ class Message(NamedTuple):
     words: str
     """As a pattern, with a group for each number in hex."""
     about: str
-    """What failed: ``map``, ``unmap``, ``discard``, ``conversion``, ``slot`` or ``device``; ``call``:
-    the newest map or unmap."""
+    """
+    What failed: ``map``, ``unmap``, ``discard``, ``conversion``, ``slot`` or ``device``.
+
+    ``call`` is the newest map or unmap.
+    """
     meaning: str
     where: str
     place: str = ""
@@ -36,14 +39,17 @@ class Message(NamedTuple):
 
 
 _HEX = r"0x([0-9a-fA-F]{1,16})(?![0-9a-fA-F])"
+#: Object, address and size, and -errno.
+_CALL = rf"\([^,()\n]{{0,40}}, {_HEX}, {_HEX}[^()\n]{{0,80}}\) = -\d{{1,9}}"
+_PART = rf"\({_HEX} ?,? ?\+ ?{_HEX}\)"
 
 MESSAGES = (
     Message(
-        rf"v(?:fio|host)\w{{0,24}}_dma_map\([^,()\n]{{0,40}}, {_HEX}, {_HEX}[^()\n]{{0,80}}\) = -\d{{1,9}}",
+        rf"v(?:fio|host)\w{{0,24}}_dma_map{_CALL}",
         "map", "a mapping was refused", "hw/vfio/listener.c, hw/virtio/vhost-vdpa.c", "range",
     ),
     Message(
-        rf"v(?:fio|host)\w{{0,24}}_dma_unmap\([^,()\n]{{0,40}}, {_HEX}, {_HEX}[^()\n]{{0,80}}\) = -\d{{1,9}}",
+        rf"v(?:fio|host)\w{{0,24}}_dma_unmap{_CALL}",
         "unmap", "an unmap was refused, and what was mapped stays",
         "hw/vfio/listener.c, hw/virtio/vhost-vdpa.c", "range",
     ),
@@ -53,7 +59,8 @@ MESSAGES = (
         "hw/vfio/listener.c, vfio_ram_discard_notify_discard()",
     ),
     Message(
-        r"VFIO_(?:IOMMU_)?MAP_DMA failed", "map", "type1 refused a mapping", "hw/vfio/container-legacy.c",
+        r"VFIO_(?:IOMMU_)?MAP_DMA failed", "map", "type1 refused a mapping",
+        "hw/vfio/container-legacy.c",
     ),
     Message(
         r"VFIO_(?:IOMMU_)?UNMAP_DMA (?:failed|with DIRTY_BITMAP ?:)", "unmap",
@@ -74,10 +81,11 @@ MESSAGES = (
     ),
     Message(
         r"Failed to (?:notify|register|unregister) RAM discard listener", "map",
-        "a listener refused pages that became shared", "system/ram-block-attributes.c, 10.1 and 10.2",
+        "a listener refused pages that became shared",
+        "system/ram-block-attributes.c, 10.1 and 10.2",
     ),
     Message(
-        rf"Failed to notify the listener the state change of \({_HEX} ?\+ ?{_HEX}\) to (?:private|shared)",
+        rf"Failed to notify the listener the state change of {_PART} to (?:private|shared)",
         "conversion", "a conversion failed half-way: KVM has changed, devices have not",
         "accel/kvm/kvm-all.c, kvm_convert_memory()", "range",
     ),
@@ -87,12 +95,12 @@ MESSAGES = (
         "system/ram-block-attributes.c", "offset",
     ),
     Message(
-        rf"Convert non guest_memfd backed memory region \({_HEX} ?, ?\+ ?{_HEX}\) to (?:private|shared)",
+        rf"Convert non guest_memfd backed memory region {_PART} to (?:private|shared)",
         "conversion", "a conversion of memory without a private side was refused",
         "accel/kvm/kvm-all.c, kvm_convert_memory()", "range",
     ),
     Message(
-        rf"failed to set memory \({_HEX} ?\+ ?{_HEX}\) with attr",
+        rf"failed to set memory {_PART} with attr",
         "conversion", "KVM refused the attribute: the conversion did not begin",
         "accel/kvm/kvm-all.c, kvm_set_memory_attributes()", "range",
     ),
@@ -115,7 +123,8 @@ MESSAGES = (
     ),
     Message(
         r"possibly running out of DMA mappings", "device",
-        "the device's limit of mappings may not hold for all pages of the guest", "hw/vfio/listener.c",
+        "the device's limit of mappings may not hold for all pages of the guest",
+        "hw/vfio/listener.c",
         evidence=False,
     ),
 )  # fmt: skip
@@ -218,12 +227,13 @@ class Failures:
             return  # it was told better before
         text = line[match.start() : match.start() + MAX_NAME].split(b"\\n")[0].rstrip(b'\r" \\')
         text = text.split(b'" ')[0]
+        time, source, number, _ = at
         remark = Remark(
-            at.time,
-            at.source,
-            at.line,
+            time,
+            source,
+            number,
             _RULES[about],
-            f"QEMU says: {text.decode(errors='backslashreplace')}",
+            f"QEMU says: {shorten(text)}",
             *_place(about, start, end, meaning),
             stale=about == "unmap",
         )
@@ -238,9 +248,7 @@ class Failures:
         if start is not None and start != newest.start:
             return
         self._ends = ConversionEnd(
-            at.time,
-            at.source,
-            at.line,
+            *at[:3],
             newest.start,
             newest.end,
             newest.private,

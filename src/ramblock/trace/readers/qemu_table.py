@@ -31,9 +31,10 @@ class Form(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """An event's texts, the longer of two that begin alike first, and the first version with one."""
+    """An event's texts, of two that begin alike the longer one first."""
 
     since: str
+    """The first version of QEMU that has it."""
     forms: tuple[Form, ...]
 
 
@@ -41,6 +42,10 @@ def _one(text: str, since: str = "7.2") -> Forms:
     return Forms(since, (Form(text),))
 
 
+_SLOT = (
+    "Slot#{slot:d} flags=0x{flags:x} gpa=0x{guest_phys_addr:x} size=0x{memory_size:x}"
+    " ua=0x{userspace_addr:x}"
+)
 _DISCARD = (
     "{rbname:s}@{hva:p} + 0x{length:x}: madvise: {need_madvise:d} fallocate: {need_fallocate:d}"
     " ret: {ret:d}"
@@ -54,19 +59,16 @@ EVENTS: dict[str, Forms] = {
         "7.2",
         (
             Form(
-                "AddrSpace#{as:d} Slot#{slot:d} flags=0x{flags:x} gpa=0x{guest_phys_addr:x} size=0x{memory_size:x}"
-                " ua=0x{userspace_addr:x} guest_memfd={fd:w} guest_memfd_offset=0x{fd_offset:x}"
-                " ret={ret:d}",
+                f"AddrSpace#{{as:d}} {_SLOT} guest_memfd={{fd:w}}"
+                " guest_memfd_offset=0x{fd_offset:x} ret={ret:d}",
                 "9.1",
             ),
             Form(
-                "AddrSpace#{as:d} Slot#{slot:d} flags=0x{flags:x} gpa=0x{guest_phys_addr:x} size=0x{memory_size:x}"
-                " ua=0x{userspace_addr:x} ret={ret:d}",
+                f"AddrSpace#{{as:d}} {_SLOT} ret={{ret:d}}",
                 "8.0 to 9.0",
             ),
             Form(
-                "Slot#{slot:d} flags=0x{flags:x} gpa=0x{guest_phys_addr:x} size=0x{memory_size:x} ua=0x{userspace_addr:x}"
-                " ret={ret:d}",
+                f"{_SLOT} ret={{ret:d}}",
                 "7.2",
             ),
         ),
@@ -176,10 +178,10 @@ _PATTERNS = {
     "d": r"(-?\d{1,19})(?!\d)",
     "w": r"(-?\d{1,10})(?!\d)",
     "p": r"(0x[0-9a-fA-F]{1,16}(?![0-9a-fA-F])|\(nil\))",
-    "s": "([^\n]*?)",
+    "s": "([^\n]{0,256}?)",
     "a": r"(\w{1,64})",
 }
-_U32, _U64 = 1 << 32, 1 << 64
+_SIGNS = {"d": 1 << 64, "w": 1 << 32}
 
 
 class Reading:
@@ -189,18 +191,25 @@ class Reading:
         found = _FIELD.findall(text)
         self.fields = tuple(name for name, _ in found)
         self.kinds = "".join(kind for _, kind in found)
+        #: Places of signed words: 64 bits that were sign-extended when written, or 32.
+        self._signs = [
+            (place, _SIGNS[kind] // 2, _SIGNS[kind])
+            for place, kind in enumerate(self.kinds)
+            if kind in _SIGNS
+        ]
         literals = re.split(r"\{\w+:\w\}", text)
         # Blanks at either end come and go with QEMU's versions and with who cut the line.
         pattern = re.escape(literals[0].lstrip())
         for kind, literal in zip(self.kinds, literals[1:], strict=True):
             pattern += _PATTERNS[kind] + re.escape(literal)
         if self.kinds.endswith("s") and not literals[-1]:
-            pattern = pattern.removesuffix("?)") + ")"  # to the end of the line
+            pattern = pattern.removesuffix("{0,256}?)") + "*)"  # to the end of the line
         # Something else may follow in the line; a longer word would be another text.
         self._pattern = re.compile(rf"{pattern}(?!\w)".encode())
         self._printed = re.compile(
             "".join(
-                rf"\s{re.escape(name)}=" + ("([^\n]*?)" if kind in "sa" else "0x([0-9a-f]{1,16})")
+                rf"\s{re.escape(name)}="
+                + ("([^\n]{0,256}?)" if kind in "sa" else "0x([0-9a-f]{1,16})")
                 for name, kind in found
             ).encode()
             + rb"\s*\Z"
@@ -219,10 +228,12 @@ class Reading:
 
     def from_words(self, values: list[Value]) -> tuple[Value, ...]:
         """Give the fields of a binary record the values that the text shows."""
-        return tuple(
-            value if isinstance(value, bytes) else _signed(kind, value)
-            for kind, value in zip(self.kinds, values, strict=True)
-        )
+        for place, half, whole in self._signs:
+            value = values[place]
+            assert isinstance(value, int)
+            value %= whole
+            values[place] = value - whole if value >= half else value
+        return tuple(values)
 
     def from_printed(self, text: bytes) -> tuple[Value, ...] | None:
         """Read ``field=value`` of QEMU's ``simpletrace.py``; None: not this event's fields."""
@@ -243,15 +254,6 @@ def _number(kind: str, digits: bytes) -> int:
     if kind == "p":
         return 0 if digits == b"(nil)" else int(digits, 16)
     return int(digits)
-
-
-def _signed(kind: str, word: int) -> int:
-    if kind == "d":  # sign-extended when it was written
-        return word - _U64 if word >= _U64 // 2 else word
-    if kind == "w":
-        word %= _U32
-        return word - _U32 if word >= _U32 // 2 else word
-    return word
 
 
 @cache

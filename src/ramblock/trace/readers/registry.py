@@ -13,12 +13,15 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable
 from importlib import import_module
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ramblock.errors import UsageError
 from ramblock.trace.events import Source
 from ramblock.trace.readers import formats
 from ramblock.trace.readers.base import TraceReader
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __all__ = ["GROUP", "claim", "make_reader", "names", "register"]
 
@@ -86,7 +89,7 @@ def _load_others(wanted: str | None) -> None:
             _readers.setdefault(name, reader)  # the decorator may have done it
 
 
-def _entry_points():  # type: ignore[no-untyped-def]
+def _entry_points() -> dict[str, EntryPoint]:
     from importlib.metadata import entry_points
 
     return {entry.name: entry for entry in entry_points(group=GROUP)}

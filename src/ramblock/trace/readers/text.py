@@ -28,9 +28,9 @@ from ramblock.trace.readers.kernel import (
     find_line,
     find_task,
 )
-from ramblock.trace.readers.qemu_meaning import At, QemuMeaning, UnreadableError
+from ramblock.trace.readers.qemu_meaning import QemuMeaning, UnreadableError
 from ramblock.trace.readers.qemu_messages import Failures, find_message
-from ramblock.trace.readers.qemu_table import EVENTS, IGNORED, forms_of
+from ramblock.trace.readers.qemu_table import EVENTS, IGNORED, Reading, Value, forms_of
 
 __all__ = ["TextReader"]
 
@@ -63,17 +63,17 @@ class TextReader(LineReader):
     def __init__(self, source: Source, *, virtio_mem_block_size: int | None = None) -> None:
         super().__init__(source, virtio_mem_block_size=virtio_mem_block_size)
         self._kernel = KernelEvents(source, self.needs)
-        self._heads = Heads()
-        self._tasks: dict[bytes, Task] = {}
+        self.heads = Heads()
+        self.tasks: dict[bytes, Task] = {}
         self._qemu: dict[str | None, tuple[QemuMeaning, Failures]] = {}
         #: Guests with a failure that is not told to its end.
-        self._telling: dict[str | None, Failures] = {}
+        self.telling: dict[str | None, Failures] = {}
         self._copies: OrderedDict[tuple[object, ...], bytes] = OrderedDict()
         self._printed_time = 0
 
     def _end(self, found: list[Event]) -> None:
         super()._end(found)
-        self._flush(found)
+        self.flush(found)
 
     def _line(self, raw: bytes, number: int, found: list[Event]) -> None:
         if number == 1:
@@ -92,26 +92,38 @@ class TextReader(LineReader):
                 known = self._fault(raw, number, found) or self._message(raw, number, found)
         if known:
             return
-        if _LOST.search(raw) is not None:
+        if (b"LOST" in raw or b"Lost" in raw) and _LOST.search(raw) is not None:
             self._append(
                 Remark(None, self.source, number, "lost", shorten(raw).strip(), lost=True), found
             )
         elif _CHATTER.match(raw) is None:
             self.counts.note_unknown(number, raw)
 
+    def block_with_care(self, block: bytes, found: list[Event]) -> None:
+        """Read whole lines, one after the other."""
+        super()._block(block, found)
+
+    def leave(self, number: int, times: dict[str, int]) -> None:
+        """Count lines and events that the fast way has read."""
+        self.counts.lines = number
+        for name, count in times.items():
+            if count:
+                self.counts.note(name, count)
+
     def _append(self, event: Event, found: list[Event]) -> None:
-        if self._telling:
-            self._flush(found)
+        if self.telling:
+            self.flush(found)
         found.append(event)
 
-    def _flush(self, found: list[Event]) -> None:
-        for failures in self._telling.values():
+    def flush(self, found: list[Event]) -> None:
+        """Append what is kept of failures, since something else happened."""
+        for failures in self.telling.values():
             failures.flush(found)
-        self._telling.clear()
+        self.telling.clear()
 
     def _kernel_line(self, line: KernelLine, raw: bytes, number: int, found: list[Event]) -> bool:
         name = line.name.decode()
-        task = self._tasks.get(line.head) or self._task(line.head)
+        task = self.tasks.get(line.head) or self.task_of(line.head)
         try:
             event = self._kernel.translate(line, number, task)
         except UnreadableError:
@@ -122,13 +134,14 @@ class TextReader(LineReader):
             self._append(event, found)
         return True
 
-    def _task(self, head: bytes) -> Task:
+    def task_of(self, head: bytes) -> Task:
+        """Return who was running, by what stands before the time."""
         thread, process = find_task(head)
         target = "iommu" if process is None else f"iommu of process {process}"
         task = Task(thread, target, self.guest(process), process is not None)
-        if len(self._tasks) >= _TASKS_KEPT:
-            self._tasks.clear()
-        self._tasks[head] = task
+        if len(self.tasks) >= _TASKS_KEPT:
+            self.tasks.clear()
+        self.tasks[head] = task
         return task
 
     def _call(self, raw: bytes, number: int, found: list[Event]) -> bool:
@@ -175,7 +188,7 @@ class TextReader(LineReader):
         if kernel is not None:
             thread, process = find_task(kernel.head)
             return Head(kernel.time, process, thread, b"", fine=True)
-        return self._heads.read(raw[: match.start()], raw[match.end() :])
+        return self.heads.read(raw[: match.start()], raw[match.end() :])
 
     def _qemu_event(
         self, raw: bytes, match: re.Match[bytes], head: Head, number: int, found: list[Event]
@@ -200,8 +213,8 @@ class TextReader(LineReader):
         if self._is_copy(head, raw[match.start() : end]):
             return end
         source = self.guest(head.process)
-        at = At(head.time, source, number, head.thread)
-        meaning, _ = self._guest(source)
+        at = head.time, source, number, head.thread
+        meaning, _ = self.qemu_of(source)
         events: list[Event] = []
         try:
             meaning.translate(name, form, values, at, events)
@@ -212,7 +225,9 @@ class TextReader(LineReader):
             self._append(event, found)
         return end
 
-    def _printed(self, raw: bytes, match: re.Match[bytes]):  # type: ignore[no-untyped-def]
+    def _printed(
+        self, raw: bytes, match: re.Match[bytes]
+    ) -> tuple[Reading, tuple[Value, ...], Head] | None:
         """Read a line of QEMU's simpletrace.py: microseconds since the last, process, fields."""
         told = _PRINTED.match(raw, match.end())
         if told is None or match.start():
@@ -227,7 +242,7 @@ class TextReader(LineReader):
 
     def _is_unreadable(self, raw: bytes, match: re.Match[bytes], number: int) -> bool:
         """Whether a name is an event's, whose text cannot be read: it is counted."""
-        before = raw[: match.start()][-16:]
+        before = raw[max(match.start() - 16, 0) : match.start()]
         if _ASKED.search(before) is not None:
             return False
         self.counts.note_unreadable(number, raw)
@@ -250,7 +265,8 @@ class TextReader(LineReader):
             self._copies.popitem(last=False)
         return False
 
-    def _guest(self, source: Source) -> tuple[QemuMeaning, Failures]:
+    def qemu_of(self, source: Source) -> tuple[QemuMeaning, Failures]:
+        """Return what is known of a guest."""
         guest = self._qemu.get(source.guest)
         if guest is None:
             guest = QemuMeaning(self.virtio_mem_block_size, self.needs), Failures()
@@ -261,7 +277,7 @@ class TextReader(LineReader):
         fault = find_fault(raw)
         if fault is None:
             return False
-        time = self._heads.read(raw[: fault.start], b"").time
+        time = self.heads.read(raw[: fault.start], b"").time
         self.counts.note("fault")
         self._append(
             Access(
@@ -284,17 +300,17 @@ class TextReader(LineReader):
         if told is None:
             return False
         message, match = told
-        head = self._heads.read(raw[: match.start()], raw[match.end() :])
+        head = self.heads.read(raw[: match.start()], raw[match.end() :])
         if self._is_copy(head, match[0]):
             return True
         source = self.guest(head.process)
-        meaning, failures = self._guest(source)
-        for guest, others in list(self._telling.items()):
+        meaning, failures = self.qemu_of(source)
+        for guest, others in list(self.telling.items()):
             if guest != source.guest:
                 others.flush(found)
-                del self._telling[guest]
-        failures.tell(message, match, raw, At(head.time, source, number), meaning, found)
-        self._telling[source.guest] = failures
+                del self.telling[guest]
+        failures.tell(message, match, raw, (head.time, source, number, None), meaning, found)
+        self.telling[source.guest] = failures
         if message.evidence:
             self.counts.note("message")
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
@@ -51,10 +51,26 @@ __all__ = ["OwnReader"]
 
 _NAMES: dict[type[Any], str] = {kind: str(kind.__struct_config__.tag) for kind in get_args(AnyLine)}
 _EVERYTHING = 1 << 64
+#: msgspec bounds nesting by the interpreter's limit of recursion.
+_NOT_READ = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 class _RefusedError(Exception):
     """A line that is of the format, and cannot be meant."""
+
+
+_F = TypeVar("_F", bound=Callable[..., Event])
+_MAKERS: dict[type[Any], Callable[..., Event]] = {}
+
+
+def _makes(*kinds: type[Any]) -> Callable[[_F], _F]:
+    """Say which lines a method makes an event of."""
+
+    def decorate(function: _F) -> _F:
+        _MAKERS.update(dict.fromkeys(kinds, function))
+        return function
+
+    return decorate
 
 
 class _AnyEvent(msgspec.Struct):
@@ -102,7 +118,7 @@ class OwnReader(TraceReader):
     def _events(self, block: bytes, found: list[Event]) -> None:
         try:
             lines: list[Any] = self._decoder.decode_lines(block)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except _NOT_READ:
             self._events_one_by_one(block, found)
             return
         if len(lines) != block.count(b"\n"):  # empty lines, which decode_lines skips
@@ -118,7 +134,7 @@ class OwnReader(TraceReader):
                 continue
             try:
                 line: Any = self._decoder.decode(raw)
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            except _NOT_READ as error:
                 if not self._is_unknown_event(raw):
                     raise self.error(f"not a line of a ramblock trace: {error}") from error
                 self.counts.lines += 1
@@ -129,7 +145,7 @@ class OwnReader(TraceReader):
     def _is_unknown_event(self, raw: bytes) -> bool:
         try:
             return self._event_name.decode(raw).event not in _NAMES.values()
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except _NOT_READ:
             return False
 
     def _convert(self, lines: list[Any], found: list[Event]) -> None:
@@ -157,6 +173,7 @@ class OwnReader(TraceReader):
             raise _RefusedError(f"a name of {len(name):,} characters, expected at most {MAX_NAME}")
         return self._names.setdefault(name, name)
 
+    @_makes(Start)
     def _start(self, line: Start, number: int) -> Event:
         if line.version != TRACE_VERSION:
             raise _RefusedError(f"version {line.version} of the format, expected {TRACE_VERSION}")
@@ -182,11 +199,13 @@ class OwnReader(TraceReader):
             ends=bool(blocks),
         )
 
+    @_makes(OwnAttributes)
     def _attributes(self, line: OwnAttributes, number: int) -> Event:
         return Attributes(
             line.t, self.source, number, line.gpa, _end(line.gpa, line.size), line.private
         )
 
+    @_makes(OwnMap)
     def _map(self, line: OwnMap, number: int) -> Event:
         return Map(
             line.t,
@@ -198,6 +217,7 @@ class OwnReader(TraceReader):
             line.writable,
         )
 
+    @_makes(OwnUnmap)
     def _unmap(self, line: OwnUnmap, number: int) -> Event:
         # A vfio-user client may unmap everything at once, with address and size 0.
         end = _end(line.iova, line.size) if line.size else _EVERYTHING
@@ -211,6 +231,7 @@ class OwnReader(TraceReader):
             line.unmapped,
         )
 
+    @_makes(OwnFault)
     def _fault(self, line: OwnFault, number: int) -> Event:
         return Access(
             line.t,
@@ -223,6 +244,7 @@ class OwnReader(TraceReader):
             refused=True,
         )
 
+    @_makes(OwnFree)
     def _free(self, line: OwnFree, number: int) -> Event:
         return Discard(
             line.t,
@@ -233,6 +255,7 @@ class OwnReader(TraceReader):
             shared=line.side == "shared",
         )
 
+    @_makes(OwnStateChange)
     def _state_change(self, line: OwnStateChange, number: int) -> Event:
         return StateChange(
             line.t,
@@ -244,6 +267,7 @@ class OwnReader(TraceReader):
             line.after == "private",
         )
 
+    @_makes(OwnConversion)
     def _conversion(self, line: OwnConversion, number: int) -> Event:
         gpa, size = line.gpa, line.size
         # A request that could not be meant was refused, and ended all the same.
@@ -266,6 +290,7 @@ class OwnReader(TraceReader):
             line.result,
         )
 
+    @_makes(OwnReset)
     def _reset(self, line: OwnReset, number: int) -> Event:
         # Whatever it unmapped and made private is over with it, as with a conversion of no range.
         began = line.t - line.took
@@ -273,16 +298,19 @@ class OwnReader(TraceReader):
             line.t, self.source, number, 0, 0, private=True, began=began, result=line.result
         )
 
+    @_makes(OwnConnect)
     def _connect(self, line: OwnConnect, number: int) -> Event:
         return Attach(
             line.t, self.source, number, self._names.get(line.target) or self._name(line.target)
         )
 
+    @_makes(OwnDetach, OwnDisconnect)
     def _detach(self, line: OwnDetach | OwnDisconnect, number: int) -> Event:
         return Detach(
             line.t, self.source, number, self._names.get(line.target) or self._name(line.target)
         )
 
+    @_makes(OwnViolation)
     def _violation(self, line: OwnViolation, number: int) -> Event:
         iova, size = line.iova, line.size
         return Remark(
@@ -296,6 +324,7 @@ class OwnReader(TraceReader):
             None if iova is None or size is None else _end(iova, size),
         )
 
+    @_makes(OwnStale)
     def _stale(self, line: OwnStale, number: int) -> Event:
         end = _end(line.unmap_iova, line.unmap_size)
         return Remark(
@@ -316,21 +345,3 @@ def _end(start: int, size: int) -> int:
     if end > _EVERYTHING:
         raise _RefusedError(f"the range from {start:#x} of {size:#x} bytes ends beyond 64 bits")
     return end
-
-
-_MAKERS: dict[type[Any], Callable[[OwnReader, Any, int], Event]] = {
-    Start: OwnReader._start,
-    OwnAttributes: OwnReader._attributes,
-    OwnMap: OwnReader._map,
-    OwnUnmap: OwnReader._unmap,
-    OwnFault: OwnReader._fault,
-    OwnFree: OwnReader._free,
-    OwnStateChange: OwnReader._state_change,
-    OwnConversion: OwnReader._conversion,
-    OwnReset: OwnReader._reset,
-    OwnConnect: OwnReader._connect,
-    OwnDetach: OwnReader._detach,
-    OwnDisconnect: OwnReader._detach,
-    OwnViolation: OwnReader._violation,
-    OwnStale: OwnReader._stale,
-}

@@ -12,12 +12,11 @@ the file (trace/simple.c and scripts/simpletrace.py of QEMU).
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 from ramblock.errors import TraceError
 from ramblock.trace.events import Event, Remark, Source
-from ramblock.trace.readers.base import MAX_LINE, MAX_NAME, TraceReader, shorten
-from ramblock.trace.readers.qemu_meaning import At, QemuMeaning, UnreadableError
+from ramblock.trace.readers.base import MAX_LINE, MAX_NAME, MOST_SOURCES, TraceReader, shorten
+from ramblock.trace.readers.qemu_meaning import QemuMeaning, UnreadableError
 from ramblock.trace.readers.qemu_table import EVENTS, IGNORED, Reading, Value, forms_of
 from ramblock.trace.readers.registry import register
 
@@ -43,15 +42,25 @@ class _NeedMoreError(Exception):
     """The record is not complete yet."""
 
 
-class _Layout(NamedTuple):
-    """A form of an event whose fields are all words."""
+class _Layout:
+    """The records of one length of an event: words, and perhaps a string at the end."""
 
-    words: struct.Struct
-    form: Reading
+    def __init__(self, name: str, form: Reading, values: list[Value]) -> None:
+        self.name = name
+        self.form = form
+        last = values[-1] if values else 0
+        #: Bytes of the string; None: there is none.
+        self.string = len(last) if isinstance(last, bytes) else None
+        words = len(values) if self.string is None else len(values) - 1
+        string = "" if self.string is None else f"I{self.string}s"
+        self.unpack = struct.Struct(f"<{words}Q{string}").unpack_from
+        #: Events that were read and are not counted yet.
+        self.times = 0
 
 
 #: Names that are kept: QEMU has some 5,000 events.
 _MOST_NAMES = 1 << 16
+_MOST_LAYOUTS = 1 << 10
 
 
 @register("simpletrace")
@@ -64,7 +73,7 @@ class SimpletraceReader(TraceReader):
         self._names: dict[int, str] = {}
         #: By number and length of the fields.
         self._layouts: dict[tuple[int, int], _Layout] = {}
-        self._sources: dict[int, Source] = {}
+        self._sources: dict[int, tuple[Source, QemuMeaning]] = {}
         self._buffer = b""
         self._offset = 0
         self._has_header = False
@@ -76,11 +85,45 @@ class SimpletraceReader(TraceReader):
             if not self._has_header:
                 position = self._header(buffer)
             while position < len(buffer):
+                position = self._alike(buffer, position, found)
                 position = self._record(buffer, position, found)
         except _NeedMoreError as need:
             position = need.args[0]
+        finally:
+            for layout in self._layouts.values():
+                if layout.times:
+                    self.counts.note(layout.name, layout.times)
+                    layout.times = 0
         self._buffer = buffer[position:]
         self._offset += position
+
+    def _alike(self, buffer: bytes, position: int, found: list[Event]) -> int:
+        """Read records of layouts that were there before; return where another one begins."""
+        counts, layouts, sources = self.counts, self._layouts, self._sources
+        unpack, most = _EVENT.unpack_from, len(buffer) - _EVENT.size
+        while position <= most:
+            kind, number, time, length, process = unpack(buffer, position)
+            layout = layouts.get((number, length))
+            end = position + _TYPE.size + length
+            source = sources.get(process)
+            if layout is None or source is None or kind != RECORD_EVENT or end > len(buffer):
+                break
+            values = list(layout.unpack(buffer, position + _EVENT.size))
+            if layout.string is not None and values.pop(-2) != layout.string:
+                break
+            guest, meaning = source
+            line = counts.lines + 1
+            form = layout.form
+            try:
+                meaning.translate(
+                    layout.name, form, form.from_words(values), (time, guest, line, None), found
+                )
+            except UnreadableError:
+                break
+            counts.lines = line
+            layout.times += 1
+            position = end
+        return position
 
     def _end(self, found: list[Event]) -> None:
         if self._buffer or not self._has_header:
@@ -88,34 +131,23 @@ class SimpletraceReader(TraceReader):
 
     def _record(self, buffer: bytes, position: int, found: list[Event]) -> int:
         """Read one record; return where the next begins."""
-        try:
-            kind, number, time, length, process = _EVENT.unpack_from(buffer, position)
-        except struct.error:
-            kind = number = time = length = process = None
+        (kind,), after = _unpack(_TYPE, buffer, position, position)
         if kind != RECORD_EVENT:
-            return self._other_record(buffer, position)
+            return self._other_record(buffer, position, kind, after)
+        (number, time, length, process), _ = _unpack(_RECORD, buffer, after, position)
         if not _RECORD.size <= length <= MAX_LINE:
             raise self._fail(f"a record of {length} bytes", position)
         body, end = position + _EVENT.size, position + _TYPE.size + length
         if end > len(buffer):
             raise _NeedMoreError(position)
         self.counts.lines += 1
-        layout = self._layouts.get((number, length))
-        if layout is None:
-            self._event(number, length, time, process, buffer[body:end], found)
-        else:
-            values = layout.form.from_words(list(layout.words.unpack_from(buffer, body)))
-            self._translate(number, time, process, layout.form, values, b"", found)
+        self._event(number, length, time, process, buffer[body:end], found)
         return end
 
-    def _other_record(self, buffer: bytes, position: int) -> int:
-        (kind,), after = _unpack(_TYPE, buffer, position, position)
-        if kind == RECORD_MAPPING:
-            return self._mapping(buffer, position, after)
-        if kind != RECORD_EVENT:
+    def _other_record(self, buffer: bytes, position: int, kind: int, after: int) -> int:
+        if kind != RECORD_MAPPING:
             raise self._fail(f"record of type {kind:#x}, expected 0 or 1", position)
-        (_, _, length, _), _ = _unpack(_RECORD, buffer, after, position)
-        raise _NeedMoreError(position)
+        return self._mapping(buffer, position, after)
 
     def _header(self, buffer: bytes) -> int:
         (number, magic, version), after = _unpack(_HEADER, buffer, 0, 0)
@@ -137,7 +169,9 @@ class SimpletraceReader(TraceReader):
             raise self._fail(f"more than {_MOST_NAMES:,} names of events", record)
         self._names[number] = shorten(buffer[after:end])
         for key in [key for key in self._layouts if key[0] == number]:
-            del self._layouts[key]
+            layout = self._layouts.pop(key)
+            if layout.times:
+                self.counts.note(layout.name, layout.times)
         return end
 
     def _event(
@@ -159,13 +193,20 @@ class SimpletraceReader(TraceReader):
         for form in forms_of(name):
             values = _arguments(form.kinds, body)
             if values is not None:
-                if "s" not in form.kinds and "a" not in form.kinds:
-                    words = struct.Struct(f"<{len(form.kinds)}Q")
-                    self._layouts[number, length] = _Layout(words, form)
+                self._remember(number, length, form, values)
                 self._translate(number, time, process, form, form.from_words(values), body, found)
                 return
         # Others than the versions of QEMU that are known write.
         self.counts.note_unreadable(line, name.encode())
+
+    def _remember(self, number: int, length: int, form: Reading, values: list[Value]) -> None:
+        """Keep the layout of an event's records of this length, where the length says all."""
+        strings = [isinstance(value, bytes) for value in values]
+        key = number, length
+        if True in strings[:-1] or key in self._layouts:
+            return
+        if len(self._layouts) < _MOST_LAYOUTS:
+            self._layouts[key] = _Layout(self._names[number], form, values)
 
     def _translate(
         self,
@@ -177,25 +218,27 @@ class SimpletraceReader(TraceReader):
         body: bytes,
         found: list[Event],
     ) -> None:
-        name = self._names[number]
-        line = self.counts.lines
-        source = self._guest_of(process)
-        meaning = self._meanings.get(id(source))
-        if meaning is None:
-            meaning = QemuMeaning(self.virtio_mem_block_size, self.needs)
-            self._meanings[id(source)] = meaning
+        name, line = self._names[number], self.counts.lines
+        source, meaning = self._guest_of(process)
         try:
-            meaning.translate(name, form, values, At(time, source, line), found)
+            meaning.translate(name, form, values, (time, source, line, None), found)
         except UnreadableError:
             self.counts.note_unreadable(line, name.encode() + b" " + body[:MAX_NAME])
         else:
             self.counts.note(name)
 
-    def _guest_of(self, process: int) -> Source:
-        source = self._sources.get(process)
-        if source is None:
-            source = self._sources[process] = self.guest(str(process))
-        return source
+    def _guest_of(self, process: int) -> tuple[Source, QemuMeaning]:
+        guest = self._sources.get(process)
+        if guest is None:
+            source = self.guest(str(process))
+            meaning = self._meanings.get(id(source))
+            if meaning is None:
+                meaning = QemuMeaning(self.virtio_mem_block_size, self.needs)
+                self._meanings[id(source)] = meaning
+            guest = source, meaning
+            if len(self._sources) < MOST_SOURCES:
+                self._sources[process] = guest
+        return guest
 
     def _fail(self, text: str, position: int) -> TraceError:
         return self.error(f"{text}, at byte {self._offset + position:,}")
