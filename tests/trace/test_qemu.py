@@ -2,6 +2,7 @@
 
 import pytest
 
+from ramblock.trace.events import PlugRequest
 from trace_samples import Shown, as_shown, read, reader_of
 
 _ISO = "2026-11-24T03:08:23.736102Z "
@@ -192,7 +193,8 @@ def test_plugging_counts_when_it_is_acknowledged() -> None:
 
 def test_without_the_size_of_blocks_it_says_what_is_missing() -> None:
     reader = reader_of("qemu")
-    assert read(reader, _PLUG.encode()) == []
+    events = read(reader, _PLUG.encode())
+    assert [(type(each), each.start == each.end) for each in events] == [(PlugRequest, True)] * 3
     assert "--virtio-mem-block" in reader.needs["virtio-mem"]
 
 

@@ -316,6 +316,8 @@ class QemuMeaning:
     def _ask(self, at: At, found: list[Event], start: int, blocks: int, *, plugged: bool) -> None:
         if self._block_size is None:
             self._needs["virtio-mem"] = _NEEDS_BLOCK
+            # How much is not known; that the block is virtio-mem's is.
+            found.append(PlugRequest(*at[:3], start, start, plugged))
             return
         end = end_of(start, blocks * self._block_size)
         if end == start:
