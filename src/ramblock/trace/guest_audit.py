@@ -311,7 +311,7 @@ class GuestAudit:
         asked = self.conversions.find(event.start, event.end)
         if asked is not None:
             asked.held = False
-        if not event.done or event.end <= event.start:
+        if not event.done or event.end <= event.start or self._viommu:
             return
         self._note_pluggable(event)
         self._evidence.plugs += 1
@@ -342,7 +342,7 @@ class GuestAudit:
 
     def discard(self, event: Discard) -> None:
         """Note that memory was given back to the host."""
-        if not event.done or event.end <= event.start:
+        if not event.done or event.end <= event.start or self._viommu:
             return
         if event.host is None:
             places = [(event.start, event.end)]
