@@ -28,7 +28,7 @@ def test_each_kind_of_finding_is_in_its_table() -> None:
     failures, _, notes = (ROOT / "docs/check.rst").read_text().partition("These are notes.")
     kinds = {str(kind) for kind in FindingKind}
     for text, expected in ((failures, FAILURES), (notes, frozenset(FindingKind) - FAILURES)):
-        told = {match[1] for match in re.finditer(r"^``([a-z ]+)``  ", text, re.M)}
+        told = {match[1] for match in re.finditer(r"^``([a-z ]+)`` ", text, re.M)}
         assert told & kinds == {str(kind) for kind in expected}
 
 

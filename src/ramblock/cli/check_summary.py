@@ -200,6 +200,8 @@ def _print_more(terminal: Terminal, groups: int, shown: int = _GROUPS_SHOWN) -> 
 
 
 def _print_in_conversion(terminal: Terminal, result: AuditResult) -> None:
+    if result.transitional.count or result.not_yet_mapped.count:
+        terminal.line()
     for lengths, text in (
         (result.transitional, "private and still mapped, inside of their own conversion"),
         (result.not_yet_mapped, "shared and not mapped, inside of their own conversion (normal)"),
