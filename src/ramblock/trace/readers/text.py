@@ -35,7 +35,7 @@ from ramblock.trace.readers.qemu_table import EVENTS, IGNORED, Reading, Value, f
 __all__ = ["TextReader"]
 
 _ANSI = re.compile(rb"\x1b\[[0-9;?]{0,16}[A-Za-z]")
-_ESCAPES = re.compile(rb"\\+(?:u(0027|0022|003c|003e|0026|001b)|([\"'/]))")
+_ESCAPES = re.compile(rb"\\{1,16}(?:u(0027|0022|003c|003e|0026|001b)|([\"'/]))")
 _BOM = b"\xef\xbb\xbf"
 # A name at a word's beginning, and a blank behind it: QEMU's log backend always writes one. Longest
 # first, since names begin alike.
