@@ -81,9 +81,6 @@ EVENTS: dict[str, Forms] = {
     ),
     "ram_block_discard_range": _one(_DISCARD),
     "ram_block_discard_shared_range": _one(_DISCARD, "11.1"),
-    "ram_block_discard_guest_memfd_range": _one(
-        "{rbname:s}@{hva:p} + 0x{length:x}: fallocate: {need_fallocate:d} ret: {ret:d}", "11.1"
-    ),
     "iommufd_backend_map_dma": _one(
         f"{_IOAS}{_RANGE} addr={{vaddr:p}} readonly={{readonly:d}} ({{ret:d}})", "8.2"
     ),
