@@ -422,7 +422,7 @@ class GuestAudit:
             for start, end, reason in self._shared.items():
                 self._no_longer_missing(target, start, end, reason, event)
         self._note_targets()
-        self._evidence.gone.append(target.summary())
+        self._evidence.note_gone(target.summary())
 
     def map_run(self, event: MapRun) -> None:
         """Note that a target maps one range behind the other."""
@@ -565,7 +565,7 @@ class GuestAudit:
     def remark(self, event: Remark) -> None:
         """Note a remark of the trace itself."""
         if event.lost:
-            self._evidence.lost.append(f"{event.origin}: {event.text}")
+            self._evidence.lost.add(f"{event.origin}: {event.text}")
             return
         if event.target is None or event.start is None or event.end is None:
             self._judge.report(event)
