@@ -6,8 +6,8 @@ Reasons why a page must not be mapped are kept for the guest, mappings for each 
 
     private    its pages are the guest's alone       mapped all the same: stale
     unplugged  virtio-mem took it back               unplugged while mapped
-    freed      the host took the memory back         freed while mapped
-    refused    an unmap did not go through           stale (this one is the target's)
+    freed      the host took the memory back         freed while mapped (the target's)
+    refused    an unmap did not go through           stale (the target's)
 
 A window is where both are; nothing is kept of it. It is judged when one of the two goes, so that an
 event costs what it changes, however many targets and runs there are. Likewise *missing*: shared,
@@ -86,11 +86,9 @@ class GuestAudit:
         self._private: RangeMap[Reason] = RangeMap()
         self._shared: RangeMap[Reason] = RangeMap()
         self._unplugged: RangeMap[Reason] = RangeMap()
-        self._freed: RangeMap[Reason] = RangeMap()
         self._bad = (
             (FindingKind.STALE, self._private),
             (FindingKind.UNPLUGGED, self._unplugged),
-            (FindingKind.FREED, self._freed),
         )
         self._plugged: RangeMap[Reason] = RangeMap()
         #: Blocks of virtio-mem: nothing there is expected to be mapped that is not plugged.
@@ -151,8 +149,10 @@ class GuestAudit:
         del event
         if not self._viommu:
             self._viommu = self._evidence.viommu = True
-            for reasons in (self._private, self._shared, self._unplugged, self._freed):
+            for reasons in (self._private, self._shared, self._unplugged):
                 reasons.clear()
+            for target in self.targets.values():
+                target.freed.clear()
 
     # -- conversions and page states
 
@@ -320,7 +320,7 @@ class GuestAudit:
         asked = self.conversions.find(event.start, event.end)
         if asked is not None:
             asked.held = False
-        if not event.done or event.end <= event.start:
+        if not event.done or event.end <= event.start or self._viommu:
             return
         self._note_pluggable(event)
         self._evidence.plugs += 1
@@ -351,7 +351,7 @@ class GuestAudit:
 
     def discard(self, event: Discard) -> None:
         """Note that memory was given back to the host."""
-        if not event.done or event.end <= event.start:
+        if not event.done or event.end <= event.start or self._viommu:
             return
         if event.host is None:
             places = [(event.start, event.end)]
@@ -370,7 +370,10 @@ class GuestAudit:
                 if conversion is None or not conversion.held:
                     conversion = self.conversions.step(start, end, self._judge.now, event.source)
                 note = "given back to the host before it was unmapped"
-                self._freed.set(start, end, self._judge.reason(event, conversion, note))
+                reason = self._judge.reason(event, conversion, note)
+                for target in self._compared:
+                    for low, high in target.freed.gaps(start, end):
+                        target.freed.set(low, high, reason)
             elif conversion is not None and conversion.asked:
                 self.conversions.end_unless_told(conversion)  # the last step of a VMM
 
@@ -732,20 +735,20 @@ class GuestAudit:
         if target.has_refused:
             for low, high, reason in target.refused.pieces(start, end):
                 self._judge_refused(target, low, high, reason, mapping, event)
-        for kind, reasons in self._bad:
+        for kind, reasons in (*self._bad, (FindingKind.FREED, target.freed)):
             only = reasons.single(start, end)
             if only is None:
                 continue
             if isinstance(only, Reason):
-                self._window(kind, target, start, end, only, mapping, event)
+                self._judge.window(kind, target, start, end, only, mapping, event)
                 continue
             pieces = reasons.some(start, end, _MOST)
             for low, high, reason in pieces[:_MOST]:
-                self._window(kind, target, low, high, reason, mapping, event)
+                self._judge.window(kind, target, low, high, reason, mapping, event)
             if len(pieces) > _MOST:
                 low = pieces[_MOST][0]
                 rest = reasons.covered(low, end)
-                self._window(kind, target, low, end, pieces[_MOST][2], mapping, event, rest)
+                self._judge.window(kind, target, low, end, pieces[_MOST][2], mapping, event, rest)
 
     def _judge_refused(
         self,
@@ -756,10 +759,21 @@ class GuestAudit:
         mapping: Mapping | None,
         event: Event | None,
     ) -> None:
-        private = self._private.single(start, end)
-        if isinstance(private, Reason) and (private.conversion is None or private.conversion.over):
-            return  # told already: it is private and mapped
-        self._judge.window(FindingKind.STALE, target, start, end, reason, mapping, event)
+        """Judge what an unmap left, but where it is told already: private, and mapped."""
+        for low, high, private in self._private.some(start, end, _MOST)[:_MOST]:
+            conversion = private.conversion
+            if (
+                conversion is None
+                or conversion.over
+                or (mapping is not None and mapping.born > private.born)
+            ):
+                if low > start:
+                    self._judge.window(
+                        FindingKind.STALE, target, start, low, reason, mapping, event
+                    )
+                start = high
+        if start < end:
+            self._judge.window(FindingKind.STALE, target, start, end, reason, mapping, event)
 
     def _judge_mapped(
         self,
@@ -773,26 +787,11 @@ class GuestAudit:
         """Judge what a target maps of a range, for which the reason against it goes now."""
         pieces = target.mappings.some(start, end, _MOST)
         for low, high, mapping in pieces[:_MOST]:
-            self._window(kind, target, low, high, reason, mapping, event)
+            self._judge.window(kind, target, low, high, reason, mapping, event)
         if len(pieces) > _MOST:
             low = pieces[_MOST][0]
             rest = target.mappings.covered(low, end)
-            self._window(kind, target, low, end, reason, pieces[_MOST][2], event, rest)
-
-    def _window(
-        self,
-        kind: FindingKind,
-        target: TargetState,
-        start: int,
-        end: int,
-        reason: Reason,
-        mapping: Mapping,
-        event: Event | None,
-        rest: int = 0,
-    ) -> None:
-        if kind is FindingKind.FREED and mapping.born > reason.born:
-            return  # mapped anew: other memory
-        self._judge.window(kind, target, start, end, reason, mapping, event, rest)
+            self._judge.window(kind, target, low, end, reason, pieces[_MOST][2], event, rest)
 
     def _no_longer_missing(
         self, target: TargetState, start: int, end: int, reason: Reason, event: Event | None
@@ -843,23 +842,23 @@ class GuestAudit:
         if len(self.targets) > _MOST_TARGETS:
             self._evidence.not_compared = True
         for target in self._compared:
-            for kind, reasons in self._bad:
+            for kind, reasons in (*self._bad, (FindingKind.FREED, target.freed)):
                 for start, end, reason in reasons.items():
                     self._judge_mapped(kind, target, start, end, reason, None)
             for start, end, reason in target.refused.items():
-                pieces = target.mappings.some(start, end, 1)
-                mapping = pieces[0][2] if pieces else None
-                self._judge_refused(target, start, end, reason, mapping, None)
+                for low, high, mapping in target.mappings.pieces(start, end):
+                    self._judge_refused(target, low, high, reason, mapping, None)
             for start, end, reason in self._shared.items():
                 self._no_longer_missing(target, start, end, reason, None)
         self._evidence.guessed_ends += self.conversions.guessed
 
     def why_not_mapped(self, address: int) -> tuple[Reason, str] | None:
         """Return the conversion or other event that took a page from its devices, and its word."""
+        freed = [(target.freed, "given back to the host") for target in self._compared]
         for reasons, word in (
             (self._private, "made private"),
             (self._unplugged, "unplugged"),
-            (self._freed, "given back to the host"),
+            *freed,
         ):
             reason = reasons.get(address)
             if reason is not None:

@@ -325,6 +325,7 @@ class QemuMeaning:
     def _ask(self, at: At, found: list[Event], start: int, blocks: int, *, plugged: bool) -> None:
         if self._block_size is None:
             self._needs["virtio-mem"] = _NEEDS_BLOCK
+            # How much is not known; that the block is virtio-mem's is.
             self._unsized = None if plugged else (start, blocks)
             found.append(PlugRequest(*at[:3], start, start, plugged))
             return
