@@ -42,8 +42,8 @@ def _long_lines() -> list[bytes]:
         separator = line[place].encode()
         made.add(line[:place].encode() + separator * MAX_LINE + line[place:].encode())
     # Every separator, before and behind an event that can be read.
-    for separator in b" :=,-[](){}\"'\\@.\t\r\x1b/<>+#%&;|~0aZ":
-        run = bytes([separator]) * (MAX_LINE // 2 - 100)
+    for code in b" :=,-[](){}\"'\\@.\t\r\x1b/<>+#%&;|~0aZ":
+        run = bytes([code]) * (MAX_LINE // 2 - 100)
         made.add(run + b" kvm_sev_init " + run)
     made |= {
         piece * (MAX_LINE // len(piece))
