@@ -80,7 +80,7 @@ ramblock check qemu.trace
 
 # An unknown event ends perf and trace-cmd, so the kernel is asked first.
 _CHOOSE_EVENTS = f"""\
-# As root, on the host. Of the events that are wanted, those that this kernel has:
+# As root, on the host, in sh or bash. Of the events that are wanted, those that this kernel has:
 TRACEFS=/sys/kernel/tracing
 [ -e $TRACEFS/available_events ] || mount -t tracefs tracefs $TRACEFS
 EVENTS=
