@@ -13,14 +13,10 @@ from ramblock.trace.readers.qemu_table import EVENTS
 
 __all__ = ["BPFTRACE", "HOW", "KERNEL_EVENTS", "QEMU_EVENTS", "RECIPES", "Recipe"]
 
-#: No release has it so far (11.1 warns).
-_UNRELEASED = {"ram_block_discard_guest_memfd_range"}
-
 #: Those that the readers make something of, by the first version that has them.
 QEMU_EVENTS: dict[str, list[str]] = {}
 for _name, _forms in EVENTS.items():
-    if _name not in _UNRELEASED:
-        QEMU_EVENTS.setdefault(_forms.since, []).append(_name)
+    QEMU_EVENTS.setdefault(_forms.since, []).append(_name)
 
 #: ``subsystem:event``, as tracefs lists them.
 KERNEL_EVENTS = (

@@ -34,6 +34,7 @@ from ramblock.trace.events import (
     Conversion,
     ConversionEnd,
     Detach,
+    DeviceMemory,
     Discard,
     Event,
     Layout,
@@ -180,6 +181,7 @@ class Audit:
             Layout: guest.layout,
             Reset: guest.reset,
             Viommu: guest.viommu,
+            DeviceMemory: guest.device_memory,
             Conversion: guest.conversion,
             ConversionEnd: guest.conversion_end,
             VcpuEntry: guest.vcpu_entry,
@@ -228,7 +230,8 @@ class Audit:
             cannot_tell=why_not_judged(
                 evidence,
                 followed=any(guest.maps and guest.states for guest in guests),
-                left=any(target.mappings for target in targets),
+                left=sum(target.mappings.covered(0, 1 << 64) for target in targets)
+                > evidence.device_memory,
             ),
             judged_bytes=evidence.judged_bytes,
         )

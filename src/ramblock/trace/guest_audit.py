@@ -6,8 +6,8 @@ Reasons why a page must not be mapped are kept for the guest, mappings for each 
 
     private    its pages are the guest's alone       mapped all the same: stale
     unplugged  virtio-mem took it back               unplugged while mapped
-    freed      the host took the memory back         freed while mapped
-    refused    an unmap did not go through           stale (this one is the target's)
+    freed      the host took the memory back         freed while mapped (the target's)
+    refused    an unmap did not go through           stale (the target's)
 
 A window is where both are; nothing is kept of it. It is judged when one of the two goes, so that an
 event costs what it changes, however many targets and runs there are. Likewise *missing*: shared,
@@ -27,6 +27,7 @@ from ramblock.trace.events import (
     Conversion,
     ConversionEnd,
     Detach,
+    DeviceMemory,
     Discard,
     Event,
     Layout,
@@ -75,6 +76,7 @@ class GuestAudit:
         self.places = Places()
         self.conversions = Conversions(grace)
         self.targets: dict[str, TargetState] = {}
+        self._compared: list[TargetState] = []
         #: Whether the trace has mappings of it, and page states.
         self.maps = self.states = False
         self._judge = judge
@@ -84,11 +86,9 @@ class GuestAudit:
         self._private: RangeMap[Reason] = RangeMap()
         self._shared: RangeMap[Reason] = RangeMap()
         self._unplugged: RangeMap[Reason] = RangeMap()
-        self._freed: RangeMap[Reason] = RangeMap()
         self._bad = (
             (FindingKind.STALE, self._private),
             (FindingKind.UNPLUGGED, self._unplugged),
-            (FindingKind.FREED, self._freed),
         )
         self._plugged: RangeMap[Reason] = RangeMap()
         #: Blocks of virtio-mem: nothing there is expected to be mapped that is not plugged.
@@ -140,13 +140,19 @@ class GuestAudit:
             conversion.asked = True
             self._become_private(event, start, end, conversion)
 
+    def device_memory(self, event: DeviceMemory) -> None:
+        """Note that a device's own memory will be mapped."""
+        self._evidence.device_memory += event.size
+
     def viommu(self, event: Viommu) -> None:
         """Note that IOVAs are not guest addresses: nothing can be compared any more."""
         del event
         if not self._viommu:
             self._viommu = self._evidence.viommu = True
-            for reasons in (self._private, self._shared, self._unplugged, self._freed):
+            for reasons in (self._private, self._shared, self._unplugged):
                 reasons.clear()
+            for target in self.targets.values():
+                target.freed.clear()
 
     # -- conversions and page states
 
@@ -260,15 +266,18 @@ class GuestAudit:
         if self._viommu:
             return
         reason = self._judge.reason(event, conversion)
+        self._count_judged(start, end)
+        if self._private.single(start, end) is None and self._shared.single(start, end) is None:
+            self._private.set(start, end, reason)
+            return
         for low, high in self._private.gaps(start, end):
             for piece_start, piece_end, before in self._shared.pieces(low, high):
-                for target in self._compared():
+                for target in self._compared:
                     self._no_longer_missing(target, piece_start, piece_end, before, event)
                     if target.gone:
                         target.gone.set(piece_start, piece_end, None)
             self._shared.set(low, high, None)
             self._private.set(low, high, reason)
-        self._count_judged(start, end)
 
     def _become_shared(
         self, event: Event, start: int, end: int, conversion: ActiveConversion | None
@@ -276,7 +285,7 @@ class GuestAudit:
         reason = self._judge.reason(event, conversion)
         for low, high in self._shared.gaps(start, end):
             for piece_start, piece_end, before in self._private.pieces(low, high):
-                for target in self._compared():
+                for target in self._compared:
                     self._judge_mapped(
                         FindingKind.STALE, target, piece_start, piece_end, before, event
                     )
@@ -286,7 +295,7 @@ class GuestAudit:
 
     def _count_judged(self, start: int, end: int) -> None:
         self._evidence.judged_bytes += max(
-            (target.mappings.covered(start, end) for target in self._compared()), default=0
+            (target.mappings.covered(start, end) for target in self._compared), default=0
         )
 
     # -- virtio-mem, and memory that is given back
@@ -311,7 +320,7 @@ class GuestAudit:
         asked = self.conversions.find(event.start, event.end)
         if asked is not None:
             asked.held = False
-        if not event.done or event.end <= event.start:
+        if not event.done or event.end <= event.start or self._viommu:
             return
         self._note_pluggable(event)
         self._evidence.plugs += 1
@@ -320,7 +329,7 @@ class GuestAudit:
         reason = self._judge.reason(event, conversion)
         if event.plugged:
             for piece_start, piece_end, before in self._unplugged.pieces(start, end):
-                for target in self._compared():
+                for target in self._compared:
                     self._judge_mapped(
                         FindingKind.UNPLUGGED, target, piece_start, piece_end, before, event
                     )
@@ -331,7 +340,7 @@ class GuestAudit:
                 for low, high, _ in self._shared.some(start, end, _MOST):
                     self._follow(event, low, high, shared=True)
             return
-        for target in self._compared():
+        for target in self._compared:
             for low, high, before in self._shared.some(start, end, _MOST)[:_MOST]:
                 self._no_longer_missing(target, low, high, before, event)
         self._plugged.set(start, end, None)
@@ -342,7 +351,7 @@ class GuestAudit:
 
     def discard(self, event: Discard) -> None:
         """Note that memory was given back to the host."""
-        if not event.done or event.end <= event.start:
+        if not event.done or event.end <= event.start or self._viommu:
             return
         if event.host is None:
             places = [(event.start, event.end)]
@@ -354,14 +363,17 @@ class GuestAudit:
         for start, end in places:
             conversion = self.conversions.find(start, end)
             if event.shared and any(
-                target.mappings.some(start, end, 1) for target in self._compared()
+                target.mappings.some(start, end, 1) for target in self._compared
             ):
                 # QEMU's virtio-mem gives memory back first and unmaps then; a pinned page stays the
                 # device's until it is unmapped.
                 if conversion is None or not conversion.held:
                     conversion = self.conversions.step(start, end, self._judge.now, event.source)
                 note = "given back to the host before it was unmapped"
-                self._freed.set(start, end, self._judge.reason(event, conversion, note))
+                reason = self._judge.reason(event, conversion, note)
+                for target in self._compared:
+                    for low, high in target.freed.gaps(start, end):
+                        target.freed.set(low, high, reason)
             elif conversion is not None and conversion.asked:
                 self.conversions.end_unless_told(conversion)  # the last step of a VMM
 
@@ -378,13 +390,14 @@ class GuestAudit:
             target = self.targets[name] = TargetState(
                 name + self._suffix, self._unmap_rule, self._judge.number, complete=complete
             )
+            self._note_targets()
             if len(self.targets) > _MOST_TARGETS:
                 self._evidence.not_compared = True
         return target
 
-    def _compared(self) -> list[TargetState]:
-        targets = [*self.targets.values()]
-        return targets if len(targets) <= _MOST_TARGETS else targets[:_MOST_TARGETS]
+    def _note_targets(self) -> None:
+        """Choose the targets that are compared, after one came or went."""
+        self._compared = [*islice(self.targets.values(), _MOST_TARGETS)]
 
     def attach(self, event: Attach) -> None:
         """Note that a target is there, or one more of its name."""
@@ -408,6 +421,7 @@ class GuestAudit:
         if target.expected_from is not None:
             for start, end, reason in self._shared.items():
                 self._no_longer_missing(target, start, end, reason, event)
+        self._note_targets()
         self._evidence.gone.append(target.summary())
 
     def map_run(self, event: MapRun) -> None:
@@ -434,6 +448,7 @@ class GuestAudit:
         if not self._maps_are_told and event.target != _REGIONS:
             self._maps_are_told = True
             self.targets.pop(_REGIONS, None)
+            self._note_targets()
         if self._undecided is not None:
             self._decide(start, end)
         target = self.targets.get(event.target) or self.target(event.target)
@@ -720,20 +735,20 @@ class GuestAudit:
         if target.has_refused:
             for low, high, reason in target.refused.pieces(start, end):
                 self._judge_refused(target, low, high, reason, mapping, event)
-        for kind, reasons in self._bad:
+        for kind, reasons in (*self._bad, (FindingKind.FREED, target.freed)):
             only = reasons.single(start, end)
             if only is None:
                 continue
             if isinstance(only, Reason):
-                self._window(kind, target, start, end, only, mapping, event)
+                self._judge.window(kind, target, start, end, only, mapping, event)
                 continue
             pieces = reasons.some(start, end, _MOST)
             for low, high, reason in pieces[:_MOST]:
-                self._window(kind, target, low, high, reason, mapping, event)
+                self._judge.window(kind, target, low, high, reason, mapping, event)
             if len(pieces) > _MOST:
                 low = pieces[_MOST][0]
                 rest = reasons.covered(low, end)
-                self._window(kind, target, low, end, pieces[_MOST][2], mapping, event, rest)
+                self._judge.window(kind, target, low, end, pieces[_MOST][2], mapping, event, rest)
 
     def _judge_refused(
         self,
@@ -744,10 +759,21 @@ class GuestAudit:
         mapping: Mapping | None,
         event: Event | None,
     ) -> None:
-        private = self._private.single(start, end)
-        if isinstance(private, Reason) and (private.conversion is None or private.conversion.over):
-            return  # told already: it is private and mapped
-        self._judge.window(FindingKind.STALE, target, start, end, reason, mapping, event)
+        """Judge what an unmap left, but where it is told already: private, and mapped."""
+        for low, high, private in self._private.some(start, end, _MOST)[:_MOST]:
+            conversion = private.conversion
+            if (
+                conversion is None
+                or conversion.over
+                or (mapping is not None and mapping.born > private.born)
+            ):
+                if low > start:
+                    self._judge.window(
+                        FindingKind.STALE, target, start, low, reason, mapping, event
+                    )
+                start = high
+        if start < end:
+            self._judge.window(FindingKind.STALE, target, start, end, reason, mapping, event)
 
     def _judge_mapped(
         self,
@@ -761,26 +787,11 @@ class GuestAudit:
         """Judge what a target maps of a range, for which the reason against it goes now."""
         pieces = target.mappings.some(start, end, _MOST)
         for low, high, mapping in pieces[:_MOST]:
-            self._window(kind, target, low, high, reason, mapping, event)
+            self._judge.window(kind, target, low, high, reason, mapping, event)
         if len(pieces) > _MOST:
             low = pieces[_MOST][0]
             rest = target.mappings.covered(low, end)
-            self._window(kind, target, low, end, reason, pieces[_MOST][2], event, rest)
-
-    def _window(
-        self,
-        kind: FindingKind,
-        target: TargetState,
-        start: int,
-        end: int,
-        reason: Reason,
-        mapping: Mapping,
-        event: Event | None,
-        rest: int = 0,
-    ) -> None:
-        if kind is FindingKind.FREED and mapping.born > reason.born:
-            return  # mapped anew: other memory
-        self._judge.window(kind, target, start, end, reason, mapping, event, rest)
+            self._judge.window(kind, target, low, end, reason, pieces[_MOST][2], event, rest)
 
     def _no_longer_missing(
         self, target: TargetState, start: int, end: int, reason: Reason, event: Event | None
@@ -830,24 +841,24 @@ class GuestAudit:
         self.conversions.end_all_quiet(judge.now if judge.timed else None)
         if len(self.targets) > _MOST_TARGETS:
             self._evidence.not_compared = True
-        for target in self._compared():
-            for kind, reasons in self._bad:
+        for target in self._compared:
+            for kind, reasons in (*self._bad, (FindingKind.FREED, target.freed)):
                 for start, end, reason in reasons.items():
                     self._judge_mapped(kind, target, start, end, reason, None)
             for start, end, reason in target.refused.items():
-                pieces = target.mappings.some(start, end, 1)
-                mapping = pieces[0][2] if pieces else None
-                self._judge_refused(target, start, end, reason, mapping, None)
+                for low, high, mapping in target.mappings.pieces(start, end):
+                    self._judge_refused(target, low, high, reason, mapping, None)
             for start, end, reason in self._shared.items():
                 self._no_longer_missing(target, start, end, reason, None)
         self._evidence.guessed_ends += self.conversions.guessed
 
     def why_not_mapped(self, address: int) -> tuple[Reason, str] | None:
         """Return the conversion or other event that took a page from its devices, and its word."""
+        freed = [(target.freed, "given back to the host") for target in self._compared]
         for reasons, word in (
             (self._private, "made private"),
             (self._unplugged, "unplugged"),
-            (self._freed, "given back to the host"),
+            *freed,
         ):
             reason = reasons.get(address)
             if reason is not None:

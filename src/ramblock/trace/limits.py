@@ -32,6 +32,7 @@ class Evidence:
     regions: int = 0
     faults: int = 0
     judged_bytes: int = 0
+    device_memory: int = 0
     viommu: bool = False
     not_compared: bool = False
     plugs: int = 0
@@ -52,7 +53,7 @@ def why_not_judged(evidence: Evidence, *, followed: bool, left: bool) -> list[st
     Say why the trace is no evidence, in sentences; nothing, if it is.
 
     :param followed: There is a guest whose page states and mappings are both in the trace.
-    :param left: RAM is still mapped where the trace ends.
+    :param left: More is mapped where the trace ends than the memory of devices.
     """
     reasons = []
     has_states = bool(evidence.attributes or evidence.state_changes)

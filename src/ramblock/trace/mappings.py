@@ -115,6 +115,8 @@ class TargetState:
         self.refused: RangeMap[Reason] = RangeMap()
         #: Mapped, and not refused; kept from the first refusal on.
         self._quiet: RangeMap[Mapping] | None = None
+        #: Given back to the host since it was mapped; where nothing is mapped it means nothing.
+        self.freed: RangeMap[Reason] = RangeMap()
         #: Unmapped while it was shared.
         self.gone: RangeMap[Reason] = RangeMap()
         #: Where a map failed. A VMM that goes on all the same unmaps there later, and that is no
@@ -150,11 +152,12 @@ class TargetState:
     # -- mapping
 
     def add(self, mapping: Mapping, start: int, end: int) -> None:
-        """Map a part of what a call mapped; what was there is replaced."""
+        """Map a part of what a call mapped, in which nothing was mapped."""
         self.mappings.set(start, end, mapping)
+        if self.freed:
+            self.freed.set(start, end, None)  # this is other memory
         if self._quiet is not None:
-            for gap_start, gap_end in self.refused.gaps(start, end):
-                self._quiet.set(gap_start, gap_end, mapping)
+            self._quiet.set(start, end, mapping)
 
     def add_copy(self, mapping: Mapping, start: int, end: int) -> bool:
         """Note a range that is mapped once more; False: by more members than there are."""
@@ -181,6 +184,8 @@ class TargetState:
     def remove(self, start: int, end: int) -> None:
         """Unmap a range of what no copy maps."""
         self.mappings.set(start, end, None)
+        if self.freed:
+            self.freed.set(start, end, None)
         if self._quiet is not None:
             self._quiet.set(start, end, None)
             self.refused.set(start, end, None)

@@ -81,9 +81,6 @@ EVENTS: dict[str, Forms] = {
     ),
     "ram_block_discard_range": _one(_DISCARD),
     "ram_block_discard_shared_range": _one(_DISCARD, "11.1"),
-    "ram_block_discard_guest_memfd_range": _one(
-        "{rbname:s}@{hva:p} + 0x{length:x}: fallocate: {need_fallocate:d} ret: {ret:d}", "11.1"
-    ),
     "iommufd_backend_map_dma": _one(
         f"{_IOAS}{_RANGE} addr={{vaddr:p}} readonly={{readonly:d}} ({{ret:d}})", "8.2"
     ),
@@ -114,6 +111,17 @@ EVENTS: dict[str, Forms] = {
         "region_add [ram] 0x{iova_start:x} - 0x{iova_end:x} [{vaddr:p}]"
     ),
     "vfio_listener_region_del": _one("region_del 0x{start:x} - 0x{end:x}"),
+    "vfio_region_dmabuf": Forms(
+        "11.0",
+        (
+            Form(
+                'Device {name:s}, dmabuf fd {fd:d} region {index:d} "{region:s}",'
+                " offset: 0x{offset:x}, size: 0x{size:x}",
+                "11.1",
+            ),
+            Form('Device {name:s}, region "{region:s}", offset: 0x{offset:x}, size: 0x{size:x}'),
+        ),
+    ),
     "vfio_listener_region_add_iommu": Forms(
         "7.2",
         (
@@ -154,7 +162,6 @@ IGNORED = frozenset(
         "vfio_listener_region_del_iommu",
         "vfio_listener_region_del_skip",
         "vfio_listener_region_skip",
-        "vfio_region_dmabuf",
         "vfio_user_get_info",
         "vfio_user_get_irq_info",
         "vfio_user_get_region_info",

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants of `ramblock check`: the modules that tools/mechanical.py breaks, and telling ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+__all__ = ["PARTS", "Part"]
+
+
+class Part(NamedTuple):
+    """Modules that have their tests in common."""
+
+    modules: Sequence[str]
+    tests: Sequence[str]
+    """The quickest first."""
+    equivalent: Mapping[str, str] = {}
+    """Mutants that nobody can tell from the code as it is, by name, with the reason."""
+
+
+PARTS = {
+    "audit": Part(
+        modules=(
+            "trace.audit",
+            "trace.conversions",
+            "trace.faults",
+            "trace.guest_audit",
+            "trace.join",
+            "trace.judge",
+            "trace.limits",
+            "trace.mappings",
+            "trace.places",
+            "trace.ranges",
+            "trace.result",
+        ),
+        tests=(
+            "tests/trace/test_audit.py",
+            "tests/trace/test_ranges.py",
+            "tests/trace/test_audit_model.py",
+            "tests/test_qemu_verdicts.py",
+        ),
+    ),
+}
