@@ -37,8 +37,8 @@ class Forms(NamedTuple):
     """
     The first version of QEMU that has it.
 
-    Debian's 7.2, 10.0.13 and 11.1.3 have the events that this says, and no others of them (the names
-    in the programs). Where between two of these an event came, its publication says.
+    Debian's 7.2, 10.0.13 and 11.1.3 have the events that this says, and no others of them (the
+    names in the programs). Where between two of these an event came, its publication says.
     """
     forms: tuple[Form, ...]
 
