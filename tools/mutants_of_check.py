@@ -36,8 +36,9 @@ PARTS = {
         ),
         tests=(
             "tests/trace/test_audit.py",
+            "tests/trace/test_guests.py",
             "tests/trace/test_ranges.py",
-            "tests/trace/test_audit_model.py",
+            "tests/trace/test_audit_model.py::test_any_order_of_any_events",
             "tests/test_qemu_verdicts.py",
         ),
     ),
