@@ -135,7 +135,7 @@ def _other_statements(node: ast.stmt) -> Iterator[ast.AST]:
         other.test = ast.UnaryOp(ast.Not(), node.test)
         yield other
     if isinstance(node, ast.Return) and node.value is not None:
-        if not (isinstance(node.value, ast.Constant) and node.value.value is None):
+        if not (isinstance(node.value, ast.Constant) and node.value.value in (None, False)):
             yield ast.Return(ast.Constant(None))
     elif isinstance(node, _DROPPED) or (isinstance(node, ast.Return) and node.value is None):
         is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
@@ -144,7 +144,8 @@ def _other_statements(node: ast.stmt) -> Iterator[ast.AST]:
 
 
 def _other_calls(node: ast.Call) -> Iterator[ast.AST]:
-    for index in range(len(node.args) - 1):
+    any_order = isinstance(node.func, ast.Name) and node.func.id in {"max", "min"}
+    for index in range(0 if any_order else len(node.args) - 1):
         args = [*node.args]
         args[index], args[index + 1] = args[index + 1], args[index]
         if ast.dump(args[index]) != ast.dump(args[index + 1]):

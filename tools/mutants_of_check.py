@@ -36,9 +36,13 @@ PARTS = {
         ),
         tests=(
             "tests/trace/test_audit.py",
+            "tests/trace/test_limits.py",
             "tests/trace/test_guests.py",
+            "tests/trace/test_conversions.py",
+            "tests/trace/test_faults.py",
             "tests/trace/test_ranges.py",
             "tests/trace/test_audit_model.py::test_any_order_of_any_events",
+            "tests/trace/test_joined.py",
             "tests/test_qemu_verdicts.py",
         ),
     ),
