@@ -2,7 +2,7 @@
 """
 Break modules mechanically, by operators on the syntax tree, and see that the tests notice.
 
-    python -m tools.mechanical PART [--sample N] [--seed N] [--threshold PERCENT] [--jobs N] [NAME ...]
+    python -m tools.mechanical PART [NAME ...] [--sample N] [--seed N] [--threshold PERCENT]
 
 A hand-written list (tools/mutants.py) holds the mistakes that somebody thought of; this one finds
 lines that no test looks at. A sample of all mutants is run, the same one for each seed. A NAME

@@ -185,8 +185,8 @@ def test_the_grace_is_up_to_its_last_nanosecond() -> None:
 def test_only_conversions_whose_states_changed_count_as_guessed() -> None:
     result = mapped_and_shared().at(100, Unmap, "t", 0, PAGE, PAGE).at(500, VcpuEntry, "c").audit()
     assert any("the end of 1 conversions" in limit for limit in result.limits)  # of the first
-    result = Made().at(0, Map, "t", 0, PAGE).at(1, Unmap, "t", 0, PAGE).at(99, VcpuEntry, "c")
-    assert not any("conversions is not in the trace" in limit for limit in result.audit().limits)
+    made = Made().at(0, Map, "t", 0, PAGE).at(1, Unmap, "t", 0, PAGE).at(99, VcpuEntry, "c")
+    assert not any("conversions is not in the trace" in limit for limit in made.audit().limits)
 
 
 # -- the end of the trace

@@ -88,7 +88,7 @@ def test_more_targets_than_are_compared(monkeypatch: pytest.MonkeyPatch) -> None
     assert result.cannot_tell == []
     # One that went makes room.
     made = Made().at(0, Attach, "t").at(0, Attach, "u").at(1, Detach, "t").at(2, Attach, "v")
-    assert made.at(3, Attributes, 0, PAGE, True).at(4, Map, "v", 8 * PAGE, 9 * PAGE).audit()
+    made.at(3, Attributes, 0, PAGE, True).at(4, Map, "v", 8 * PAGE, 9 * PAGE)
     assert made.audit().cannot_tell == []
 
 
@@ -250,7 +250,8 @@ def test_states_that_have_no_place_are_counted() -> None:
     made = Made().at(0, Layout, (block,)).at(1, StateChange, "other", 0, PAGE, True)
     made.at(2, StateChange, "ram", 0, PAGE, True).at(3, Map, "t", 0, PAGE)
     made.at(4, StateChange, "ram", 2 * PAGE, 8 * PAGE, True).at(5, Map, "u", 0, 4 * PAGE)
-    result = made.at(6, Discard, 0x1000, 0x2000, host=0x1000).audit()
+    made.at(6, Discard, 0x1000, 0x2000, host=0x1000).at(7, Discard, 0x1000, 0x1000, host=0x1000)
+    result = made.at(8, Discard, 0x1000, 0x2000, host=0x1000, done=False).audit()
     assert any(limit.startswith("2 state changes are relative") for limit in result.limits)
     assert any(limit.startswith("1 discards are of host") for limit in result.limits)
     assert any(
