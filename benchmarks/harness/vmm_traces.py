@@ -123,10 +123,11 @@ def _bpftrace(number: int) -> bytes:
 
 
 def _own(number: int) -> bytes:
-    lines = [
+    start = (
         '{"t":0,"event":"start","version":1,"blocks":[{"name":"ram","gpa":0,"size":1073741824,'
         '"confidential":true}],"targets":{"iommu0":""}}\n'
-    ]
+    )
+    lines = [start]
     for time, gpa, private in _conversions(number):
         attributes = (
             f'{{"t":{time},"event":"attributes","gpa":{gpa},"size":{_SIZE}'

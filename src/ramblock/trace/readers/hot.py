@@ -20,9 +20,10 @@ from ramblock.trace.readers.hot_qemu import HotQemu
 
 __all__ = ["FastTextReader"]
 
-# How the first event looks: our script's, the kernel's, QEMU's. It decides which shapes to look for.
+# The first event: our script's, the kernel's, or QEMU's. It decides which shapes to look for.
 _FIRST = re.compile(
-    rb"(?:^|\s)ramblock-vfio ()|\d: {1,24}(?:iommu:|kvm:)?(?:map|unmap|kvm_\w{1,32}|dma_\w{1,32}): ()"
+    rb"(?:^|\s)ramblock-vfio ()"
+    rb"|\d: {1,24}(?:iommu:|kvm:)?(?:map|unmap|kvm_\w{1,32}|dma_\w{1,32}): ()"
     rb"|(?:^|[ :\"])(?:iommufd|kvm|ram_block|sev|tdx|vfio|virtio_mem)_\w{1,64} ()",
     re.MULTILINE,
 )
