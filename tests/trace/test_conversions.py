@@ -156,6 +156,14 @@ def test_a_conversion_grows_with_its_steps() -> None:
     assert set(kinds(made.audit())) == {FindingKind.TRANSITIONAL}
 
 
+def test_the_end_of_one_source_leaves_others_to_time() -> None:
+    made = mapped_and_shared().at(100, Attributes, 0, PAGE, True)
+    made.of(QEMU).at(101, Attributes, 4 * PAGE, 5 * PAGE, True)
+    made.at(102, Layout, (), ends=True).at(103, ConversionEnd, 4 * PAGE, 5 * PAGE, True)
+    (finding,) = only(made.at(120, Unmap, "t", 0, PAGE, PAGE).audit(), FindingKind.STALE)[:1]
+    assert (finding.start, finding.grace) == (0, True)
+
+
 # -- guesses
 
 
