@@ -59,6 +59,15 @@ def test_the_next_conversion_of_an_unknown_thread_takes_the_patience_away() -> N
     assert finding.grace
 
 
+def test_patience_that_was_taken_does_not_come_back() -> None:
+    made = begun().at(105, Conversion, 8 * PAGE, 9 * PAGE, True)
+    made.at(106, Attributes, 0, PAGE, True)  # a step: the grace begins anew, and no more
+    assert made.also().at(115, Unmap, "t", 0, PAGE, PAGE).audit().failures() == 0
+    assert made.also().at(117, Unmap, "t", 0, PAGE, PAGE).audit().failures() == 1
+    wide = made.at(107, Attributes, 0, 4 * PAGE, True).at(108, Attributes, 0, 2 * PAGE, True)
+    assert wide.at(119, Unmap, "t", 0, 4 * PAGE, 4 * PAGE).audit().failures() > 0
+
+
 def test_the_next_conversion_of_the_same_vcpu_ends_the_one_before() -> None:
     other = begun("v1").at(102, Conversion, 8 * PAGE, 9 * PAGE, True, "v2")
     assert kinds(other.at(103, Unmap, "t", 0, PAGE, PAGE).audit()) == [FindingKind.TRANSITIONAL]

@@ -9,6 +9,7 @@ from ramblock.trace.events import (
     Attributes,
     Block,
     Conversion,
+    Discard,
     Layout,
     Map,
     Plug,
@@ -120,6 +121,18 @@ def test_where_no_places_are_known_a_reset_is_of_the_guest_that_there_is() -> No
     made = Made(source=LOG_A).at(0, Attributes, 0, 4 * PAGE, False).at(1, Map, "t", 0, 4 * PAGE)
     made.of(LOG_B).at(50, Reset).at(500, VcpuEntry, "c")
     assert stale(made) == [(0, 4)]
+
+
+def test_a_log_that_joined_a_guest_stays_with_it() -> None:
+    made = Made().of(LOG_B).at(0, Attributes, 0, 4 * PAGE, False)
+    made = _log_of(made, LOG_A, 1, GIB).of(LOG_B).at(50, Reset)
+    assert stale(made.at(500, VcpuEntry, "c")) == [(0, 4)]
+
+
+def test_a_virtual_iommu_that_comes_later_ends_all_windows() -> None:
+    made = Made().at(0, Attributes, 0, 4 * PAGE, False).at(1, Map, "t", 0, 4 * PAGE)
+    made.at(2, Discard, 0, PAGE).at(3, Attributes, PAGE, 2 * PAGE, True)
+    assert made.at(4, Viommu).at(500, VcpuEntry, "c").audit().findings == []
 
 
 def test_logs_by_thread_of_one_program_are_one_guest() -> None:
@@ -325,9 +338,10 @@ def test_a_region_that_goes_and_was_not_seen_is_no_unmap() -> None:
 def test_maps_that_are_told_count_alone() -> None:
     made = Made().at(0, Region, 0, 4 * PAGE, True).at(1, Map, "t", 8 * PAGE, 9 * PAGE)
     made.at(2, Attributes, 0, 4 * PAGE, True).at(3, Region, 0, 4 * PAGE, True)
+    made.at(4, Map, "u", 8 * PAGE, 9 * PAGE)
     result = made.at(500, Attributes, 0, PAGE, False).audit()
     assert FindingKind.STALE not in kinds(result)
-    assert [target.name for target in result.targets] == ["t"]
+    assert [target.name for target in result.targets] == ["t", "u"]
 
 
 def test_pages_that_are_plugged_follow_their_states_too() -> None:

@@ -124,7 +124,6 @@ class TargetState:
         self.failed: RangeMap[Origin] = RangeMap()
         self.maps = 0
         self.unmaps = 0
-        self.faults = 0
         #: Unmaps whose result the trace does not tell; those of them that named more or less than
         #: one mapping; the mappings that these covered.
         self.untold = 0
@@ -142,7 +141,7 @@ class TargetState:
             else:
                 entries += mapping is not before
             before = mapping
-        return TargetSummary(self.label, self.maps, self.unmaps, self.faults, mapped, entries)
+        return TargetSummary(self.label, self.maps, self.unmaps, mapped, entries)
 
     @property
     def has_refused(self) -> bool:
