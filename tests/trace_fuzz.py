@@ -60,8 +60,8 @@ _QEMU = (
         " readonly=0 (0)"
     ),
     (
-        "iommufd_backend_map_file_dma  iommufd=20 ioas=2 iova=0x0 size=0x1000 fd=1 start=0 readonly=0"
-        " (-14)"
+        "iommufd_backend_map_file_dma  iommufd=20 ioas=2 iova=0x0 size=0x1000 fd=1 start=0"
+        " readonly=0 (-14)"
     ),
     "iommufd_backend_unmap_dma  iommufd=20 ioas=2 iova=0x100000 size=0x1000 (0)",
     "iommufd_backend_alloc_ioas  iommufd=20 ioas=2",

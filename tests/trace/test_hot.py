@@ -50,9 +50,9 @@ def test_on_mutations(name: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 @given(seed=st.integers(0, 1 << 32))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_on_what_is_made(name: str, seed: int) -> None:
-    play(name, make(name, seed, 600))
+    play(name, make(name, seed, 350))
 
 
 def test_the_fast_way_is_taken() -> None:

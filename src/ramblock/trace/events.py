@@ -26,6 +26,7 @@ __all__ = [
     "Conversion",
     "ConversionEnd",
     "Detach",
+    "DeviceMemory",
     "Discard",
     "Event",
     "Layout",
@@ -199,6 +200,12 @@ class Region(_Event):
     host: int | None = None
 
 
+class DeviceMemory(_Event):
+    """A device has memory of its own that will be mapped too, of so many bytes: it is no RAM."""
+
+    size: int
+
+
 class Reset(_Event):
     """The guest starts again: all of its confidential pages are private."""
 
@@ -291,6 +298,7 @@ Event: TypeAlias = (
     | Map
     | Unmap
     | Region
+    | DeviceMemory
     | Reset
     | Viommu
     | Discard

@@ -27,6 +27,7 @@ from ramblock.trace.events import (
     Conversion,
     ConversionEnd,
     Detach,
+    DeviceMemory,
     Discard,
     Event,
     Layout,
@@ -75,6 +76,7 @@ class GuestAudit:
         self.places = Places()
         self.conversions = Conversions(grace)
         self.targets: dict[str, TargetState] = {}
+        self._compared: list[TargetState] = []
         #: Whether the trace has mappings of it, and page states.
         self.maps = self.states = False
         self._judge = judge
@@ -137,6 +139,10 @@ class GuestAudit:
             conversion = self.conversions.step(start, end, self._judge.now, event.source)
             conversion.asked = True
             self._become_private(event, start, end, conversion)
+
+    def device_memory(self, event: DeviceMemory) -> None:
+        """Note that a device's own memory will be mapped."""
+        self._evidence.device_memory += event.size
 
     def viommu(self, event: Viommu) -> None:
         """Note that IOVAs are not guest addresses: nothing can be compared any more."""
@@ -260,15 +266,18 @@ class GuestAudit:
         if self._viommu:
             return
         reason = self._judge.reason(event, conversion)
+        self._count_judged(start, end)
+        if self._private.single(start, end) is None and self._shared.single(start, end) is None:
+            self._private.set(start, end, reason)
+            return
         for low, high in self._private.gaps(start, end):
             for piece_start, piece_end, before in self._shared.pieces(low, high):
-                for target in self._compared():
+                for target in self._compared:
                     self._no_longer_missing(target, piece_start, piece_end, before, event)
                     if target.gone:
                         target.gone.set(piece_start, piece_end, None)
             self._shared.set(low, high, None)
             self._private.set(low, high, reason)
-        self._count_judged(start, end)
 
     def _become_shared(
         self, event: Event, start: int, end: int, conversion: ActiveConversion | None
@@ -276,7 +285,7 @@ class GuestAudit:
         reason = self._judge.reason(event, conversion)
         for low, high in self._shared.gaps(start, end):
             for piece_start, piece_end, before in self._private.pieces(low, high):
-                for target in self._compared():
+                for target in self._compared:
                     self._judge_mapped(
                         FindingKind.STALE, target, piece_start, piece_end, before, event
                     )
@@ -286,7 +295,7 @@ class GuestAudit:
 
     def _count_judged(self, start: int, end: int) -> None:
         self._evidence.judged_bytes += max(
-            (target.mappings.covered(start, end) for target in self._compared()), default=0
+            (target.mappings.covered(start, end) for target in self._compared), default=0
         )
 
     # -- virtio-mem, and memory that is given back
@@ -319,7 +328,7 @@ class GuestAudit:
         reason = self._judge.reason(event, conversion)
         if event.plugged:
             for piece_start, piece_end, before in self._unplugged.pieces(start, end):
-                for target in self._compared():
+                for target in self._compared:
                     self._judge_mapped(
                         FindingKind.UNPLUGGED, target, piece_start, piece_end, before, event
                     )
@@ -330,7 +339,7 @@ class GuestAudit:
                 for low, high, _ in self._shared.some(start, end, _MOST):
                     self._follow(event, low, high, shared=True)
             return
-        for target in self._compared():
+        for target in self._compared:
             for low, high, before in self._shared.some(start, end, _MOST)[:_MOST]:
                 self._no_longer_missing(target, low, high, before, event)
         self._plugged.set(start, end, None)
@@ -352,7 +361,7 @@ class GuestAudit:
         for start, end in places:
             conversion = self.conversions.find(start, end)
             if event.shared and any(
-                target.mappings.some(start, end, 1) for target in self._compared()
+                target.mappings.some(start, end, 1) for target in self._compared
             ):
                 # QEMU's virtio-mem gives memory back first and unmaps then; a pinned page stays the
                 # device's until it is unmapped.
@@ -360,7 +369,7 @@ class GuestAudit:
                     conversion = self.conversions.step(start, end, self._judge.now, event.source)
                 note = "given back to the host before it was unmapped"
                 reason = self._judge.reason(event, conversion, note)
-                for target in self._compared():
+                for target in self._compared:
                     for low, high in target.freed.gaps(start, end):
                         target.freed.set(low, high, reason)
             elif conversion is not None and conversion.asked:
@@ -379,13 +388,14 @@ class GuestAudit:
             target = self.targets[name] = TargetState(
                 name + self._suffix, self._unmap_rule, self._judge.number, complete=complete
             )
+            self._note_targets()
             if len(self.targets) > _MOST_TARGETS:
                 self._evidence.not_compared = True
         return target
 
-    def _compared(self) -> list[TargetState]:
-        targets = [*self.targets.values()]
-        return targets if len(targets) <= _MOST_TARGETS else targets[:_MOST_TARGETS]
+    def _note_targets(self) -> None:
+        """Choose the targets that are compared, after one came or went."""
+        self._compared = [*islice(self.targets.values(), _MOST_TARGETS)]
 
     def attach(self, event: Attach) -> None:
         """Note that a target is there, or one more of its name."""
@@ -409,7 +419,8 @@ class GuestAudit:
         if target.expected_from is not None:
             for start, end, reason in self._shared.items():
                 self._no_longer_missing(target, start, end, reason, event)
-        self._evidence.gone.append(target.summary())
+        self._note_targets()
+        self._evidence.note_gone(target.summary())
 
     def map_run(self, event: MapRun) -> None:
         """Note that a target maps one range behind the other."""
@@ -449,6 +460,7 @@ class GuestAudit:
         if not self._maps_are_told and event.target != _REGIONS:
             self._maps_are_told = True
             self.targets.pop(_REGIONS, None)
+            self._note_targets()
         if self._undecided is not None:
             self._decide(start, end)
         target = self.targets.get(event.target) or self.target(event.target)
@@ -565,7 +577,7 @@ class GuestAudit:
     def remark(self, event: Remark) -> None:
         """Note a remark of the trace itself."""
         if event.lost:
-            self._evidence.lost.append(f"{event.origin}: {event.text}")
+            self._evidence.lost.add(f"{event.origin}: {event.text}")
             return
         if event.target is None or event.start is None or event.end is None:
             self._judge.report(event)
@@ -842,7 +854,7 @@ class GuestAudit:
         self.conversions.end_all_quiet(judge.now if judge.timed else None)
         if len(self.targets) > _MOST_TARGETS:
             self._evidence.not_compared = True
-        for target in self._compared():
+        for target in self._compared:
             for kind, reasons in (*self._bad, (FindingKind.FREED, target.freed)):
                 for start, end, reason in reasons.items():
                     self._judge_mapped(kind, target, start, end, reason, None)
@@ -855,7 +867,7 @@ class GuestAudit:
 
     def why_not_mapped(self, address: int) -> tuple[Reason, str] | None:
         """Return the conversion or other event that took a page from its devices, and its word."""
-        freed = [(target.freed, "given back to the host") for target in self._compared()]
+        freed = [(target.freed, "given back to the host") for target in self._compared]
         for reasons, word in (
             (self._private, "made private"),
             (self._unplugged, "unplugged"),

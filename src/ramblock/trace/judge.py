@@ -21,7 +21,7 @@ from ramblock.trace.result import FindingLog, Lengths
 
 __all__ = ["Judge"]
 
-_RECENT = 1024
+_RECENT = 256
 _OWN = "ramblock"
 #: Formats of QEMU.
 _LOGS = frozenset({"qemu", "simpletrace"})

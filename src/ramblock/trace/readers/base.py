@@ -213,8 +213,8 @@ class LineReader(TraceReader):
         """Read whole lines, each with its end. A reader may do better than one after the other."""
         counts = self.counts
         for raw in block[:-1].split(b"\n"):
+            self._line(raw, counts.lines + 1, found)
             counts.lines += 1
-            self._line(raw, counts.lines, found)
 
     @abstractmethod
     def _line(self, raw: bytes, number: int, found: list[Event]) -> None:

@@ -15,7 +15,7 @@ __all__ = ["Fault", "find_fault"]
 
 _ADDRESS = rb"(?:0x)?([0-9a-fA-F]{1,16})(?![0-9a-fA-F])"
 _DMAR = re.compile(
-    rb"DMAR: ?\[DMA (Read|Write)[^\]\n]{0,40}\] Request device \[(?:0x)?([0-9a-fA-F:.x]{1,24})\]"
+    rb"DMAR: ?\[DMA (Read|Write)[^\]\n]{0,40}\] Request device \[([0-9a-fA-F:.x]{1,24})\]"
     rb"(?: PASID \w{1,16})? fault addr " + _ADDRESS
 )
 # The driver's and device's name stand before it where the device is known; else the event has it.

@@ -131,7 +131,7 @@ class Heads:
         if syslog is not None:
             month, day, hour, minute, second, fraction = syslog.groups()
             # The year is not told. A leap year has all days.
-            days = date(2000, self._month(month), 1).toordinal() + int(day)
+            days = date(2000, self._month(month), 1).toordinal() + int(day) - 1
             seconds = days * _DAY + int(hour) * 3600 + int(minute) * 60 + int(second)
             time = (seconds - _EPOCH * _DAY) * 10**9 + _fraction(fraction)
             return time, fraction is not None, b""

@@ -19,6 +19,7 @@ from ramblock.trace.events import (
     Block,
     Conversion,
     Detach,
+    DeviceMemory,
     Discard,
     Event,
     Layout,
@@ -48,8 +49,8 @@ _MOST = 1 << 64
 #: Slots of KVM are 32,764 at most on x86 (KVM_CAP_NR_MEMSLOTS).
 _MOST_SLOTS = 1 << 16
 _NEEDS_BLOCK = (
-    "virtio-mem requests count in blocks whose size is not in the trace: what was plugged is not"
-    " known (--virtio-mem-block)"
+    "virtio-mem requests count in blocks whose size is not in the trace, or not from its beginning:"
+    " what was plugged is not known (--virtio-mem-block)"
 )
 
 
@@ -101,6 +102,8 @@ class QemuMeaning:
         self._block_size = virtio_mem_block_size
         self._needs = needs
         self._request: tuple[int, int, bool] | None = None
+        #: A request to give back, from where and how many blocks, of a size that is not known.
+        self._unsized: tuple[int, int] | None = None
         self._plugged_from: int | None = None
         self._plugged_to = 0
         self._slots: dict[tuple[int, int], Block] = {}
@@ -198,24 +201,26 @@ class QemuMeaning:
             raise UnreadableError
         found.append(StateChange(*at[:3], None, offset, end_of(offset, size), private))
 
+    # The private side is given back without an event (system/physmem.c,
+    # ram_block_discard_guest_memfd_range()).
     @_means("ram_block_discard_range ram_block_discard_shared_range", "hva length ret")
-    def _discard_shared(
-        self, at: At, found: list[Event], host: int, size: int, result: int
-    ) -> None:
-        self._discard(at, found, host, size, result, shared=True)
-
-    @_means("ram_block_discard_guest_memfd_range", "hva length ret")
-    def _discard_private(
-        self, at: At, found: list[Event], host: int, size: int, result: int
-    ) -> None:
-        self._discard(at, found, host, size, result, shared=False)
-
-    def _discard(
-        self, at: At, found: list[Event], host: int, size: int, result: int, *, shared: bool
-    ) -> None:
+    def _discard(self, at: At, found: list[Event], host: int, size: int, result: int) -> None:
+        time, source, line, _ = at
         end = end_of(host, size)
-        self.discard = Discard(*at[:3], host, end, shared, host, result == 0)
+        if self._unsized is not None:
+            self._learn_block_size(at, found, size)
+        self.discard = Discard(time, source, line, host, end, host=host, done=result == 0)
         found.append(self.discard)
+
+    def _learn_block_size(self, at: At, found: list[Event], size: int) -> None:
+        """Take the block size from the memory that is given back for a request of so many."""
+        assert self._unsized is not None
+        start, blocks = self._unsized
+        self._unsized = None
+        block, rest = divmod(size, blocks) if blocks > 0 else (0, 1)
+        if not rest and block and not block & (block - 1):
+            self._block_size = block
+            self._ask(at, found, start, blocks, plugged=False)
 
     @_means(
         "iommufd_backend_map_dma iommufd_backend_map_file_dma",
@@ -298,6 +303,10 @@ class QemuMeaning:
     def _region_del(self, at: At, found: list[Event], start: int, last: int) -> None:
         found.append(Region(*at[:3], start, _behind(start, last), added=False))
 
+    @_means("vfio_region_dmabuf", "size")
+    def _device_memory(self, at: At, found: list[Event], size: int) -> None:
+        found.append(DeviceMemory(*at[:3], size))
+
     @_means("vfio_listener_region_add_iommu vfio_iommu_map_notify")
     def _viommu(self, at: At, found: list[Event]) -> None:
         found.append(Viommu(*at[:3]))
@@ -317,6 +326,7 @@ class QemuMeaning:
         if self._block_size is None:
             self._needs["virtio-mem"] = _NEEDS_BLOCK
             # How much is not known; that the block is virtio-mem's is.
+            self._unsized = None if plugged else (start, blocks)
             found.append(PlugRequest(*at[:3], start, start, plugged))
             return
         end = end_of(start, blocks * self._block_size)

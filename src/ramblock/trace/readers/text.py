@@ -35,7 +35,7 @@ from ramblock.trace.readers.qemu_table import EVENTS, IGNORED, Reading, Value, f
 __all__ = ["TextReader"]
 
 _ANSI = re.compile(rb"\x1b\[[0-9;?]{0,16}[A-Za-z]")
-_ESCAPES = re.compile(rb"\\+(?:u(0027|0022|003c|003e|0026|001b)|([\"'/]))")
+_ESCAPES = re.compile(rb"\\{1,16}(?:u(0027|0022|003c|003e|0026|001b)|([\"'/]))")
 _BOM = b"\xef\xbb\xbf"
 # A name at a word's beginning, and a blank behind it: QEMU's log backend always writes one. Longest
 # first, since names begin alike.
@@ -49,8 +49,9 @@ _LOST = re.compile(
     rb"|Lost \d{1,20} events"
 )
 _CHATTER = re.compile(
-    rb"\s*\Z|\s{0,20}#|cpus=\d{1,5}\s{0,20}\Z|##### CPU|Attach(?:ed|ing) \d{1,9} probes?"
-    rb"|\s{1,20}[0-9a-f]{6,16} [^\n]{1,400}\)\Z|version = \d{1,3}\s{0,20}\Z"
+    rb"\s*\Z|\s{0,20}#|[^\n]{0,40}DMAR: DRHD: handling fault status"
+    rb"|cpus=\d{1,5}\s{0,20}\Z|##### CPU|Attach(?:ed|ing) \d{1,9} probes?"
+    rb"|\s{1,20}[0-9a-f]{4,16} [^\n]{1,400}\)\Z|version = \d{1,3}\s{0,20}\Z"
 )
 _TASKS_KEPT = 4096
 #: Lines behind which a second logger's copy is not looked for.
@@ -300,6 +301,10 @@ class TextReader(LineReader):
         if told is None:
             return False
         message, match = told
+        if not message.evidence:
+            words = match[0].decode(errors="backslashreplace")
+            self.needs[words] = f"QEMU says at line {number}: {words}: {message.meaning}"
+            return True
         head = self.heads.read(raw[: match.start()], raw[match.end() :])
         if self._is_copy(head, match[0]):
             return True
@@ -311,8 +316,7 @@ class TextReader(LineReader):
                 del self.telling[guest]
         failures.tell(message, match, raw, (head.time, source, number, None), meaning, found)
         self.telling[source.guest] = failures
-        if message.evidence:
-            self.counts.note("message")
+        self.counts.note("message")
         return True
 
 
