@@ -271,11 +271,15 @@ _in(
     ("audit: what virtio-mem has withdrawn is missing", negate("not self._pluggable"), MODEL),
 )
 _in(
-    "trace.join:_join",
-    ("audit: unmaps that came short join", replace("event.unmapped != size", "False"), JOINED),
+    "trace.join:_continues",
+    (
+        "audit: unmaps that came short join",
+        replace("first.unmapped == size == event.unmapped", "True"),
+        JOINED,
+    ),
     (
         "audit: maps of other memory join",
-        replace("_continue(last.key, event.key, move)", "True"),
+        replace("_moved(first.key, event.key, move)", "True"),
         JOINED,
     ),
 )

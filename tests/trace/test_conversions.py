@@ -216,6 +216,8 @@ def test_a_log_that_ends_in_a_conversion_is_of_a_guest_that_stopped() -> None:
     (finding,) = only(made.audit(), FindingKind.STALE)
     assert (finding.open, finding.grace) == (True, True)
     assert finding.note.startswith("the log ends in this conversion")
+    made.at(102, Conversion, 8 * PAGE, 9 * PAGE, True)  # it went on
+    assert made.audit().findings == []
     for source in (made.source, Source("a.log", "ftrace")):
         # Without its begin, or from the kernel's buffers, which end anywhere.
         other = Made(source=source).at(0, Attributes, 0, PAGE, False).at(1, Map, "t", 0, PAGE)

@@ -154,6 +154,13 @@ def test_a_place_that_is_gone_is_taken_by_nobody() -> None:
     assert [target.name for target in result.targets] == ["t", "u"]
 
 
+def test_a_place_that_goes_is_of_nobody_else() -> None:
+    made = _log_of(Made(), LOG_A, 0, GIB).of(LOG_B)
+    made.at(10, Layout, (slot(0, 4 * PAGE, 9, host=3 * GIB),), removed=True)
+    result = made.at(11, Map, "u", 0, PAGE).audit()
+    assert [target.name for target in result.targets] == ["t", "u"]
+
+
 def test_more_guests_than_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit_module, "_MOST_GUESTS", 2)
     sources = [Source("node", "ftrace", str(number)) for number in range(3)]

@@ -24,7 +24,7 @@ from ramblock.trace.events import (
     VcpuEntry,
 )
 from ramblock.trace.findings import Finding, FindingKind
-from ramblock.trace.limits import Evidence, find_limits, why_not_judged
+from ramblock.trace.limits import Evidence, Names, find_limits, why_not_judged
 from ramblock.trace.result import FindingLog, Lengths
 
 # -- the rest is one finding
@@ -229,6 +229,13 @@ def test_why_nothing_was_judged() -> None:
     assert why(mapped_and_shared()) == []
 
 
+def names(*each: str) -> Names:
+    found = Names(5)
+    for name in each:
+        found.add(name)
+    return found
+
+
 def test_each_number_has_its_sentence() -> None:
     def about(**numbers: object) -> str:
         evidence = Evidence(**{"maps": 1, "unmaps": 1, "attributes": 1, **numbers})  # type: ignore[arg-type]
@@ -256,12 +263,10 @@ def test_each_number_has_its_sentence() -> None:
         find_limits(Evidence(), [], timed=False)
     )
     lost = [f"f:{number}: lost" for number in range(7)]
-    assert about(lost=lost[:5]).count("events were lost") == 5
-    assert "more places" not in about(lost=lost[:5])
-    assert "and at 2 more places" in about(lost=lost)
-    assert about(emptied={"b", "a"}).index("a: everything") < about(emptied={"b", "a"}).index(
-        "b: e"
-    )
+    assert about(lost=names(*lost[:5])).count("events were lost") == 5
+    assert "more places" not in about(lost=names(*lost[:5], *lost[:5]))
+    assert "and so at 2 more places" in about(lost=names(*lost))
+    assert "a: everything" in about(emptied=names("b", "a"))
     assert why_not_judged(Evidence(events=1, maps=1), followed=True, left=True) == []
     assert why_not_judged(Evidence(events=1, viommu=True), followed=False, left=True) == []
     assert len(why_not_judged(Evidence(not_compared=True), followed=False, left=True)) == 2
