@@ -323,7 +323,6 @@ class GuestAudit:
         if not event.done or event.end <= event.start or self._viommu:
             return
         self._note_pluggable(event)
-        self._evidence.plugs += 1
         start, end = event.start, event.end
         conversion = self.conversions.step(start, end, self._judge.now, event.source)
         reason = self._judge.reason(event, conversion)
@@ -358,7 +357,6 @@ class GuestAudit:
         else:
             places = self.places.of_host(event.start, event.end)
         if event.shared:
-            self._evidence.discards += 1
             self._evidence.unplaced_discards += not places
         for start, end in places:
             conversion = self.conversions.find(start, end)
