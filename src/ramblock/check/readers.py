@@ -12,7 +12,7 @@ from ramblock.check.input import STDIN, read_chunks
 from ramblock.errors import TraceError
 from ramblock.trace.events import Event, Source
 from ramblock.trace.readers.base import TraceReader
-from ramblock.trace.readers.detect import HEAD, TEXT, detect, format_of, not_known
+from ramblock.trace.readers.detect import HEAD, TEXT, Beginning, begin, format_of, not_known
 from ramblock.trace.readers.registry import make_reader
 
 __all__ = ["ReaderOptions", "Recording"]
@@ -67,9 +67,12 @@ class Recording:
                     break
         except TraceError as caught:  # the part before it is good
             error = caught
-        reader, is_known = self._make_reader(head)
+        reader, beginning = self._make_reader(head)
         self.reader = reader
-        for chunk in chain((head,), () if error is not None else chunks):
+        is_known = beginning.format is not None
+        if beginning.taken:
+            yield self._shifted([*beginning.events])
+        for chunk in chain((head[beginning.taken :],), () if error is not None else chunks):
             events = reader.feed(chunk)
             if not is_known and reader.recognized:
                 reader.name_format(format_of(reader.counts.by_name))
@@ -81,19 +84,24 @@ class Recording:
         if not is_known and not reader.recognized:
             raise self._named(not_known(head))
 
-    def _make_reader(self, head: bytes) -> tuple[TraceReader, bool]:
-        """Return the reader, and whether its format is known."""
-        name = self._options.format
-        is_known = True
-        if name is None:
-            try:
-                name = detect(head[:HEAD])
-            except TraceError as error:
-                raise self._named(error) from error
-            is_known = name is not None
+    def _make_reader(self, head: bytes) -> tuple[TraceReader, Beginning]:
+        """Return the reader, and the part that it has had."""
+        name, block = self._options.format, self._options.virtio_mem_block_size
         source = Source(self._name, name or TEXT)
-        block = self._options.virtio_mem_block_size
-        return make_reader(name or TEXT, source, virtio_mem_block_size=block), is_known
+        reader = make_reader(name or TEXT, source, virtio_mem_block_size=block)
+        if name is not None:
+            return reader, Beginning(name)
+        try:
+            beginning = begin(head[:HEAD], reader)
+        except TraceError as error:
+            raise self._named(error) from error
+        name = beginning.format
+        if name is not None:
+            if not beginning.taken:
+                source.format = name
+                reader = make_reader(name, source, virtio_mem_block_size=block)
+            reader.name_format(name)
+        return reader, beginning
 
     @property
     def _name(self) -> str:

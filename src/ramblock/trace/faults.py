@@ -68,8 +68,8 @@ class Faults:
 
     def _unmapped(self, address: int) -> tuple[int, Origin] | None:
         """Find the newest unmap of an address."""
-        for time, unmap in reversed(self._judge.recent):
-            if unmap.start <= address < unmap.end and unmap.done:
+        for start, end, time, unmap in reversed(self._judge.recent):
+            if start <= address < end and unmap.done:
                 line = unmap.line
                 if isinstance(unmap, UnmapRun):
                     size = (unmap.end - unmap.start) // unmap.count

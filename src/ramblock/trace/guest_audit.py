@@ -613,9 +613,9 @@ class GuestAudit:
 
     def unmap(self, event: Unmap, count: int = 1) -> None:
         """Note an unmap: the pieces that are gone, were refused, or came short."""
-        self._judge.recent.append((self._judge.now, event))
-        self._evidence.unmaps += count
         start, end = event.start, event.end
+        self._judge.recent.append((start, end, self._judge.now, event))
+        self._evidence.unmaps += count
         if self._undecided is not None:
             self._decide(start, end)
         target = self.targets.get(event.target) or self.target(event.target)
@@ -896,7 +896,11 @@ class GuestAudit:
 
     def why_not_mapped(self, address: int) -> tuple[Reason, str] | None:
         """Return the conversion or other event that took a page from its devices, and its word."""
-        freed = [(target.freed, "given back to the host") for target in self._compared]
+        freed = [
+            (target.freed, "given back to the host")
+            for target in self._compared
+            if target.has_freed
+        ]
         for reasons, word in (
             (self._private, "made private"),
             (self._unplugged, "unplugged"),

@@ -41,8 +41,8 @@ class Judge:
         #: The number of the event, in any case.
         self.number = 0
         self.timed = False
-        #: The newest unmaps, each with its time: one of them may explain a fault.
-        self.recent: deque[tuple[int, Unmap]] = deque(maxlen=_RECENT)
+        #: The newest unmaps, each with its range and time: one of them may explain a fault.
+        self.recent: deque[tuple[int, int, int, Unmap]] = deque(maxlen=_RECENT)
 
     def window(
         self,

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from ramblock.errors import TraceError
-from ramblock.trace.events import Source
+from ramblock.trace.events import Event, Source
 from ramblock.trace.readers import registry
+from ramblock.trace.readers.base import TraceReader
 
-__all__ = ["HEAD", "TEXT", "detect", "format_of", "not_known"]
+__all__ = ["HEAD", "TEXT", "Beginning", "begin", "detect", "format_of", "not_known"]
 
 #: Bytes that are looked at.
 HEAD = 1 << 16
@@ -40,6 +43,17 @@ _ACCEPTED = (
 )
 
 
+class Beginning(NamedTuple):
+    """The format of a trace, and its part that was read to know it."""
+
+    format: str | None
+    """None: it is text without an event so far."""
+    taken: int = 0
+    """Bytes that the reader of text has had; 0: it is not the reader of this format."""
+    events: Sequence[Event] = ()
+    """Of these bytes."""
+
+
 def detect(head: bytes) -> str | None:
     """
     Name the format of a trace; None: it is text without an event so far.
@@ -47,26 +61,36 @@ def detect(head: bytes) -> str | None:
     :param head: Its first bytes; :data:`HEAD` are enough.
     :raises TraceError: It is none that can be read, and will not become one.
     """
+    return begin(head, registry.make_reader(TEXT, Source("", ""))).format
+
+
+def begin(head: bytes, reader: TraceReader) -> Beginning:
+    """
+    Name the format of a trace, as :func:`detect` does.
+
+    :param reader: A new reader of :data:`TEXT`, which also reads all other text of ours.
+    """
     if head[8:16] == _SIMPLETRACE_MAGIC:
-        return "simpletrace"
+        return Beginning("simpletrace")
     if _OWN.match(head) is not None:
-        return "ramblock"
-    reader = registry.make_reader(TEXT, Source("", ""))
-    for part in (head[:_FIRST], head[_FIRST:]):  # the careful reader is slow, and little enough
-        reader.feed(part)
-        if reader.recognized:
-            return format_of(reader.counts.by_name)
+        return Beginning("ramblock")
+    events = reader.feed(head[:_FIRST])
+    if reader.recognized:
+        return Beginning(format_of(reader.counts.by_name), len(head[:_FIRST]), events)
+    events += reader.feed(head[_FIRST:])
+    if reader.recognized:
+        return Beginning(format_of(reader.counts.by_name), len(head), events)
     if head.startswith(b"# tracer:"):
-        return "ftrace"
+        return Beginning("ftrace", len(head), events)
     other = registry.claim(head)
     if other is not None:
-        return other
+        return Beginning(other)
     wrong = _wrong_kind(head)
     if wrong is not None:
         raise wrong
     if head.count(b"\0") > len(head) // 10:  # a console's log may have some
         raise not_known(head)
-    return None
+    return Beginning(None, len(head), events)
 
 
 def format_of(by_name: dict[str, int]) -> str:
