@@ -299,7 +299,7 @@ class Connection:
             self.peer = message.capabilities
             self._stage = _Stage.NEGOTIATING
         # An error reply to nothing gets no answer: two such sides would go on for ever.
-        no_reply = header.is_error if header.is_reply else header.no_reply
+        no_reply = header.no_reply or (header.is_reply and header.is_error)
         request = Request(header.message_id, message, fds, no_reply, tuple(remarks))
         if not request.no_reply:
             self._unanswered.add(request)
