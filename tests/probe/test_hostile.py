@@ -15,6 +15,7 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from time import sleep
 
@@ -25,7 +26,14 @@ from hypothesis import strategies as st
 from descriptors import open_descriptors
 from ramblock import RamBlock
 from ramblock.dma import HostRange, VfioUserTarget
-from ramblock.dma.vfio_user import Capabilities, Link, Reply, Role
+from ramblock.dma.vfio_user import (
+    OWN_CAPABILITIES,
+    Capabilities,
+    Link,
+    Reply,
+    Request,
+    Role,
+)
 from ramblock.dma.vfio_user.events import Oddity
 from ramblock.dma.vfio_user.messages import (
     DmaMap,
@@ -33,6 +41,8 @@ from ramblock.dma.vfio_user.messages import (
     DmaRead,
     DmaUnmap,
     DmaUnmapReply,
+    DmaWrite,
+    DmaWriteReply,
     ErrorReply,
     GetDeviceInfo,
     Message,
@@ -94,10 +104,10 @@ def raw(probe: Probe) -> Iterator[socket.socket]:
 class Client:
     """A client that says what it is told to."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, **capabilities: int) -> None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.connect(str(path))
-        self.link = Link(sock, Role.CLIENT)
+        self.link = Link(sock, Role.CLIENT, replace(OWN_CAPABILITIES, **capabilities))  # type: ignore[arg-type]
         self.ask(Version(0, 0, self.link.connection.own))
 
     def ask(self, message: Message, *fds: int) -> Message | int:
@@ -359,6 +369,46 @@ def test_a_client_that_never_serves_what_it_mapped(
     assert client.link.receive(60) is None
     assert rules(probe) == [Rule.PROTOCOL]
     assert "no answer to DMA_READ" in probe.record.violations[0].text
+
+
+def test_a_client_that_takes_a_byte_at_a_time_has_no_more_time_for_it(
+    probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One deadline holds for an access, and not for each of its 2,048 questions."""
+    monkeypatch.setattr(session_module, "_TIMEOUT_SECONDS", 0.4)
+    client = Client(probe.path, max_data_xfer_size=1)
+    assert client.ask(map_(0, 1)) == DmaMapReply()
+    connection = client.link.connection
+    setting = struct.pack("<QII", 0, 2048, 2)
+    # Its own announcement forbids the client to write 16 bytes: as many writes.
+    for at in range(len(setting)):
+        write = RegionWrite(0, Register.ADDRESS + at, setting[at : at + 1])
+        client.link.send(connection.request(write), 60)
+    asked = 0
+    with suppress(OSError):
+        while (event := client.link.receive(60)) is not None:
+            if isinstance(event, Request):
+                asked += 1
+                sleep(0.05)
+                assert isinstance(event.message, DmaWrite)
+                answer = DmaWriteReply(event.message.address, len(event.message.data))
+                client.link.send(connection.reply(event, answer), 60)
+    assert 1 < asked < 30
+    assert rules(probe) == [Rule.PROTOCOL]
+
+
+def test_requests_that_wait_take_no_memory(probe: Probe, client: Client) -> None:
+    """While an answer is owed, 16 MiB of requests are kept and not a thousand of 1 MiB."""
+    assert client.ask(map_(0, 1)) == DmaMapReply()
+    connection = client.link.connection
+    setting = struct.pack("<QII", 0, 8, 1)
+    client.link.send(connection.request(RegionWrite(0, Register.ADDRESS, setting)), 60)
+    with suppress(OSError):
+        for _ in range(100):
+            client.link.send(connection.request(UnknownRequest(99, bytes(1 << 20))), 60)
+    probe.wait_for(lambda: probe.client is None)
+    assert rules(probe) == [Rule.PROTOCOL]
+    assert "16 requests" in probe.record.violations[0].text
 
 
 def test_what_comes_before_the_answer_waits_for_its_turn(probe: Probe, client: Client) -> None:
