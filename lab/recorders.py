@@ -2,8 +2,8 @@
 """
 The programs that record the kernel's events: trace-cmd, perf and bpftrace.
 
-They are Debian's, from where QEMU comes, and run by the loader of their own folder as QEMU does. The
-tests in the VM run them as ``ramblock check --how`` prints it.
+They are Debian's, from where QEMU comes, and run by the loader of their own folder as QEMU does.
+The tests in the VM run them as ``ramblock check --how`` prints it.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from lab.double import DOUBLE_VARIABLE
 from lab.errors import EXIT_LAB, LostVmError
 from lab.junit import Counts
 from lab.progress import clock
+from lab.recorders import PROGRAMS, RECORDERS_VARIABLE
 from lab.variants import VARIANTS
 from lab.vm import Machine, Work
 
@@ -126,6 +127,8 @@ def run_host(lab: Lab, part: Part) -> Outcome:
     environment = dict(os.environ)
     if lab.double is not None:
         environment[DOUBLE_VARIABLE] = str(lab.double)
+    if lab.recorders is not None:
+        environment[RECORDERS_VARIABLE] = str(lab.recorders / PROGRAMS)
     if lab.headers is not None:
         environment |= {
             "RAMBLOCK_LAB_HEADERS": str(lab.headers),

@@ -32,12 +32,12 @@ class Variant:
     """For the command; the machine may have more."""
     kernel_arguments: tuple[str, ...] = ()
 
-    # QEMU's emulation of SVM loses its way on the first processor while another one loads FPU state:
-    # that takes a flag of the *first* processor back, without a lock, in the word that says whether
-    # it is in a guest (cpu_clear_ignne() in target/i386/tcg/system/fpu_helper.c, by cpu_set_fpus()
-    # for FLDENV, FXRSTOR, XRSTOR; as of 11.1). A VMRUN or #VMEXIT at the same instant is undone by
-    # half, and the guest ends with a triple fault, or the VM hangs. So guests are kept off the first
-    # processor. Where there is one alone, nobody can be in its way.
+    # QEMU's emulation of SVM loses its way on the first processor while another one loads FPU
+    # state: that takes back a flag of the *first* processor, without a lock, in the word that says
+    # whether it is in a guest (cpu_clear_ignne() in target/i386/tcg/system/fpu_helper.c, by
+    # cpu_set_fpus() for FLDENV, FXRSTOR, XRSTOR; as of 11.1). A VMRUN or #VMEXIT at the same
+    # instant is undone by half, and the guest ends with a triple fault, or the VM hangs. So guests
+    # are kept off the first processor. Where there is one alone, nobody can be in its way.
     @property
     def vcpus(self) -> int:
         """The machine's processors."""

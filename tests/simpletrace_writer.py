@@ -18,7 +18,6 @@ _STRINGS = {
     "kvm_convert_memory": re.compile(r"(0x[0-9a-f]+|(?:shared|private)_to_\w+)"),
     "ram_block_attributes_state_change": re.compile(r"(0x[0-9a-f]+|(?<=')\w+(?='))"),
     "ram_block_discard_shared_range": re.compile(r"(^[^@]*(?=@)|0x[0-9a-f]+|(?<=: )-?\d+)"),
-    "ram_block_discard_guest_memfd_range": re.compile(r"(^[^@]*(?=@)|0x[0-9a-f]+|(?<=: )-?\d+)"),
 }
 _WORDS = re.compile(r"(0x[0-9a-f]+|\(nil\)|(?<![\w#])-?\d+|(?<=#)\d+)")
 

@@ -364,7 +364,7 @@ class EverythingAgrees(RuleBasedStateMachine):
     ) -> None:
         """
         Change the states the way a VMM without ``convert`` would: with the attributes, in the right
-        order.
+        order. It gives its VM to nobody: a memory that has one refuses.
         """
         attributes = self.edges[name].block.attributes
         assert attributes is not None
@@ -392,7 +392,10 @@ class EverythingAgrees(RuleBasedStateMachine):
 
         if to is SHARED:
             set_attributes(False)
+        guard = self.edges[name].block.guard
+        has_vm, guard.has_vm = guard.has_vm, False
         worked = self._attempt(lambda: attributes.state_change(*where, to), refuse_at)
+        guard.has_vm = has_vm
         if worked:
             self.model.state_change(name, *where, to)
             for page in changing if to is PRIVATE else ():

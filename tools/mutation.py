@@ -48,6 +48,7 @@ __all__ = [
     "run_all",
     "run_tests",
     "same",
+    "slots",
     "swap",
     "unwrap",
 ]
@@ -172,7 +173,8 @@ class _Slot:
             entries.append(ast.Pass())
 
 
-def _slots(tree: ast.AST) -> Iterator[_Slot]:
+def slots(tree: ast.AST) -> Iterator[_Slot]:
+    """Yield the places of all nodes in a tree, in an order that depends on nothing else."""
     for node in ast.walk(tree):
         for field, value in ast.iter_fields(node):
             if isinstance(value, list):
@@ -184,7 +186,7 @@ def _slots(tree: ast.AST) -> Iterator[_Slot]:
 def _find(tree: ast.AST, source: str) -> _Slot:
     parsed = _parse(source)
     pattern: ast.AST = parsed if isinstance(parsed, ast.AST) else parsed[0]
-    found = [slot for slot in _slots(tree) if same(pattern, slot.get())]
+    found = [slot for slot in slots(tree) if same(pattern, slot.get())]
     if len(found) != 1:
         raise MovedError(f"{source!r} is there {len(found)} times")
     return found[0]
@@ -193,7 +195,7 @@ def _find(tree: ast.AST, source: str) -> _Slot:
 def _find_statement(tree: ast.AST, source: str) -> _Slot:
     """Find a statement, also one that is an expression."""
     (pattern,) = _statements(source)
-    found = [slot for slot in _slots(tree) if same(pattern, slot.get())]
+    found = [slot for slot in slots(tree) if same(pattern, slot.get())]
     if len(found) != 1:
         raise MovedError(f"{source!r} is a statement there {len(found)} times")
     return found[0]

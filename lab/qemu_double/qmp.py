@@ -71,7 +71,7 @@ class Qmp:
         text: str = self.execute("human-monitor-command", **{"command-line": line})
         return text.replace("\r\n", "\n")
 
-    def wait_event(self, name: str, timeout: float = 20.0) -> dict[str, Any]:
+    def wait_event(self, name: str, timeout: float = 60.0) -> dict[str, Any]:
         """
         Return the oldest event of that name that nobody has taken; wait for it.
 

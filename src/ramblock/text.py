@@ -38,14 +38,12 @@ def _escape(char: str) -> str:
 def encode_for_people(value: object) -> bytes:
     """Encode as JSON that a page or a viewer shows: every string is :func:`printable`."""
     data = _encode(value)
-    text = data.decode("utf-8", "surrogatepass")
-    # Hardly any data has such a character, and escapes in JSON begin with a backslash.
-    if "\\" in text or not text.isprintable():
-        import msgspec
+    # Hardly any data has such a character, and C0 is escaped in JSON, with a backslash.
+    if data.isascii() and b"\\" not in data and b"\x7f" not in data:
+        return data
+    import msgspec
 
-        plain = msgspec.to_builtins(value, str_keys=True, enc_hook=_plain)
-        text = _encode(_shown(plain)).decode()
-    return text.encode()
+    return _encode(_shown(msgspec.to_builtins(value, str_keys=True, enc_hook=_plain)))
 
 
 def encode_for_machines(value: object, *, indent: int = 0) -> bytes:

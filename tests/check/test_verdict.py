@@ -190,7 +190,7 @@ def test_a_longer_grace_is_marked_everywhere(
     result = _result(_finding(FindingKind.STALE, grace=True))
     shown = _show([result], [], capsys, monkeypatch, tmp_path)
     assert "1.0 s *" in shown.text
-    assert "* A longer --grace would clear it." in shown.text
+    assert "* With a longer --grace it may be none." in shown.text
     assert shown.json["audits"][0]["findings"][0]["grace"] is True
     assert shown.page["findings"][0]["grace"] is True
 

@@ -230,3 +230,36 @@ def test_what_cannot_be_is_said_of_a_recording(capsys: pytest.CaptureFixture[str
     code, out, _ = _run(capsys, path, "--policy", "run", "--target", "type1")
     assert code == 1
     assert "run: impossible on type1: they cannot cut" in out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "kvm_convert_memory start 0x0 size 0x1000 shared_to_private",
+        "vfio_listener_region_del region_del 0x0 - 0xfff",
+    ],
+    ids=["private", "no conversions"],
+)
+def test_a_recording_without_shared_memory_is_nothing_to_plan_from(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "qemu.trace"
+    path.write_text(f"1@1.000000:{line}\n")
+    code, out, _ = _run(capsys, str(path))
+    assert code == 4
+    assert out.endswith(
+        "Cannot tell: no memory is shared in this recording, so there is nothing to plan from\n"
+    )
+    assert "fits" not in out
+    code, out, _ = _run(capsys, str(path), "--json")
+    assert code == 4
+    assert "nothing to plan from" in json.loads(out)["cannot_tell"]
+
+
+@pytest.mark.parametrize("content", ["", "plan.html", "\x7fELF"])
+def test_what_is_no_recording_is_unreadable(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x"
+    path.write_text(content)
+    assert _run(capsys, str(path))[0] == 3

@@ -37,7 +37,8 @@ def _data(path: Path) -> Any:
 @pytest.mark.usefixtures("capsys")
 def test_data_of_the_page(tmp_path: Path) -> None:
     data = _data(_report(tmp_path, str(DATA / "probe-qemu-exact.jsonl.gz")))
-    assert len(data["findings"]) == 70
+    assert len(data["findings"]) == 64
+    assert sum(group["count"] for group in data["notes"]) == 6
     assert data["findings"][0]["kind"] == "stale"
     assert data["findings"][0]["opened"].startswith("line ")
     columns = data["rectangles"]
@@ -57,8 +58,8 @@ def test_names_in_a_trace_cannot_break_out(tmp_path: Path) -> None:
     trace.write_text("".join(json.dumps(line) + "\n" for line in (start, violation)))
     path = _report(tmp_path, str(trace))
     assert evil not in path.read_text()
-    assert _data(path)["findings"][0]["target"] == evil
-    assert evil in _data(path)["findings"][0]["note"]
+    assert _data(path)["notes"][0]["target"] == evil
+    assert evil in _data(path)["notes"][0]["note"]
 
 
 def test_holes_are_cut_out_of_the_picture() -> None:
@@ -97,7 +98,7 @@ _RANGES = (
 @pytest.mark.parametrize(
     ("name", "findings"),
     [
-        ("probe-qemu-exact.jsonl.gz", 70),
+        ("probe-qemu-exact.jsonl.gz", 64),
         ("ftrace-uncoordinated.txt.gz", 50),
         ("ftrace-type1.txt.gz", 0),
         ("qemu-lenient.trace.gz", 0),
@@ -126,15 +127,32 @@ def test_in_a_browser(tmp_path: Path, browser: Browser, name: str, findings: int
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.usefixtures("capsys")
 def test_kinds_choose_and_enter_selects(tmp_path: Path, browser: Browser) -> None:
-    browser.open(_report(tmp_path, str(DATA / "probe-qemu-exact.jsonl.gz")))
+    browser.open(_report(tmp_path, str(DATA / "probe-qemu-exact.jsonl.gz"), "--strict"))
     buttons = browser.driver.find_elements("css selector", "#kinds button")
-    assert [button.text for button in buttons] == ["all (70)", "stale (64)", "reported (6)"]
+    assert [button.text for button in buttons] == ["all (70)", "stale (64)", "broken rule (6)"]
     buttons[2].click()
     rows = browser.driver.find_elements("css selector", "#findings tbody tr")
     assert len(rows) == 6
     rows[1].send_keys("\n")
     assert rows[1].get_attribute("aria-selected") == "true"
     browser.wait_for("return document.getElementById('plot').layout.shapes.length")
+
+
+@require_browser
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.usefixtures("capsys")
+def test_notes_and_faults_are_tables_of_their_own(tmp_path: Path, browser: Browser) -> None:
+    browser.open(_report(tmp_path, str(DATA / "probe-qemu-exact.jsonl.gz")))
+    shown = "return document.querySelectorAll('#{} tbody tr').length"
+    data = _data(tmp_path / "report.html")
+    assert browser.run(shown.format("notes")) == len(data["notes"]) > 0
+    assert browser.run("return document.getElementById('faults-section').hidden") is True
+    browser.open(_report(tmp_path, str(DATA / "run-soft.jsonl.gz")))
+    data = _data(tmp_path / "report.html")
+    assert browser.run(shown.format("faults")) == len(data["faults"]) > 100
+    assert browser.run("return document.getElementById('notes-section').hidden") is True
+    assert browser.run("return document.getElementById('meaning').textContent") == data["sentence"]
+    assert browser.complaints() == []
 
 
 @require_browser

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from ramblock.trace.audit import Audit
+from made_trace import MS, PAGE, SOURCE, Made, kinds, mapped_and_shared
 from ramblock.trace.events import (
     Access,
     Attach,
@@ -14,48 +14,17 @@ from ramblock.trace.events import (
     ConversionEnd,
     Detach,
     Discard,
-    Event,
     Layout,
     Map,
     Plug,
     PlugRequest,
     Remark,
-    Source,
     StateChange,
     Unmap,
     VcpuEntry,
 )
 from ramblock.trace.findings import FindingKind
 from ramblock.trace.result import AuditResult
-
-SOURCE = Source("made", "made")
-MS = 1_000_000
-PAGE = 4096
-
-
-class Made:
-    """A trace that is written down event by event, at times in milliseconds."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def at(self, ms: float | None, kind: type, *fields: object, **more: object) -> "Made":
-        time = None if ms is None else round(ms * MS)
-        self.events.append(kind(time, SOURCE, len(self.events) + 1, *fields, **more))
-        return self
-
-    def audit(self, *, grace: int = 10 * MS, unmap: str | None = None) -> AuditResult:
-        audit = Audit(grace=grace, unmap=unmap)
-        audit.feed(self.events)
-        return audit.finish()
-
-
-def kinds(result: AuditResult) -> list[FindingKind]:
-    return [finding.kind for finding in result.findings]
-
-
-def mapped_and_shared() -> Made:
-    return Made().at(0, Attributes, 0, 16 * PAGE, False).at(1, Map, "t", 0, 16 * PAGE)
 
 
 def test_the_order_of_qemu_is_transitional() -> None:

@@ -41,6 +41,10 @@ def _long_lines() -> list[bytes]:
         place = places[number * 7 % len(places)]
         separator = line[place].encode()
         made.add(line[:place].encode() + separator * MAX_LINE + line[place:].encode())
+    # Every separator, before and behind an event that can be read.
+    for code in b" :=,-[](){}\"'\\@.\t\r\x1b/<>+#%&;|~0aZ":
+        run = bytes([code]) * (MAX_LINE // 2 - 100)
+        made.add(run + b" kvm_sev_init " + run)
     made |= {
         piece * (MAX_LINE // len(piece))
         for piece in (

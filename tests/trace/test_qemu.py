@@ -47,10 +47,6 @@ _LINES: list[tuple[str, list[Shown]]] = [
         [("Discard", 0x7F0000000000, 0x7F0000001000, True, 0x7F0000000000, False)],
     ),
     (
-        "ram_block_discard_guest_memfd_range @0x7f0000000000 + 0x1000: fallocate: 1 ret: 0",
-        [("Discard", 0x7F0000000000, 0x7F0000001000, False, 0x7F0000000000, True)],
-    ),
-    (
         (
             "iommufd_backend_map_dma  iommufd=10 ioas=2 iova=0x4000 size=0x1000 addr=0x7f0000004000"
             " readonly=1 (0)"

@@ -20,7 +20,7 @@ class Verdict(StrEnum):
     FOUND = "found"
     UNREADABLE = "not read to its end"
     CANNOT_TELL = "cannot tell"
-    CLEAN = "nothing found"
+    CLEAN = "no failures"
 
 
 _EXIT_CODES = {
@@ -69,7 +69,7 @@ def judge(result: AuditResult, *, strict: bool = False, allow_empty: bool = Fals
     elif result.cannot_tell:
         verdict, sentence = Verdict.CANNOT_TELL, "Cannot tell"
     else:
-        verdict, sentence = Verdict.CLEAN, "Nothing found" + _judged(result)
+        verdict, sentence = Verdict.CLEAN, _clean(result)
     code = 0 if allow_empty and verdict is Verdict.CANNOT_TELL else _EXIT_CODES[verdict]
     return Judgement(verdict, failures, sentence, code)
 
@@ -82,12 +82,11 @@ def worst(judgements: Iterable[Judgement]) -> Judgement:
     return first._replace(failures=failures)
 
 
-def _judged(result: AuditResult) -> str:
-    text = ""
+def _clean(result: AuditResult) -> str:
     if result.judged_bytes:
-        text += f" in {format_size(result.judged_bytes)} of guest pages"
+        text = f"Nothing found in {format_size(result.judged_bytes)} of guest pages"
     else:
-        text += "; pages and mappings were not compared, see the limits"
-    if result.judged_bytes and result.began is not None and result.ended is not None:
+        text = "No failures, and no guest pages whose state and mappings could be compared"
+    if result.began is not None and result.ended is not None:
         text += f" over {(result.ended - result.began) / 1e9:.1f} s"
     return text

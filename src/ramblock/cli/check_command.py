@@ -12,7 +12,6 @@ from ramblock.check.input import STDIN
 from ramblock.check.job import CheckOptions, check_file, check_files, check_merged
 from ramblock.check.readers import ReaderOptions
 from ramblock.check.verdict import Judgement, judge, worst
-from ramblock.cli.check_how import HOW
 from ramblock.cli.check_json import print_json
 from ramblock.cli.check_outputs import Outputs
 from ramblock.cli.check_summary import print_result, print_verdict
@@ -32,6 +31,8 @@ _UNITS = {"ns": 1, "us": 10**3, "µs": 10**3, "ms": 10**6, "s": 10**9}
 def start(arguments: argparse.Namespace) -> int:
     """Audit; return the exit code."""
     if arguments.how is not None:
+        from ramblock.cli.check_how import HOW
+
         terminal = out()
         for line in HOW[arguments.how].splitlines():
             terminal.verbatim(line)

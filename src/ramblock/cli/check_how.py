@@ -9,43 +9,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ramblock.trace.readers.qemu_table import EVENTS
+
 __all__ = ["BPFTRACE", "HOW", "KERNEL_EVENTS", "QEMU_EVENTS", "RECIPES", "Recipe"]
 
-#: By the versions that have them, the first if there is no last (QEMU's ``trace-events`` files at its
-#: releases).
-QEMU_EVENTS = {
-    "7.2, or older": (
-        "kvm_set_user_memory",
-        "vfio_iommu_map_notify",
-        "vfio_listener_region_add_iommu",
-        "vfio_listener_region_add_ram",
-        "vfio_listener_region_del",
-        "virtio_mem_plug_request",
-        "virtio_mem_resized_usable_region",
-        "virtio_mem_send_response",
-        "virtio_mem_unplug_all_request",
-        "virtio_mem_unplug_request",
-        "virtio_mem_unplugged_all",
-        "kvm_sev_init",
-    ),
-    "7.2 to 11.0": ("ram_block_discard_range",),
-    "8.2": (
-        "iommufd_backend_alloc_ioas",
-        "iommufd_backend_free_id",
-        "iommufd_backend_map_dma",
-        "iommufd_backend_unmap_dma",
-        "iommufd_backend_unmap_dma_non_exist",
-    ),
-    "9.1": ("kvm_convert_memory", "kvm_hc_map_gpa_range", "kvm_memory_fault"),
-    "10.0": ("iommufd_backend_map_file_dma",),
-    "10.1": (
-        "ram_block_attributes_state_change",
-        "vfio_user_dma_map",
-        "vfio_user_dma_unmap",
-        "vfio_user_version",
-    ),
-    "11.1": ("ram_block_discard_shared_range",),
-}
+#: Those that the readers make something of, by the first version that has them.
+QEMU_EVENTS: dict[str, list[str]] = {}
+for _name, _forms in EVENTS.items():
+    QEMU_EVENTS.setdefault(_forms.since, []).append(_name)
 
 #: ``subsystem:event``, as tracefs lists them.
 KERNEL_EVENTS = (
@@ -76,15 +47,15 @@ class Recipe(NamedTuple):
 
 def _events_file() -> str:
     lines = []
-    for version, names in QEMU_EVENTS.items():
-        lines += [f"# QEMU {version}:", *names]
+    for version in sorted(QEMU_EVENTS, key=lambda text: [int(part) for part in text.split(".")]):
+        lines += [f"# QEMU {version} and newer:", *QEMU_EVENTS[version]]
     return "".join(f"{line}\n" for line in lines)
 
 
 _QEMU = Recipe(
     start=f"""\
-# The events that tell of conversions and of mappings. A QEMU that is older than an event warns at
-# its start that it does not exist, and records the others.
+# The events that tell of conversions and of mappings. Of one that it does not have (ram_block_-
+# discard_range is ram_block_discard_shared_range in 11.1), QEMU warns, and records the others.
 cat >events.txt <<'END'
 {_events_file()}END
 
@@ -105,7 +76,7 @@ ramblock check qemu.trace
 
 # An unknown event ends perf and trace-cmd, so the kernel is asked first.
 _CHOOSE_EVENTS = f"""\
-# As root, on the host. Of the events that are wanted, those that this kernel has:
+# As root, on the host, in sh or bash. Of the events that are wanted, those that this kernel has:
 TRACEFS=/sys/kernel/tracing
 [ -e $TRACEFS/available_events ] || mount -t tracefs tracefs $TRACEFS
 EVENTS=
@@ -117,10 +88,11 @@ done
 """
 
 _ABOUT_EVENTS = """\
-# kvm_entry is by far the most frequent. Without it a conversion is taken for over when nothing of
-# it was seen for 10 ms (--grace). TDX and SEV-SNP guests do not convert by kvm_hypercall;
-# kvm_vm_set_mem_attributes tells of them all the same (Linux 6.17). iommu:map shows the calls to the
-# IOMMU driver. Those to VFIO type1: `ramblock check --how bpftrace`.
+# kvm_vm_set_mem_attributes tells which pages are private, since Linux 6.17. TDX and SEV-SNP guests
+# do not convert by kvm_hypercall; it tells of them all the same. kvm_entry is by far the most
+# frequent. Without it a conversion is taken for over when nothing of it was seen for 10 ms
+# (--grace). iommu:map shows the calls to the IOMMU driver. Those to VFIO type1: `ramblock check
+# --how bpftrace`.
 """
 
 _FTRACE = Recipe(
@@ -171,8 +143,8 @@ ramblock check kernel.txt.gz
 _PERF = Recipe(
     start=f"""\
 {_CHOOSE_EVENTS}
-# Before the guest starts. CLOCK_MONOTONIC is the clock of ramblock's own traces, so that they can be
-# merged; -m is a buffer for each processor.
+# Before the guest starts. CLOCK_MONOTONIC is the clock of ramblock's own traces, so that they can
+# be merged; -m is a buffer for each processor.
 perf record -a -k CLOCK_MONOTONIC -m 16M -o perf.data $(printf ' -e %s' $EVENTS) &
 RECORDER=$!
 """,

@@ -23,7 +23,11 @@ def print_result(result: AuditResult, judgement: Judgement, *, strict: bool) -> 
     """Print one audit on stdout."""
     terminal = out()
     failing = failing_kinds(strict=strict)
-    failures = [finding for finding in result.findings if finding.kind in failing]
+    failures = [
+        finding
+        for finding in result.findings
+        if finding.kind in failing and finding.kind is not FindingKind.FAULT
+    ]
     notes = [finding for finding in result.findings if finding.kind not in failing]
     terminal.line(Styled(", ".join(result.sources), "bold"))
     if result.events or result.error is None:
@@ -77,7 +81,7 @@ def _print_failures(terminal: Terminal, result: AuditResult, failures: list[Find
     for remark in _remarks(shown):
         terminal.line(Styled(remark, "dim"), hang=2)
     if any(each.grace for each in shown):
-        terminal.line("* A longer --grace would clear it.")
+        terminal.line("* With a longer --grace it may be none.")
 
 
 def _row(each: FindingGroup, result: AuditResult, *, several_targets: bool) -> list[Cell]:
@@ -196,6 +200,8 @@ def _print_more(terminal: Terminal, groups: int, shown: int = _GROUPS_SHOWN) -> 
 
 
 def _print_in_conversion(terminal: Terminal, result: AuditResult) -> None:
+    if result.transitional.count or result.not_yet_mapped.count:
+        terminal.line()
     for lengths, text in (
         (result.transitional, "private and still mapped, inside of their own conversion"),
         (result.not_yet_mapped, "shared and not mapped, inside of their own conversion (normal)"),
@@ -225,8 +231,9 @@ def _print_last_lines(terminal: Terminal, result: AuditResult, judgement: Judgem
     if result.error is not None:
         terminal.line(Styled(result.error, "bold red"), hang=2)
     if judgement.verdict is Verdict.CANNOT_TELL:
-        terminal.line(Styled(f"{judgement.sentence}:", "bold yellow"))
-        for reason in result.cannot_tell:
+        first, *others = result.cannot_tell
+        terminal.line(Styled(f"{judgement.sentence}: ", "bold yellow"), first, hang=2)
+        for reason in others:
             terminal.line(f"- {reason}", hang=2)
     elif judgement.verdict is Verdict.CLEAN:
         terminal.line(f"{judgement.sentence}.")

@@ -18,7 +18,7 @@ from ramblock.cli.outputs import open_page, refuse_shared
 from ramblock.cli.plan_guest import guest_of, limits_of
 from ramblock.cli.plan_summary import print_guest_plan, print_trace_plan
 from ramblock.cli.progress import counting
-from ramblock.cli.terminal import out, print_error
+from ramblock.cli.terminal import out
 from ramblock.dma.target import MappingPolicy
 from ramblock.errors import UsageError
 from ramblock.plan.guest_plan import plan_guest
@@ -29,7 +29,7 @@ from ramblock.plan.workload import End
 
 __all__ = ["start"]
 
-EXIT_CANNOT_TELL = 4
+_EXIT_CANNOT_TELL = 4
 
 # Options that describe a guest, and so say nothing of a recording.
 _OF_A_GUEST = (
@@ -119,10 +119,8 @@ def _plan_trace(arguments: argparse.Namespace, plot: IO[bytes] | None) -> int:
     if plot is not None:
         write_trace_plan(plot, plan)
     if arguments.json:
-        out().json("ramblock.plan-trace", 1, msgspec.to_builtins(plan))
+        fields = {"cannot_tell": plan.cannot_tell, **msgspec.to_builtins(plan)}
+        out().json("ramblock.plan-trace", 1, fields)
     else:
         print_trace_plan(plan)
-    if plan.cannot_tell is not None:
-        print_error(f"cannot tell: {plan.cannot_tell}")
-        return EXIT_CANNOT_TELL
-    return int(plan.hopeless)
+    return _EXIT_CANNOT_TELL if plan.cannot_tell else int(plan.hopeless)

@@ -222,6 +222,11 @@ def print_trace_plan(plan: TracePlan) -> None:
         f"{plan.source}: {simulated.conversions:,} conversions in {plan.seconds:.3f} s,"
         f" {format_size(simulated.peak_shared)} shared at most"
     )
+    if plan.cannot_tell is not None:
+        # All of the ways would "fit", which says nothing.
+        _print_notes(terminal, plan)
+        terminal.line(Styled("Cannot tell: ", "bold yellow"), plan.cannot_tell, hang=2)
+        return
     table: list[list[Cell]] = []
     for each in plan.rows:
         verdict = Styled(each.verdict, _STYLES[each.verdict])
@@ -242,8 +247,9 @@ def print_trace_plan(plan: TracePlan) -> None:
     cannot = [each.target for each in plan.rows if each.counts is None]
     if cannot:
         terminal.line(f"run: impossible on {', '.join(cannot)}: they cannot cut")
-    terminal.line()
-    terminal.line("As recorded")
+    if plan.observed:
+        terminal.line()
+        terminal.line("As recorded")
     observed: list[list[Cell]] = []
     for seen in plan.observed:
         numbers = (seen.peak_entries, seen.entries, seen.maps, seen.unmaps)
@@ -254,5 +260,9 @@ def print_trace_plan(plan: TracePlan) -> None:
         right=range(1, 5),
         folds=(0,),
     )
+    _print_notes(terminal, plan)
+
+
+def _print_notes(terminal: Terminal, plan: TracePlan) -> None:
     for note in plan.notes:
         terminal.line(f"note: {note}", hang=6)

@@ -53,9 +53,7 @@ class TracePlan(msgspec.Struct, kw_only=True):
         """Why there is nothing to plan from; None: there is something."""
         if self.simulated.peak_shared:
             return None
-        return (
-            f"{self.source} has no shared memory and no mappings, so there is nothing to plan from"
-        )
+        return "no memory is shared in this recording, so there is nothing to plan from"
 
     @property
     def hopeless(self) -> bool:

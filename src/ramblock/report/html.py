@@ -27,7 +27,7 @@ _POLICY = (
 )
 
 
-def require_plotly() -> str:
+def require_plotly() -> bytes:
     """
     Return the source of plotly.js.
 
@@ -41,7 +41,7 @@ def require_plotly() -> str:
     for folder in (spec and spec.submodule_search_locations) or ():
         source = Path(folder) / "package_data" / "plotly.min.js"
         if source.is_file():
-            return source.read_text(encoding="utf-8")
+            return source.read_bytes()
     raise UsageError("a report needs Plotly", expected="pip install 'ramblock[report]'")
 
 
@@ -60,8 +60,8 @@ def write_page(
     """
     plotly = require_plotly()
     # "</script>" inside of a string would end the element: HTML does not read JSON.
-    encoded = encode_for_people(data).decode().replace("<", "\\u003c")
-    page = "\n".join(
+    encoded = encode_for_people(data).replace(b"<", b"\\u003c")
+    head = "\n".join(
         [
             "<!doctype html>",
             '<html lang="en">',
@@ -76,15 +76,17 @@ def write_page(
             "</head>",
             "<body>",
             _text(body),
-            f'<script type="application/json" id="data">{encoded}</script>',
-            f"<script>{plotly}</script>",
-            f"<script>\n{_text(script)}</script>",
-            "</body>",
-            "</html>",
-            "",
         ]
     )
-    stream.write(page.encode())
+    # Megabytes: they are written as they are.
+    stream.writelines(
+        [
+            head.encode(),
+            b'\n<script type="application/json" id="data">', encoded,
+            b"</script>\n<script>", plotly,
+            f"</script>\n<script>\n{_text(script)}</script>\n</body>\n</html>\n".encode(),
+        ]
+    )  # fmt: skip
 
 
 def _text(name: str) -> str:

@@ -233,7 +233,7 @@ function fill(from) {
     add(row, "td", finding.open ? "open at the end" : finding.since === null || finding.until === null ? "" : lengthText(finding.until - finding.since));
     add(row, "td", finding.opened);
     add(row, "td", finding.closed);
-    const grace = finding.grace ? "a longer --grace would clear it" : "";
+    const grace = finding.grace ? "with a longer --grace it may be none" : "";
     add(row, "td", [finding.note, grace, finding.mapped ? `mapped by ${finding.mapped}` : ""].filter(Boolean).join("; "), "wide");
     const select = () => {
       for (const other of body.querySelectorAll('[aria-selected="true"]')) other.removeAttribute("aria-selected");
@@ -275,7 +275,7 @@ byId("title").textContent = data.title;
 for (const [key, value] of data.summary) {
   const pair = add(byId("summary"), "div");
   add(pair, "dt", key);
-  add(pair, "dd", value, failures.has(key) || key === "not read to its end" || (key === "verdict" && value !== "nothing found") ? "bad" : "");
+  add(pair, "dd", value, failures.has(key) || key === "not read to its end" || (key === "verdict" && value !== "no failures") ? "bad" : "");
 }
 for (const [colour, name] of SHADES.slice(1)) {
   const entry = add(byId("legend"), "li");

@@ -54,7 +54,7 @@ from ramblock.trace.faults import Faults
 from ramblock.trace.guest_audit import GuestAudit
 from ramblock.trace.join import Joiner, MapRun, UnmapRun
 from ramblock.trace.judge import Judge
-from ramblock.trace.limits import find_limits, why_not_judged
+from ramblock.trace.limits import MOST_NAMES, find_limits, why_not_judged
 from ramblock.trace.observer import AuditObserver
 from ramblock.trace.result import AuditResult
 
@@ -215,6 +215,7 @@ class Audit:
             guest.finish()
         self._faults.finish(guests)
         targets = [target for guest in guests for target in guest.targets.values()]
+        evidence.more_targets += len(targets[MOST_NAMES:])
         return AuditResult(
             sources=[],
             events=evidence.events,
@@ -225,7 +226,7 @@ class Audit:
             transitional=judge.transitional,
             not_yet_mapped=judge.not_yet_mapped,
             conversions=evidence.conversions,
-            targets=[*evidence.gone, *(target.summary() for target in targets)],
+            targets=[*evidence.gone, *(target.summary() for target in targets[:MOST_NAMES])],
             limits=find_limits(evidence, targets, timed=judge.timed),
             cannot_tell=why_not_judged(
                 evidence,

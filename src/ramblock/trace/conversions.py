@@ -20,6 +20,7 @@ __all__ = ["ActiveConversion", "Conversions"]
 #: A conversion whose begin is in the trace gets this many times the grace: to change the attributes
 #: of a GiB takes longer than anything between two steps (15 ms were seen).
 _PATIENCE = 100
+_FEW = 4
 
 
 class ActiveConversion(msgspec.Struct, eq=False):
@@ -72,8 +73,9 @@ class Conversions:
         self.guessed = 0
         #: The newest of those whose begin is in the trace.
         self.newest: ActiveConversion | None = None
-        #: Which conversion a page is in; the newest, where two vCPUs convert the same page.
-        self._where: RangeMap[ActiveConversion] = RangeMap()
+        #: Which conversion a page is in; the newest, where two vCPUs convert the same page. None:
+        #: those that are going on are so few that they are looked through.
+        self._where: RangeMap[ActiveConversion] | None = None
         self._of_vcpu: dict[str, list[ActiveConversion]] = {}
         #: Each with the time at which to look at it; ascending but for those with patience, which
         #: are in a queue of their own. Those that time does not end are in neither.
@@ -115,7 +117,8 @@ class Conversions:
         found.last = time
         if not found.told and (start < found.start or end > found.end):
             found.start, found.end = min(start, found.start), max(end, found.end)
-            self._where.set(found.start, found.end, found)
+            if self._where is not None:
+                self._where.set(found.start, found.end, found)
         if found.vcpu is None and vcpu is not None:
             found.vcpu = vcpu
             self._of_vcpu.setdefault(vcpu, []).append(found)
@@ -126,8 +129,14 @@ class Conversions:
     ) -> ActiveConversion:
         found = ActiveConversion(start, end, source, time, vcpu)
         self.active[found] = None
-        if end > start:
-            self._where.set(start, end, found)
+        if self._where is not None:
+            if end > start:
+                self._where.set(start, end, found)
+        elif len(self.active) > _FEW:
+            self._where = RangeMap()
+            for each in self.active:
+                if each.end > each.start:
+                    self._where.set(each.start, each.end, each)
         if vcpu is not None:
             self._of_vcpu.setdefault(vcpu, []).append(found)
         return found
@@ -136,9 +145,21 @@ class Conversions:
         """Find the conversion that a step on this range belongs to."""
         if not self.active or start >= end:
             return None
+        if self._where is None:
+            for each in reversed(self.active):
+                if (
+                    each.start < end
+                    and start < each.end
+                    and (vcpu is None or each.vcpu is None or each.vcpu == vcpu)
+                ):
+                    return each
+            return None
         only = self._where.single(start, end)
         if only is None:
             return None
+        if isinstance(only, ActiveConversion):
+            fits = vcpu is None or only.vcpu is None or only.vcpu == vcpu
+            return only if fits else None
         for _, _, conversion in self._where.some(start, end, 8):
             if vcpu is None or conversion.vcpu is None or conversion.vcpu == vcpu:
                 return conversion
@@ -215,6 +236,11 @@ class Conversions:
         del self.active[conversion]
         if conversion.vcpu in self._of_vcpu:
             self._of_vcpu[conversion.vcpu].remove(conversion)
+        if self._where is None:
+            return
+        if not self.active:
+            self._where = None
+            return
         start, end = conversion.start, conversion.end
         if self._where.single(start, end) is conversion:
             self._where.set(start, end, None)

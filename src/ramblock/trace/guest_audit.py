@@ -6,8 +6,8 @@ Reasons why a page must not be mapped are kept for the guest, mappings for each 
 
     private    its pages are the guest's alone       mapped all the same: stale
     unplugged  virtio-mem took it back               unplugged while mapped
-    freed      the host took the memory back         freed while mapped
-    refused    an unmap did not go through           stale (this one is the target's)
+    freed      the host took the memory back         freed while mapped (the target's)
+    refused    an unmap did not go through           stale (the target's)
 
 A window is where both are; nothing is kept of it. It is judged when one of the two goes, so that an
 event costs what it changes, however many targets and runs there are. Likewise *missing*: shared,
@@ -43,7 +43,7 @@ from ramblock.trace.events import (
     Viommu,
 )
 from ramblock.trace.findings import FindingKind
-from ramblock.trace.join import MapRun, UnmapRun
+from ramblock.trace.join import MapRun, UnmapRun, calls_of
 from ramblock.trace.judge import Judge
 from ramblock.trace.mappings import Mapping, Reason, TargetState, bisects, is_exact
 from ramblock.trace.places import Places
@@ -54,7 +54,7 @@ __all__ = ["GuestAudit"]
 #: Windows that one event closes in one target and run, judged one by one; the rest is one finding.
 #: So an event has a bounded price, whatever it is about.
 _MOST = 256
-#: Targets of a guest at one time that are compared with its pages.
+#: Targets of a guest at one time that are followed.
 _MOST_TARGETS = 64
 #: Runs that are looked at to know of which kind all of them are.
 _FEW = 8
@@ -76,6 +76,9 @@ class GuestAudit:
         self.places = Places()
         self.conversions = Conversions(grace)
         self.targets: dict[str, TargetState] = {}
+        self._compared: list[TargetState] = []
+        #: Stands for the targets beyond those that are followed; nothing is kept of it.
+        self._others = TargetState("others", unmap_rule, 0, complete=False)
         #: Whether the trace has mappings of it, and page states.
         self.maps = self.states = False
         self._judge = judge
@@ -85,11 +88,9 @@ class GuestAudit:
         self._private: RangeMap[Reason] = RangeMap()
         self._shared: RangeMap[Reason] = RangeMap()
         self._unplugged: RangeMap[Reason] = RangeMap()
-        self._freed: RangeMap[Reason] = RangeMap()
         self._bad = (
             (FindingKind.STALE, self._private),
             (FindingKind.UNPLUGGED, self._unplugged),
-            (FindingKind.FREED, self._freed),
         )
         self._plugged: RangeMap[Reason] = RangeMap()
         #: Blocks of virtio-mem: nothing there is expected to be mapped that is not plugged.
@@ -150,8 +151,10 @@ class GuestAudit:
         del event
         if not self._viommu:
             self._viommu = self._evidence.viommu = True
-            for reasons in (self._private, self._shared, self._unplugged, self._freed):
+            for reasons in (self._private, self._shared, self._unplugged):
                 reasons.clear()
+            for target in self.targets.values():
+                target.freed.clear()
 
     # -- conversions and page states
 
@@ -265,15 +268,18 @@ class GuestAudit:
         if self._viommu:
             return
         reason = self._judge.reason(event, conversion)
+        self._count_judged(start, end)
+        if self._private.single(start, end) is None and self._shared.single(start, end) is None:
+            self._private.set(start, end, reason)
+            return
         for low, high in self._private.gaps(start, end):
             for piece_start, piece_end, before in self._shared.pieces(low, high):
-                for target in self._compared():
+                for target in self._compared:
                     self._no_longer_missing(target, piece_start, piece_end, before, event)
                     if target.gone:
                         target.gone.set(piece_start, piece_end, None)
             self._shared.set(low, high, None)
             self._private.set(low, high, reason)
-        self._count_judged(start, end)
 
     def _become_shared(
         self, event: Event, start: int, end: int, conversion: ActiveConversion | None
@@ -281,7 +287,7 @@ class GuestAudit:
         reason = self._judge.reason(event, conversion)
         for low, high in self._shared.gaps(start, end):
             for piece_start, piece_end, before in self._private.pieces(low, high):
-                for target in self._compared():
+                for target in self._compared:
                     self._judge_mapped(
                         FindingKind.STALE, target, piece_start, piece_end, before, event
                     )
@@ -291,7 +297,7 @@ class GuestAudit:
 
     def _count_judged(self, start: int, end: int) -> None:
         self._evidence.judged_bytes += max(
-            (target.mappings.covered(start, end) for target in self._compared()), default=0
+            (target.mappings.covered(start, end) for target in self._compared), default=0
         )
 
     # -- virtio-mem, and memory that is given back
@@ -316,16 +322,15 @@ class GuestAudit:
         asked = self.conversions.find(event.start, event.end)
         if asked is not None:
             asked.held = False
-        if not event.done or event.end <= event.start:
+        if not event.done or event.end <= event.start or self._viommu:
             return
         self._note_pluggable(event)
-        self._evidence.plugs += 1
         start, end = event.start, event.end
         conversion = self.conversions.step(start, end, self._judge.now, event.source)
         reason = self._judge.reason(event, conversion)
         if event.plugged:
             for piece_start, piece_end, before in self._unplugged.pieces(start, end):
-                for target in self._compared():
+                for target in self._compared:
                     self._judge_mapped(
                         FindingKind.UNPLUGGED, target, piece_start, piece_end, before, event
                     )
@@ -336,7 +341,7 @@ class GuestAudit:
                 for low, high, _ in self._shared.some(start, end, _MOST):
                     self._follow(event, low, high, shared=True)
             return
-        for target in self._compared():
+        for target in self._compared:
             for low, high, before in self._shared.some(start, end, _MOST)[:_MOST]:
                 self._no_longer_missing(target, low, high, before, event)
         self._plugged.set(start, end, None)
@@ -347,26 +352,28 @@ class GuestAudit:
 
     def discard(self, event: Discard) -> None:
         """Note that memory was given back to the host."""
-        if not event.done or event.end <= event.start:
+        if not event.done or event.end <= event.start or self._viommu:
             return
         if event.host is None:
             places = [(event.start, event.end)]
         else:
             places = self.places.of_host(event.start, event.end)
         if event.shared:
-            self._evidence.discards += 1
             self._evidence.unplaced_discards += not places
         for start, end in places:
             conversion = self.conversions.find(start, end)
             if event.shared and any(
-                target.mappings.some(start, end, 1) for target in self._compared()
+                target.mappings.some(start, end, 1) for target in self._compared
             ):
                 # QEMU's virtio-mem gives memory back first and unmaps then; a pinned page stays the
                 # device's until it is unmapped.
                 if conversion is None or not conversion.held:
                     conversion = self.conversions.step(start, end, self._judge.now, event.source)
                 note = "given back to the host before it was unmapped"
-                self._freed.set(start, end, self._judge.reason(event, conversion, note))
+                reason = self._judge.reason(event, conversion, note)
+                for target in self._compared:
+                    for low, high in target.freed.gaps(start, end):
+                        target.freed.set(low, high, reason)
             elif conversion is not None and conversion.asked:
                 self.conversions.end_unless_told(conversion)  # the last step of a VMM
 
@@ -380,16 +387,14 @@ class GuestAudit:
         """
         target = self.targets.get(name)
         if target is None:
+            if len(self.targets) >= _MOST_TARGETS:
+                self._evidence.not_compared = True
+                return self._others
             target = self.targets[name] = TargetState(
                 name + self._suffix, self._unmap_rule, self._judge.number, complete=complete
             )
-            if len(self.targets) > _MOST_TARGETS:
-                self._evidence.not_compared = True
+            self._compared = [*self.targets.values()]
         return target
-
-    def _compared(self) -> list[TargetState]:
-        targets = [*self.targets.values()]
-        return targets if len(targets) <= _MOST_TARGETS else targets[:_MOST_TARGETS]
 
     def attach(self, event: Attach) -> None:
         """Note that a target is there, or one more of its name."""
@@ -413,17 +418,32 @@ class GuestAudit:
         if target.expected_from is not None:
             for start, end, reason in self._shared.items():
                 self._no_longer_missing(target, start, end, reason, event)
-        self._evidence.gone.append(target.summary())
+        self._compared = [*self.targets.values()]
+        self._evidence.note_gone(target.summary())
 
     def map_run(self, event: MapRun) -> None:
         """Note that a target maps one range behind the other."""
         self._end_of_run(event)
-        self.map(event, event.count)
+        target = self.target(event.target)
+        there = target.mappings.single(event.start, event.end)
+        if there is None or (isinstance(there, Mapping) and not target.copies):
+            self.map(event, event.count)
+            return
+        for call in calls_of(event):
+            assert isinstance(call, Map)
+            self.map(call)
 
     def unmap_run(self, event: UnmapRun) -> None:
         """Note that a target unmaps one range behind the other."""
         self._end_of_run(event)
-        self.unmap(event, event.count)
+        start, end = event.start, event.end
+        mappings = self.target(event.target).kept_in(start, end)
+        if mappings is not None and is_exact(mappings, start, end, (end - start) // event.count):
+            self.unmap(event, event.count)
+            return
+        for call in calls_of(event):
+            assert isinstance(call, Unmap)
+            self.unmap(call)
 
     def _end_of_run(self, event: MapRun | UnmapRun) -> None:
         self._evidence.events += event.count - 1
@@ -439,9 +459,12 @@ class GuestAudit:
         if not self._maps_are_told and event.target != _REGIONS:
             self._maps_are_told = True
             self.targets.pop(_REGIONS, None)
+            self._compared = [*self.targets.values()]
         if self._undecided is not None:
             self._decide(start, end)
         target = self.targets.get(event.target) or self.target(event.target)
+        if target is self._others:
+            return
         if not event.done or end <= start:
             evidence.failed_maps += 1
             if end > start:
@@ -555,7 +578,7 @@ class GuestAudit:
     def remark(self, event: Remark) -> None:
         """Note a remark of the trace itself."""
         if event.lost:
-            self._evidence.lost.append(f"{event.origin}: {event.text}")
+            self._evidence.lost.add(f"{event.origin}: {event.text}")
             return
         if event.target is None or event.start is None or event.end is None:
             self._judge.report(event)
@@ -565,7 +588,7 @@ class GuestAudit:
             return
         target = self.target(event.target)
         reason = self._judge.reason(event, None, event.text)
-        if event.end <= event.start:
+        if event.end <= event.start or target is self._others:
             return
         # An unmap whose result was not told was taken as done.
         mapping = Mapping(event.start, event.end, event.source, event.line, _PAST, self._judge.now)
@@ -583,6 +606,8 @@ class GuestAudit:
         if self._undecided is not None:
             self._decide(start, end)
         target = self.targets.get(event.target) or self.target(event.target)
+        if target is self._others:
+            return
         target.unmaps += count
         if end <= start:
             return
@@ -674,6 +699,7 @@ class GuestAudit:
         start, end = event.start, event.end
         note = ""
         untold = event.unmapped is None
+        exact = is_exact(mappings, start, end, (end - start) // count)
         if not event.done:
             note = "the unmap failed"
         elif start == 0 and end >= _EVERYTHING - 1:
@@ -681,12 +707,12 @@ class GuestAudit:
         elif target.rule in ("whole", "exact") and bisects(mappings, start, end):
             self._judge.broken(FindingKind.BISECTING_UNMAP, event, target, start, end)
             note = "the unmap names part of a mapping" if untold else ""
-        elif target.rule == "exact" and not is_exact(mappings, start, end):
+        elif target.rule == "exact" and not exact:
             self._judge.broken(FindingKind.INEXACT_UNMAP, event, target, start, end)
             note = "the unmap names no mapping exactly" if untold else ""
         elif untold:
             target.untold += count
-            if not is_exact(mappings, start, end, (end - start) // count):
+            if not exact:
                 target.untold_inexact += count
                 target.untold_mappings += len(mappings.pieces(start, end))
         if note:
@@ -725,20 +751,20 @@ class GuestAudit:
         if target.has_refused:
             for low, high, reason in target.refused.pieces(start, end):
                 self._judge_refused(target, low, high, reason, mapping, event)
-        for kind, reasons in self._bad:
+        for kind, reasons in (*self._bad, (FindingKind.FREED, target.freed)):
             only = reasons.single(start, end)
             if only is None:
                 continue
             if isinstance(only, Reason):
-                self._window(kind, target, start, end, only, mapping, event)
+                self._judge.window(kind, target, start, end, only, mapping, event)
                 continue
             pieces = reasons.some(start, end, _MOST)
             for low, high, reason in pieces[:_MOST]:
-                self._window(kind, target, low, high, reason, mapping, event)
+                self._judge.window(kind, target, low, high, reason, mapping, event)
             if len(pieces) > _MOST:
                 low = pieces[_MOST][0]
                 rest = reasons.covered(low, end)
-                self._window(kind, target, low, end, pieces[_MOST][2], mapping, event, rest)
+                self._judge.window(kind, target, low, end, pieces[_MOST][2], mapping, event, rest)
 
     def _judge_refused(
         self,
@@ -749,10 +775,21 @@ class GuestAudit:
         mapping: Mapping | None,
         event: Event | None,
     ) -> None:
-        private = self._private.single(start, end)
-        if isinstance(private, Reason) and (private.conversion is None or private.conversion.over):
-            return  # told already: it is private and mapped
-        self._judge.window(FindingKind.STALE, target, start, end, reason, mapping, event)
+        """Judge what an unmap left, but where it is told already: private, and mapped."""
+        for low, high, private in self._private.some(start, end, _MOST)[:_MOST]:
+            conversion = private.conversion
+            if (
+                conversion is None
+                or conversion.over
+                or (mapping is not None and mapping.born > private.born)
+            ):
+                if low > start:
+                    self._judge.window(
+                        FindingKind.STALE, target, start, low, reason, mapping, event
+                    )
+                start = high
+        if start < end:
+            self._judge.window(FindingKind.STALE, target, start, end, reason, mapping, event)
 
     def _judge_mapped(
         self,
@@ -766,26 +803,11 @@ class GuestAudit:
         """Judge what a target maps of a range, for which the reason against it goes now."""
         pieces = target.mappings.some(start, end, _MOST)
         for low, high, mapping in pieces[:_MOST]:
-            self._window(kind, target, low, high, reason, mapping, event)
+            self._judge.window(kind, target, low, high, reason, mapping, event)
         if len(pieces) > _MOST:
             low = pieces[_MOST][0]
             rest = target.mappings.covered(low, end)
-            self._window(kind, target, low, end, reason, pieces[_MOST][2], event, rest)
-
-    def _window(
-        self,
-        kind: FindingKind,
-        target: TargetState,
-        start: int,
-        end: int,
-        reason: Reason,
-        mapping: Mapping,
-        event: Event | None,
-        rest: int = 0,
-    ) -> None:
-        if kind is FindingKind.FREED and mapping.born > reason.born:
-            return  # mapped anew: other memory
-        self._judge.window(kind, target, start, end, reason, mapping, event, rest)
+            self._judge.window(kind, target, low, end, reason, pieces[_MOST][2], event, rest)
 
     def _no_longer_missing(
         self, target: TargetState, start: int, end: int, reason: Reason, event: Event | None
@@ -833,26 +855,24 @@ class GuestAudit:
         judge = self._judge
         self._forget_undecided()
         self.conversions.end_all_quiet(judge.now if judge.timed else None)
-        if len(self.targets) > _MOST_TARGETS:
-            self._evidence.not_compared = True
-        for target in self._compared():
-            for kind, reasons in self._bad:
+        for target in self._compared:
+            for kind, reasons in (*self._bad, (FindingKind.FREED, target.freed)):
                 for start, end, reason in reasons.items():
                     self._judge_mapped(kind, target, start, end, reason, None)
             for start, end, reason in target.refused.items():
-                pieces = target.mappings.some(start, end, 1)
-                mapping = pieces[0][2] if pieces else None
-                self._judge_refused(target, start, end, reason, mapping, None)
+                for low, high, mapping in target.mappings.pieces(start, end):
+                    self._judge_refused(target, low, high, reason, mapping, None)
             for start, end, reason in self._shared.items():
                 self._no_longer_missing(target, start, end, reason, None)
         self._evidence.guessed_ends += self.conversions.guessed
 
     def why_not_mapped(self, address: int) -> tuple[Reason, str] | None:
         """Return the conversion or other event that took a page from its devices, and its word."""
+        freed = [(target.freed, "given back to the host") for target in self._compared]
         for reasons, word in (
             (self._private, "made private"),
             (self._unplugged, "unplugged"),
-            (self._freed, "given back to the host"),
+            *freed,
         ):
             reason = reasons.get(address)
             if reason is not None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from ramblock.trace.events import Event, Map, Unmap
 
-__all__ = ["Joiner", "MapRun", "UnmapRun"]
+__all__ = ["Joiner", "MapRun", "UnmapRun", "calls_of"]
 
 #: Nanoseconds between two calls of a run. It counts as one step, at the time of its last call.
 _CLOSE = 1_000_000
@@ -40,6 +40,21 @@ class UnmapRun(Unmap):
     """See :class:`MapRun`."""
 
 
+def calls_of(run: MapRun | UnmapRun) -> Iterator[Map | Unmap]:
+    """Take a run apart again; all calls have the time of the last."""
+    size = (run.end - run.start) // run.count
+    for number in range(run.count):
+        start = run.start + number * size
+        at = run.until, run.source, run.line + number * run.step, run.target, start, start + size
+        if isinstance(run, UnmapRun):
+            yield Unmap(*at, None if run.unmapped is None else size)
+        else:
+            move = number * size
+            key = None if run.key is None else run.key + move
+            host = None if run.host is None else run.host + move
+            yield Map(*at, run.writable, key=key, host=host)
+
+
 class Joiner:
     """
     Joins events of one stream, in any chunking.
@@ -49,111 +64,113 @@ class Joiner:
     """
 
     def __init__(self, *, unmaps: bool) -> None:
-        self.unmaps = unmaps
-        self._last: Map | Unmap | None = None
+        self._unmaps = unmaps
+        #: The first event of a run, what the next has to be like, and how many there are.
+        self._first: Map | Unmap | None = None
+        self._end = self._size = self._line = self._step = 0
+        self._time: int | None = None
+        self._count = 1
 
     def feed(self, events: Iterable[Event]) -> Iterator[Event]:
         """Take events; yield those that are complete."""
-        last = self._last
-        unmaps = self.unmaps
+        first, end, size, line = self._first, self._end, self._size, self._line
+        step, time, count = self._step, self._time, self._count
         for event in events:
             kind = type(event)
-            if kind is Map or (kind is Unmap and unmaps):
+            if kind is Map or (kind is Unmap and self._unmaps):
                 assert isinstance(event, Map | Unmap)
-                if last is not None:
-                    if last.end == event.start and isinstance(last, kind):
-                        joined = _join(last, event)
-                        if joined is not None:
-                            last = joined
-                            continue
-                    yield last
-                last = event
+                if (
+                    first is not None
+                    and event.start == end
+                    and 0 < size == event.end - end
+                    and (
+                        event.line == line or (count == 1 and 0 < event.line - line <= _MOST_LINES)
+                    )
+                    and type(first) is kind
+                    and _continues(first, event, time)
+                ):
+                    step = step or event.line - line
+                    end, line, time = event.end, event.line + step, event.time
+                    count += 1
+                    continue
+                if first is not None:
+                    yield first if count == 1 else _run(first, end, count, step, time)
+                first, end, line, time = event, event.end, event.line, event.time
+                size = end - event.start
+                step, count = 0, 1
                 continue
-            if last is not None:
-                yield last
-                last = None
+            if first is not None:
+                yield first if count == 1 else _run(first, end, count, step, time)
+                first = None
             yield event
-        self._last = last
+        self._first, self._end, self._size, self._line = first, end, size, line
+        self._step, self._time, self._count = step, time, count
 
     def finish(self) -> Iterator[Event]:
         """Yield the event that was waiting for more."""
-        if self._last is not None:
-            yield self._last
-            self._last = None
+        first, self._first = self._first, None
+        if first is not None:
+            count = self._count
+            yield first if count == 1 else _run(first, self._end, count, self._step, self._time)
 
 
-def _join(last: Map | Unmap, event: Map | Unmap) -> MapRun | UnmapRun | None:
-    """Make a run of two, or a longer one of a run and its next; None: they are two steps."""
-    size = event.end - event.start
-    if isinstance(last, MapRun | UnmapRun):
-        count, step, time = last.count, last.step, last.until
-        line = last.line + step * count
-        if event.line != line or size * count != last.end - last.start:
-            return None
-    else:
-        count, step, time = 1, event.line - last.line, last.time
-        if not 0 < step <= _MOST_LINES or size != last.end - last.start:
-            return None
-    if (
-        last.target != event.target
-        or last.source is not event.source
-        or not (last.done and event.done)
-        or size <= 0
-    ):
-        return None
+def _continues(first: Map | Unmap, event: Map | Unmap, time: int | None) -> bool:
+    """Whether an event that is the next in place and line is of the same run."""
+    if event.target != first.target or event.source is not first.source:
+        return False
+    if not (first.done and event.done):
+        return False
     if event.time is None or time is None:
         if event.time is not time:
-            return None
+            return False
     elif not 0 <= event.time - time <= _CLOSE:
-        return None
-    if isinstance(last, Map):
+        return False
+    if isinstance(first, Map):
         assert isinstance(event, Map)
-        move = event.start - last.start
-        if not (_continue(last.key, event.key, move) and _continue(last.host, event.host, move)):
-            return None
-        if isinstance(last, MapRun):
-            run: MapRun | UnmapRun = last
-        else:
-            run = MapRun(
-                last.time,
-                last.source,
-                last.line,
-                last.target,
-                last.start,
-                last.end,
-                last.writable,
-                key=last.key,
-                host=last.host,
-            )
-    else:
-        assert isinstance(event, Unmap)
-        if last.unmapped is None or event.unmapped is None:
-            if last.unmapped is not event.unmapped:
-                return None
-        elif last.unmapped != last.end - last.start or event.unmapped != size:
-            return None
-        if isinstance(last, UnmapRun):
-            run = last
-        else:
-            run = UnmapRun(
-                last.time,
-                last.source,
-                last.line,
-                last.target,
-                last.start,
-                last.end,
-                last.unmapped,
-            )
-        if run.unmapped is not None:
-            run.unmapped += size
-    run.end = event.end
-    run.count = count + 1
-    run.step = step
-    run.until = event.time
-    return run
+        if event.key is None and event.host is None:
+            return first.key is None and first.host is None
+        move = event.start - first.start
+        return _moved(first.key, event.key, move) and _moved(first.host, event.host, move)
+    assert isinstance(event, Unmap)
+    if first.unmapped is None or event.unmapped is None:
+        return first.unmapped is event.unmapped
+    size = first.end - first.start
+    return size > 0 and first.unmapped == size == event.unmapped
 
 
-def _continue(last: int | None, value: int | None, move: int) -> bool:
-    if last is None or value is None:
-        return last is value
-    return value - last == move
+def _moved(first: int | None, value: int | None, move: int) -> bool:
+    if first is None or value is None:
+        return first is value
+    return value - first == move
+
+
+def _run(
+    first: Map | Unmap, end: int, count: int, step: int, until: int | None
+) -> MapRun | UnmapRun:
+    if isinstance(first, Map):
+        return MapRun(
+            first.time,
+            first.source,
+            first.line,
+            first.target,
+            first.start,
+            end,
+            first.writable,
+            key=first.key,
+            host=first.host,
+            count=count,
+            step=step,
+            until=until,
+        )
+    return UnmapRun(
+        first.time,
+        first.source,
+        first.line,
+        first.target,
+        first.start,
+        end,
+        None if first.unmapped is None else end - first.start,
+        count=count,
+        step=step,
+        until=until,
+    )

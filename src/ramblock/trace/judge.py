@@ -21,7 +21,7 @@ from ramblock.trace.result import FindingLog, Lengths
 
 __all__ = ["Judge"]
 
-_RECENT = 1024
+_RECENT = 256
 _OWN = "ramblock"
 #: Formats of QEMU.
 _LOGS = frozenset({"qemu", "simpletrace"})
@@ -67,7 +67,7 @@ class Judge:
         if mapping is not None and mapping.born > reason.born:
             # To-shared makes pages shared, or plugs them, before it maps them: no conversion
             # excuses this, but QEMU's plugging, which is told when it is done.
-            conversion = mapping.excuse
+            conversion = mapping.excuse if kind is FindingKind.UNPLUGGED else None
             if kind is FindingKind.STALE and not note:
                 note = "mapped while private"
             origin = mapping.origin(start)

@@ -14,7 +14,37 @@ from ramblock.trace.mappings import TargetState
 from ramblock.trace.result import TargetSummary
 from ramblock.units import format_size
 
-__all__ = ["Evidence", "find_limits", "why_not_judged"]
+__all__ = ["MOST_NAMES", "Evidence", "Names", "find_limits", "why_not_judged"]
+
+
+#: Names, and targets, that are kept of a kind; of more there is only the number.
+MOST_NAMES = 100
+_MOST_LOST = 5
+
+
+class Names:
+    """Names that a trace has told, the first ones, and how many more there are."""
+
+    def __init__(self, most: int = MOST_NAMES) -> None:
+        self._most = most
+        self._kept: dict[str, None] = {}
+        self.more = 0
+
+    def add(self, name: str) -> None:
+        """Add one; the same again counts once, as long as it is kept."""
+        if name in self._kept:
+            return
+        if len(self._kept) < self._most:
+            self._kept[name] = None
+        else:
+            self.more += 1
+
+    def sentences(self, text: str) -> list[str]:
+        """Return a sentence for each, with its name in place of ``{}``, and one for the others."""
+        sentences = [text.format(name) for name in self._kept]
+        if self.more:
+            sentences.append(f"and so at {self.more:,} more places")
+        return sentences
 
 
 @dataclass(slots=True)
@@ -35,17 +65,23 @@ class Evidence:
     device_memory: int = 0
     viommu: bool = False
     not_compared: bool = False
-    plugs: int = 0
-    discards: int = 0
     unplaced_discards: int = 0
     stateless_bytes: int = 0
     mapped_before: int = 0
     guessed_ends: int = 0
     unfinished: int = 0
-    alike: set[str] = field(default_factory=set)
-    emptied: set[str] = field(default_factory=set)
-    lost: list[str] = field(default_factory=list)
+    alike: Names = field(default_factory=Names)
+    emptied: Names = field(default_factory=Names)
+    lost: Names = field(default_factory=lambda: Names(_MOST_LOST))
     gone: list[TargetSummary] = field(default_factory=list)
+    more_targets: int = 0
+
+    def note_gone(self, summary: TargetSummary) -> None:
+        """Keep the sum of a target that is gone, of the first ones."""
+        if len(self.gone) < MOST_NAMES:
+            self.gone.append(summary)
+        else:
+            self.more_targets += 1
 
 
 def why_not_judged(evidence: Evidence, *, followed: bool, left: bool) -> list[str]:
@@ -102,11 +138,9 @@ def find_limits(evidence: Evidence, targets: Sequence[TargetState], *, timed: bo
             f"{evidence.unfinished:,} windows were open at the end of the trace,"
             " in conversions that were going on"
         )
-    limits += [
-        f"events were lost ({text}): their content is not known" for text in evidence.lost[:5]
-    ]
-    if len(evidence.lost) > 5:
-        limits.append(f"and at {len(evidence.lost) - 5:,} more places")
+    limits += evidence.lost.sentences("events were lost ({}): their content is not known")
+    if evidence.more_targets:
+        limits.append(f"{evidence.more_targets:,} more targets are not listed")
     return limits
 
 
@@ -123,11 +157,10 @@ def _about_mappings(evidence: Evidence, targets: Sequence[TargetState]) -> list[
             "no maps are told, as by QEMU's type1: RAM that it adds wholly, and pages that it says"
             " became populated, are taken for mapped"
         )
-    limits += [
-        f"{name}: several devices, which the trace does not tell apart: a mapping that one of them"
+    limits += evidence.alike.sentences(
+        "{}: several devices, which the trace does not tell apart: a mapping that one of them"
         " lacks, or keeps, is not seen where the others have it"
-        for name in sorted(evidence.alike)
-    ]
+    )
     if evidence.failed_maps:
         limits.append(f"maps that failed, {evidence.failed_maps:,} of them, count as never made")
     if evidence.mapped_before:
@@ -135,13 +168,11 @@ def _about_mappings(evidence: Evidence, targets: Sequence[TargetState]) -> list[
             f"{format_size(evidence.mapped_before)} were unmapped that were mapped before the trace"
             " began: the mappings of then are not known"
         )
-    limits += [
-        f"{name}: everything was unmapped while pages were shared, which is taken for its end"
-        for name in sorted(evidence.emptied)
-    ]
-    for target in targets:
-        if target.untold:
-            limits.append(_about_untold(target))
+    limits += evidence.emptied.sentences(
+        "{}: everything was unmapped while pages were shared, which is taken for its end"
+    )
+    untold = [target for target in targets if target.untold]
+    limits += [_about_untold(target) for target in untold[:MOST_NAMES]]
     return limits
 
 

@@ -32,6 +32,7 @@ _WRONG = (
     (b"\x7fELF", "a program or a core dump", ""),
     (b"%PDF", "a PDF", ""),
 )
+_FIRST = 1 << 12
 _HTML = re.compile(rb"\s{0,64}<(?:!doctype html|html|head|body)\b", re.IGNORECASE)
 _ACCEPTED = (
     "expected a trace of QEMU (text or binary), of Linux (ftrace, trace-cmd, perf script, our"
@@ -51,9 +52,10 @@ def detect(head: bytes) -> str | None:
     if _OWN.match(head) is not None:
         return "ramblock"
     reader = registry.make_reader(TEXT, Source("", ""))
-    reader.feed(head)
-    if reader.recognized:
-        return format_of(reader.counts.by_name)
+    for part in (head[:_FIRST], head[_FIRST:]):  # the careful reader is slow, and little enough
+        reader.feed(part)
+        if reader.recognized:
+            return format_of(reader.counts.by_name)
     if head.startswith(b"# tracer:"):
         return "ftrace"
     other = registry.claim(head)

@@ -201,25 +201,15 @@ class QemuMeaning:
             raise UnreadableError
         found.append(StateChange(*at[:3], None, offset, end_of(offset, size), private))
 
+    # The private side is given back without an event (system/physmem.c,
+    # ram_block_discard_guest_memfd_range()).
     @_means("ram_block_discard_range ram_block_discard_shared_range", "hva length ret")
-    def _discard_shared(
-        self, at: At, found: list[Event], host: int, size: int, result: int
-    ) -> None:
-        self._discard(at, found, host, size, result, shared=True)
-
-    @_means("ram_block_discard_guest_memfd_range", "hva length ret")
-    def _discard_private(
-        self, at: At, found: list[Event], host: int, size: int, result: int
-    ) -> None:
-        self._discard(at, found, host, size, result, shared=False)
-
-    def _discard(
-        self, at: At, found: list[Event], host: int, size: int, result: int, *, shared: bool
-    ) -> None:
+    def _discard(self, at: At, found: list[Event], host: int, size: int, result: int) -> None:
+        time, source, line, _ = at
         end = end_of(host, size)
         if self._unsized is not None:
             self._learn_block_size(at, found, size)
-        self.discard = Discard(*at[:3], host, end, shared, host, result == 0)
+        self.discard = Discard(time, source, line, host, end, host=host, done=result == 0)
         found.append(self.discard)
 
     def _learn_block_size(self, at: At, found: list[Event], size: int) -> None:
@@ -335,6 +325,7 @@ class QemuMeaning:
     def _ask(self, at: At, found: list[Event], start: int, blocks: int, *, plugged: bool) -> None:
         if self._block_size is None:
             self._needs["virtio-mem"] = _NEEDS_BLOCK
+            # How much is not known; that the block is virtio-mem's is.
             self._unsized = None if plugged else (start, blocks)
             found.append(PlugRequest(*at[:3], start, start, plugged))
             return

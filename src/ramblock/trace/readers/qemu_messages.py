@@ -10,6 +10,7 @@ version is named); :class:`Failures` ties it to the event that failed.
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import NamedTuple
 
 from ramblock.trace.events import ConversionEnd, Event, Remark
@@ -135,14 +136,12 @@ _HINT = re.compile(
     rb"|invalid range: offset|non guest_memfd|failed to set memory|Failed to discard"
     rb"|KVM_SET_USER|registering slot|discarding of RAM|DMA mappings"
 )
-_PATTERNS = tuple((message, re.compile(message.words.encode())) for message in MESSAGES)
 _RULES = {
     "map": "map failed",
     "unmap": "unmap failed",
     "discard": "discard failed",
     "conversion": "conversion failed",
     "slot": "slot failed",
-    "device": "device failed",
 }
 #: The parts of one failure: a message of the first kind may be followed by one of the others.
 _FOLLOWS = {
@@ -153,11 +152,16 @@ _FOLLOWS = {
 }
 
 
+@cache
+def _patterns() -> tuple[tuple[Message, re.Pattern[bytes]], ...]:
+    return tuple((message, re.compile(message.words.encode())) for message in MESSAGES)
+
+
 def find_message(line: bytes) -> tuple[Message, re.Match[bytes]] | None:
     """Find QEMU's message in a line."""
     if _HINT.search(line) is None:
         return None
-    for message, pattern in _PATTERNS:
+    for message, pattern in _patterns():
         match = pattern.search(line)
         if match is not None:
             return message, match

@@ -28,14 +28,14 @@ from ramblock.trace.readers.kernel import (
     find_line,
     find_task,
 )
-from ramblock.trace.readers.qemu_meaning import At, QemuMeaning, UnreadableError
-from ramblock.trace.readers.qemu_messages import Failures, Message, find_message
+from ramblock.trace.readers.qemu_meaning import QemuMeaning, UnreadableError
+from ramblock.trace.readers.qemu_messages import Failures, find_message
 from ramblock.trace.readers.qemu_table import EVENTS, IGNORED, Reading, Value, forms_of
 
 __all__ = ["TextReader"]
 
 _ANSI = re.compile(rb"\x1b\[[0-9;?]{0,16}[A-Za-z]")
-_ESCAPES = re.compile(rb"\\+(?:u(0027|0022|003c|003e|0026|001b)|([\"'/]))")
+_ESCAPES = re.compile(rb"\\{1,16}(?:u(0027|0022|003c|003e|0026|001b)|([\"'/]))")
 _BOM = b"\xef\xbb\xbf"
 # A name at a word's beginning, and a blank behind it: QEMU's log backend always writes one. Longest
 # first, since names begin alike.
@@ -56,7 +56,6 @@ _CHATTER = re.compile(
 _TASKS_KEPT = 4096
 #: Lines behind which a second logger's copy is not looked for.
 _COPIES_KEPT = 1024
-_EARLY_KEPT = 16
 
 
 class TextReader(LineReader):
@@ -72,7 +71,6 @@ class TextReader(LineReader):
         self.telling: dict[str | None, Failures] = {}
         self._copies: OrderedDict[tuple[object, ...], bytes] = OrderedDict()
         self._printed_time = 0
-        self._early: list[tuple[Message, re.Match[bytes], bytes, At]] = []
 
     def _end(self, found: list[Event]) -> None:
         super()._end(found)
@@ -114,19 +112,9 @@ class TextReader(LineReader):
                 self.counts.note(name, count)
 
     def _append(self, event: Event, found: list[Event]) -> None:
-        if self._early:
-            self._tell_early(found)
         if self.telling:
             self.flush(found)
         found.append(event)
-
-    def _tell_early(self, found: list[Event]) -> None:
-        """Append what QEMU said before the first event."""
-        early, self._early = self._early, []
-        for message, match, raw, at in early:
-            meaning, failures = self.qemu_of(at[1])
-            failures.tell(message, match, raw, at, meaning, found)
-            failures.flush(found)
 
     def flush(self, found: list[Event]) -> None:
         """Append what is kept of failures, since something else happened."""
@@ -326,11 +314,6 @@ class TextReader(LineReader):
             if guest != source.guest:
                 others.flush(found)
                 del self.telling[guest]
-        if not message.evidence and not self.recognized:
-            # Of a file that has nothing else it is no finding: that is no trace.
-            if len(self._early) < _EARLY_KEPT:
-                self._early.append((message, match, raw, (head.time, source, number, None)))
-            return True
         failures.tell(message, match, raw, (head.time, source, number, None), meaning, found)
         self.telling[source.guest] = failures
         self.counts.note("message")

@@ -201,35 +201,30 @@ class OwnReader(TraceReader):
 
     @_makes(OwnAttributes)
     def _attributes(self, line: OwnAttributes, number: int) -> Event:
-        return Attributes(
-            line.t, self.source, number, line.gpa, _end(line.gpa, line.size), line.private
-        )
+        gpa = line.gpa
+        end = gpa + line.size
+        if end > _EVERYTHING:  # written out where most events are: a call costs as much as the rest
+            raise _too_far(gpa, end)
+        return Attributes(line.t, self.source, number, gpa, end, line.private)
 
     @_makes(OwnMap)
     def _map(self, line: OwnMap, number: int) -> Event:
-        return Map(
-            line.t,
-            self.source,
-            number,
-            self._names.get(line.target) or self._name(line.target),
-            line.iova,
-            _end(line.iova, line.size),
-            line.writable,
-        )
+        iova = line.iova
+        end = iova + line.size
+        if end > _EVERYTHING:
+            raise _too_far(iova, end)
+        target = self._names.get(line.target) or self._name(line.target)
+        return Map(line.t, self.source, number, target, iova, end, line.writable)
 
     @_makes(OwnUnmap)
     def _unmap(self, line: OwnUnmap, number: int) -> Event:
         # A vfio-user client may unmap everything at once, with address and size 0.
-        end = _end(line.iova, line.size) if line.size else _EVERYTHING
-        return Unmap(
-            line.t,
-            self.source,
-            number,
-            self._names.get(line.target) or self._name(line.target),
-            line.iova,
-            end,
-            line.unmapped,
-        )
+        iova = line.iova
+        end = iova + line.size if line.size else _EVERYTHING
+        if end > _EVERYTHING:
+            raise _too_far(iova, end)
+        target = self._names.get(line.target) or self._name(line.target)
+        return Unmap(line.t, self.source, number, target, iova, end, line.unmapped)
 
     @_makes(OwnFault)
     def _fault(self, line: OwnFault, number: int) -> Event:
@@ -343,5 +338,9 @@ class OwnReader(TraceReader):
 def _end(start: int, size: int) -> int:
     end = start + size
     if end > _EVERYTHING:
-        raise _RefusedError(f"the range from {start:#x} of {size:#x} bytes ends beyond 64 bits")
+        raise _too_far(start, end)
     return end
+
+
+def _too_far(start: int, end: int) -> _RefusedError:
+    return _RefusedError(f"the range [{start:#x}, {end:#x}) ends beyond 64 bits")
