@@ -151,6 +151,7 @@ def answer_version(sock: socket.socket, twin: object, fds: list[int]) -> None:
         ({"supported": True, "fd_index": 0}, [], "descriptor 0, and 0"),
         ({"supported": True, "fd_index": 0}, ["file"], "no socket"),
         ({"supported": True, "fd_index": 0}, ["datagram"], "no UNIX stream socket"),
+        ({"supported": True, "fd_index": 16}, ["stream"] * 17, "descriptor 16, and 16"),
         ({"supported": True, "fd_index": 1}, ["file", "stream"], None),
         ({"supported": False, "fd_index": 9}, [], None),
     ],

@@ -362,7 +362,8 @@ class Connection:
         message = UnknownReply(command, payload) if kind is None else kind.unpack(payload)
         check_answer(request, message)
         if isinstance(message, VersionReply):
-            _check_twin(message.capabilities, self.own, len(fds))
+            # Those behind our limit are left out.
+            _check_twin(message.capabilities, self.own, min(len(fds), self.own.max_msg_fds))
             self.peer = message.capabilities
             self._stage = _Stage.OPEN
         return message
