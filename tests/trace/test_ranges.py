@@ -55,6 +55,7 @@ def check(values: RangeMap[str], model: dict[int, str], most_runs: int) -> None:
         assert values.last(start, end) == (max(inside) + 1 if inside else start)
         assert values.gaps(start, start) == []
         assert values.pieces(end, start) == []
+        assert values.pieces(start, start) == []
         assert values.covered(end, start) == values.covered(start, start) == 0
         some = values.some(start, end, 2)
         assert len(some) >= min(2, len(values.pieces(start, end)))
