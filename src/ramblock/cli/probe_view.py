@@ -89,7 +89,7 @@ class LiveView(NoView):
     def update(self) -> None:
         """Draw it again."""
         # One line each at any width: lines that jump cannot be read.
-        self._terminal.draw(self._lines(self._terminal.width or 80))
+        self._terminal.draw(self._lines(self._terminal.width))
 
     def _lines(self, width: int) -> list[Line]:
         latest = self._probe.record.violations[-_LATEST_VIOLATIONS:]
