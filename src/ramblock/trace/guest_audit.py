@@ -43,7 +43,7 @@ from ramblock.trace.events import (
     Viommu,
 )
 from ramblock.trace.findings import FindingKind
-from ramblock.trace.join import MapRun, UnmapRun
+from ramblock.trace.join import MapRun, UnmapRun, calls_of
 from ramblock.trace.judge import Judge
 from ramblock.trace.mappings import Mapping, Reason, TargetState, bisects, is_exact
 from ramblock.trace.places import Places
@@ -427,12 +427,26 @@ class GuestAudit:
     def map_run(self, event: MapRun) -> None:
         """Note that a target maps one range behind the other."""
         self._end_of_run(event)
-        self.map(event, event.count)
+        target = self.target(event.target)
+        there = target.mappings.single(event.start, event.end)
+        if there is None or (isinstance(there, Mapping) and not target.copies):
+            self.map(event, event.count)
+            return
+        for call in calls_of(event):
+            assert isinstance(call, Map)
+            self.map(call)
 
     def unmap_run(self, event: UnmapRun) -> None:
         """Note that a target unmaps one range behind the other."""
         self._end_of_run(event)
-        self.unmap(event, event.count)
+        start, end = event.start, event.end
+        mappings = self.target(event.target).kept_in(start, end)
+        if mappings is not None and is_exact(mappings, start, end, (end - start) // event.count):
+            self.unmap(event, event.count)
+            return
+        for call in calls_of(event):
+            assert isinstance(call, Unmap)
+            self.unmap(call)
 
     def _end_of_run(self, event: MapRun | UnmapRun) -> None:
         self._evidence.events += event.count - 1
@@ -684,6 +698,7 @@ class GuestAudit:
         start, end = event.start, event.end
         note = ""
         untold = event.unmapped is None
+        exact = is_exact(mappings, start, end, (end - start) // count)
         if not event.done:
             note = "the unmap failed"
         elif start == 0 and end >= _EVERYTHING - 1:
@@ -691,12 +706,12 @@ class GuestAudit:
         elif target.rule in ("whole", "exact") and bisects(mappings, start, end):
             self._judge.broken(FindingKind.BISECTING_UNMAP, event, target, start, end)
             note = "the unmap names part of a mapping" if untold else ""
-        elif target.rule == "exact" and not is_exact(mappings, start, end):
+        elif target.rule == "exact" and not exact:
             self._judge.broken(FindingKind.INEXACT_UNMAP, event, target, start, end)
             note = "the unmap names no mapping exactly" if untold else ""
         elif untold:
             target.untold += count
-            if not is_exact(mappings, start, end, (end - start) // count):
+            if not exact:
                 target.untold_inexact += count
                 target.untold_mappings += len(mappings.pieces(start, end))
         if note:

@@ -34,7 +34,12 @@ class Forms(NamedTuple):
     """An event's texts, of two that begin alike the longer one first."""
 
     since: str
-    """The first version of QEMU that has it."""
+    """
+    The first version of QEMU that has it.
+
+    Debian's 7.2, 10.0.13 and 11.1.3 have the events that this says, and no others of them (the
+    names in the programs). Where between two of these an event came, its publication says.
+    """
     forms: tuple[Form, ...]
 
 
@@ -85,7 +90,7 @@ EVENTS: dict[str, Forms] = {
         f"{_IOAS}{_RANGE} addr={{vaddr:p}} readonly={{readonly:d}} ({{ret:d}})", "8.2"
     ),
     "iommufd_backend_map_file_dma": _one(
-        f"{_IOAS}{_RANGE} fd={{fd:d}} start={{start:d}} readonly={{readonly:d}} ({{ret:d}})", "10.0"
+        f"{_IOAS}{_RANGE} fd={{fd:d}} start={{start:d}} readonly={{readonly:d}} ({{ret:d}})", "10.1"
     ),
     "iommufd_backend_unmap_dma": _one(f"{_IOAS}{_RANGE} ({{ret:d}})", "8.2"),
     "iommufd_backend_unmap_dma_non_exist": _one(
