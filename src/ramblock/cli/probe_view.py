@@ -79,10 +79,6 @@ class LiveView(NoView):
         self._maps = _Rate()
         self._unmaps = _Rate()
 
-    def __enter__(self) -> LiveView:
-        self.update()
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._terminal.clear()
 

@@ -116,18 +116,18 @@ class Terminal:
         if self.is_terminal:
             self._draw_table(cells, right)
             return
-        shown = [[[_plain(line) for line in cell] for cell in row] for row in cells]
-        widths = [
-            max(len(line) for cell in column for line in cell)
-            for column in zip(*shown, strict=True)
+        shown = [
+            lines
+            for row in cells
+            for lines in zip_longest(*(map(_plain, cell) for cell in row), fillvalue="")
         ]
-        for row in shown:
-            for lines in zip_longest(*row, fillvalue=""):
-                columns = [
-                    line.rjust(width) if number in right else line.ljust(width)
-                    for number, (line, width) in enumerate(zip(lines, widths, strict=True))
-                ]
-                self._write("  ".join(columns).rstrip())
+        widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+        for lines in shown:
+            columns = [
+                line.rjust(width) if number in right else line.ljust(width)
+                for number, (line, width) in enumerate(zip(lines, widths, strict=True))
+            ]
+            self._write("  ".join(columns).rstrip())
 
     def _draw_table(self, rows: list[list[list[Line]]], right: Collection[int]) -> None:
         from rich.table import Table
