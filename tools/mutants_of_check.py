@@ -271,11 +271,15 @@ _in(
     ("audit: what virtio-mem has withdrawn is missing", negate("not self._pluggable"), MODEL),
 )
 _in(
-    "trace.join:_join",
-    ("audit: unmaps that came short join", replace("event.unmapped != size", "False"), JOINED),
+    "trace.join:_continues",
+    (
+        "audit: unmaps that came short join",
+        replace("first.unmapped == size == event.unmapped", "True"),
+        JOINED,
+    ),
     (
         "audit: maps of other memory join",
-        replace("_continue(last.key, event.key, move)", "True"),
+        replace("_moved(first.key, event.key, move)", "True"),
         JOINED,
     ),
 )
@@ -330,6 +334,63 @@ class Part(NamedTuple):
     """Mutants that nobody can tell from the code as it is, by name, with the reason."""
 
 
+_SHORT_WAY = "a short way: the long one comes to the same"
+_EMPTY = "of an empty range, of which nothing comes"
+_VALUE = "any value but None will do"
+
+_AS_IT_IS = "sets what is so already"
+_TWICE = "a conversion is in the list of its vCPU twice, and is ended once"
+_REFILLED = "an empty layer is filled again before another is made"
+_KEPT = "one more is kept, and dropped later"
+_APART = "taken apart, a run comes to the same (tests/trace/test_joined.py)"
+
+EQUIVALENT_IN_THE_AUDIT = {
+    f"trace.{name}": reason
+    for name, reason in (
+        ("audit:Audit._take: time > judge.now -> time >= judge.now", _AS_IT_IS),
+        (
+            "conversions:Conversions.step:"
+            " found.vcpu is None and vcpu is not None -> vcpu is not None",
+            _TWICE,
+        ),
+        ("guest_audit:GuestAudit._private_side: True -> False", _VALUE),
+        ("guest_audit:GuestAudit.unmap: if not mappings: ... -> pass", _REFILLED),
+        (
+            "guest_audit:GuestAudit.unmap_run:"
+            " (end - start) // event.count -> (end - start) * event.count",
+            _APART,
+        ),
+        (
+            "judge:Judge._inside: if self.observer is None"
+            " and (not self.log.keeps(kind, length)): ... -> pass",
+            _SHORT_WAY,
+        ),
+        ("guest_audit:GuestAudit._judge_piece: continue -> pass", _SHORT_WAY),
+        (
+            "guest_audit:GuestAudit.unmap: if isinstance(only, Mapping) and event.done and"
+            " (not target.copies) and (event.unmapped is None or event.unmapped >= end - start)"
+            " and only.is_exactly(start, end, (end - start) // count): ... -> pass",
+            _SHORT_WAY,
+        ),
+        ("mappings:is_exact: 2 -> 3", "there may be a few more anyway"),
+        ("places:Places.is_told_by_another: 0 -> 1", "a place is no single byte"),
+        ("ranges:RangeMap.covered: low < high -> low <= high", _EMPTY),
+        (
+            "result:FindingLog.keeps:"
+            " duration > self.counts[kind].longest -> duration >= self.counts[kind].longest",
+            _KEPT,
+        ),
+        (
+            "result:FindingLog.keeps: len(kept) < KEPT_OF_A_KIND -> len(kept) <= KEPT_OF_A_KIND",
+            _KEPT,
+        ),
+        ("ranges:RangeMap._blocks_with: high - low -> high + low", _SHORT_WAY),
+        ("ranges:RangeMap._blocks_with: start >= end -> start > end", _EMPTY),
+        ("ranges:RangeMap.pieces: starts[at + 1] >= end -> starts[at + 1] > end", _SHORT_WAY),
+        ("ranges:RangeMap.pieces: stop > end -> stop >= end", _AS_IT_IS),
+    )
+}
+
 PARTS = {
     "audit": Part(
         modules=(
@@ -356,5 +417,6 @@ PARTS = {
             "tests/trace/test_joined.py",
             "tests/test_qemu_verdicts.py",
         ),
+        equivalent=EQUIVALENT_IN_THE_AUDIT,
     ),
 }

@@ -199,7 +199,7 @@ def any_events(seed: int, kinds: str) -> list[Event]:
             case "r":
                 event = Unmap(*at, target, start, end, done=False)
             case "d":
-                event = Discard(*at, start, end, done, done=done)
+                event = Discard(*at, start, end, size is not None, done=done)
             case "q":
                 event = PlugRequest(*at, start, end, yes)
             case "p":

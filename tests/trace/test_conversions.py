@@ -59,6 +59,15 @@ def test_the_next_conversion_of_an_unknown_thread_takes_the_patience_away() -> N
     assert finding.grace
 
 
+def test_patience_that_was_taken_does_not_come_back() -> None:
+    made = begun().at(105, Conversion, 8 * PAGE, 9 * PAGE, True)
+    made.at(106, Attributes, 0, PAGE, True)  # a step: the grace begins anew, and no more
+    assert made.also().at(115, Unmap, "t", 0, PAGE, PAGE).audit().failures() == 0
+    assert made.also().at(117, Unmap, "t", 0, PAGE, PAGE).audit().failures() == 1
+    wide = made.at(107, Attributes, 0, 4 * PAGE, True).at(108, Attributes, 0, 2 * PAGE, True)
+    assert wide.at(119, Unmap, "t", 0, 4 * PAGE, 4 * PAGE).audit().failures() > 0
+
+
 def test_the_next_conversion_of_the_same_vcpu_ends_the_one_before() -> None:
     other = begun("v1").at(102, Conversion, 8 * PAGE, 9 * PAGE, True, "v2")
     assert kinds(other.at(103, Unmap, "t", 0, PAGE, PAGE).audit()) == [FindingKind.TRANSITIONAL]
@@ -156,6 +165,14 @@ def test_a_conversion_grows_with_its_steps() -> None:
     assert set(kinds(made.audit())) == {FindingKind.TRANSITIONAL}
 
 
+def test_the_end_of_one_source_leaves_others_to_time() -> None:
+    made = mapped_and_shared().at(100, Attributes, 0, PAGE, True)
+    made.of(QEMU).at(101, Attributes, 4 * PAGE, 5 * PAGE, True)
+    made.at(102, Layout, (), ends=True).at(103, ConversionEnd, 4 * PAGE, 5 * PAGE, True)
+    (finding,) = only(made.at(120, Unmap, "t", 0, PAGE, PAGE).audit(), FindingKind.STALE)[:1]
+    assert (finding.start, finding.grace) == (0, True)
+
+
 # -- guesses
 
 
@@ -199,6 +216,8 @@ def test_a_log_that_ends_in_a_conversion_is_of_a_guest_that_stopped() -> None:
     (finding,) = only(made.audit(), FindingKind.STALE)
     assert (finding.open, finding.grace) == (True, True)
     assert finding.note.startswith("the log ends in this conversion")
+    made.at(102, Conversion, 8 * PAGE, 9 * PAGE, True)  # it went on
+    assert made.audit().findings == []
     for source in (made.source, Source("a.log", "ftrace")):
         # Without its begin, or from the kernel's buffers, which end anywhere.
         other = Made(source=source).at(0, Attributes, 0, PAGE, False).at(1, Map, "t", 0, PAGE)

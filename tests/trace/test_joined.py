@@ -96,7 +96,7 @@ def test_what_is_different_does_not_join(kind: type, field: str, value: object, 
     if field == "line":
         events[at].line += at - 2
         if at == 1:
-            events[at].line = events[0].line  # not behind it
+            events[at].line = events[0].line - 1  # before it
     parts = joined(events)
     assert [(event.start, event.end) for event in parts] != [(10 * PAGE, 14 * PAGE)]  # type: ignore[union-attr]
     before = parts[0]
@@ -113,10 +113,26 @@ def test_an_unmap_that_came_short_does_not_join() -> None:
 
 
 def test_lines_and_times_that_are_too_far_apart() -> None:
-    for lines, time, count in ((16, MS, 1), (17, MS, 2), (16, MS + 1, 2), (0, MS, 2), (1, -1, 2)):
+    for lines, time, count in (
+        (16, MS, 1),
+        (17, MS, 2),
+        (16, MS + 1, 2),
+        (0, MS, 1),
+        (-1, MS, 2),
+        (1, -1, 2),
+    ):
         one = Map(5, SOURCE, 1, "t", 0, PAGE)
         two = Map(5 + time, SOURCE, 1 + lines, "t", PAGE, 2 * PAGE)
         assert len(joined([one, two])) == count
+
+
+def test_a_line_that_tells_several_calls_is_the_line_of_each() -> None:
+    events = calls(Map)
+    for event, line in zip(events, (5, 5, 5, 8), strict=True):
+        event.line = line
+    run, other = joined(events)
+    assert isinstance(run, MapRun)
+    assert (run.count, run.step, other.line) == (3, 0, 8)
 
 
 def test_any_other_event_stands_between() -> None:
@@ -163,6 +179,11 @@ def pages_of(result: AuditResult) -> dict[tuple[FindingKind, str | None], list[i
         pages = found.setdefault((each.kind, each.target), [])
         pages += range(each.start // PAGE, each.end // PAGE)
     return {kind: sorted(pages) for kind, pages in found.items()}
+
+
+def limits_of(result: AuditResult) -> list[str]:
+    """Those that do not count windows, of which a run has one."""
+    return [limit for limit in result.limits if "windows were open" not in limit]
 
 
 def trace_with_runs(seed: int) -> list[Event]:
@@ -214,7 +235,7 @@ def test_joined_or_not_in_any_chunking_the_findings_are_the_same(
                 audit.feed(events[first : first + size])
             results.append(audit.finish())
         with monkeypatch.context() as patch:
-            patch.setattr(join, "_join", lambda *_: None)
+            patch.setattr(join, "_continues", lambda *_: False)
             audit = Audit(grace=10**12, unmap=unmap)
             audit.feed(events)
             alone = audit.finish()
@@ -225,6 +246,7 @@ def test_joined_or_not_in_any_chunking_the_findings_are_the_same(
             }
             assert result.events == alone.events == len(events)
             assert result.judged_bytes == alone.judged_bytes
+            assert limits_of(result) == limits_of(alone)
             assert [(t.maps, t.unmaps, t.mapped_bytes, t.entries) for t in result.targets] == [
                 (t.maps, t.unmaps, t.mapped_bytes, t.entries) for t in alone.targets
             ]

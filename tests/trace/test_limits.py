@@ -9,12 +9,14 @@ from ramblock.trace.events import (
     Attach,
     Attributes,
     Block,
+    Conversion,
     ConversionEnd,
     Detach,
     Discard,
     Layout,
     Map,
     Origin,
+    Plug,
     Remark,
     Source,
     StateChange,
@@ -22,7 +24,7 @@ from ramblock.trace.events import (
     VcpuEntry,
 )
 from ramblock.trace.findings import Finding, FindingKind
-from ramblock.trace.limits import Evidence, find_limits, why_not_judged
+from ramblock.trace.limits import Evidence, Names, find_limits, why_not_judged
 from ramblock.trace.result import FindingLog, Lengths
 
 # -- the rest is one finding
@@ -86,7 +88,9 @@ def test_more_targets_than_are_compared(monkeypatch: pytest.MonkeyPatch) -> None
     made.events.pop(0)
     result = made.at(2, Map, "v", 0, PAGE).at(100, Attributes, 0, PAGE, True).audit()
     assert result.cannot_tell == []
-    # One that went makes room.
+    # Others that went before the end do not make it good; one that goes before makes room.
+    made = Made().at(0, Attach, "t").at(0, Attach, "u").at(0, Attach, "v").at(1, Detach, "t")
+    assert len(made.at(2, Attributes, 0, PAGE, True).at(3, Map, "u", 0, PAGE).audit().cannot_tell)
     made = Made().at(0, Attach, "t").at(0, Attach, "u").at(1, Detach, "t").at(2, Attach, "v")
     made.at(3, Attributes, 0, PAGE, True).at(4, Map, "v", 8 * PAGE, 9 * PAGE)
     assert made.audit().cannot_tell == []
@@ -137,6 +141,20 @@ def test_a_second_domains_copies_have_runs_of_another_length() -> None:
     assert FindingKind.UNMAP_OF_NOTHING not in kinds(clean)
 
 
+def test_copies_beside_each_other_are_of_one_domain() -> None:
+    made = Made().at(0, Attach, "t").at(0, Attributes, 0, 9 * PAGE, False)
+    for page in (0, 8, 4, 0, 4, 8, 8):
+        made.at(len(made.events) * 3, Map, "t", page * PAGE, (page + 1) * PAGE, key=page * PAGE)
+    for page, count in ((0, 2), (4, 2), (8, 3)):
+        one_less = made.also()
+        for number in range(count - 1):
+            one_less.at(100 + number * 3, Unmap, "t", page * PAGE, (page + 1) * PAGE, PAGE)
+        one_less.at(200, Attributes, 0, 9 * PAGE, True).at(500, VcpuEntry, "c")
+        assert (page, page + 1) in ranges(one_less.audit(), FindingKind.STALE)
+        one_less.events[-2:-2] = [Unmap(150 * MS, SOURCE, 0, "t", page * PAGE, (page + 1) * PAGE)]
+        assert (page, page + 1) not in ranges(one_less.audit(), FindingKind.STALE)
+
+
 @pytest.mark.parametrize("key", [None, 101 * PAGE])
 def test_other_memory_at_the_same_place_is_a_double_map(key: int | None) -> None:
     made = Made().at(0, Map, "t", 0, 8 * PAGE, key=100 * PAGE).at(5, Map, "t", 0, PAGE, key=key)
@@ -156,6 +174,8 @@ def test_the_mapping_that_a_short_unmap_left() -> None:
     assert short.mapped is not None
     assert short.mapped.line == 2
     assert ranges(result, FindingKind.STALE) == [(5, 8)]
+    odd = Made().at(0, Map, "t", 0, PAGE).at(1, Unmap, "t", 0, PAGE, 1).audit()
+    assert [f.start for f in only(odd, FindingKind.SHORT_UNMAP)] == [1]
     again = made.at(5, Unmap, "t", 5 * PAGE, 8 * PAGE, 3 * PAGE).audit()
     assert [f.open for f in only(again, FindingKind.STALE)] == [False]
 
@@ -167,7 +187,8 @@ def test_every_rule_has_a_call_that_unmaps_everything() -> None:
         assert len(only(result, FindingKind.INEXACT_UNMAP)) == expected
     for start, size in ((0, PAGE), (PAGE, PAGE), (3 * PAGE, PAGE)):
         made = Made().at(0, Map, "t", 0, 4 * PAGE).at(2, Unmap, "t", start, start + size)
-        assert FindingKind.BISECTING_UNMAP in kinds(made.audit(unmap="whole"))
+        (finding,) = only(made.audit(unmap="whole"), FindingKind.BISECTING_UNMAP)
+        assert (finding.start, finding.end) == (start, start + size)
         assert FindingKind.BISECTING_UNMAP in kinds(made.audit(unmap="exact"))
     made = Made().at(0, Layout, (), (), "whole").at(0, Map, "t", 0, 4 * PAGE)
     assert FindingKind.BISECTING_UNMAP in kinds(made.at(2, Unmap, "t", 0, PAGE).audit())
@@ -195,6 +216,9 @@ def test_why_nothing_was_judged() -> None:
 
     assert why(Made()) == ["no event was read"]
     assert why(Made().at(0, Attributes, 0, PAGE, True)) == ["no mappings are in this trace"]
+    block = Block("ram", 0, 4 * PAGE, 0, True)
+    made = Made().at(0, Layout, (block,)).at(1, StateChange, "ram", 0, PAGE, False)
+    assert why(made) == ["no mappings are in this trace"]
     assert why(Made().at(0, VcpuEntry, "v")) == ["no mappings are in this trace"]
     (reason,) = why(Made().at(0, Map, "t", 0, PAGE))
     assert reason.startswith("no page states are in this trace")
@@ -203,6 +227,13 @@ def test_why_nothing_was_judged() -> None:
     made = Made().at(0, StateChange, None, 0, PAGE, True).at(1, Map, "t", 0, PAGE)
     assert why(made) == ["the places of page states are not known (--layout)"]
     assert why(mapped_and_shared()) == []
+
+
+def names(*each: str) -> Names:
+    found = Names(5)
+    for name in each:
+        found.add(name)
+    return found
 
 
 def test_each_number_has_its_sentence() -> None:
@@ -232,12 +263,10 @@ def test_each_number_has_its_sentence() -> None:
         find_limits(Evidence(), [], timed=False)
     )
     lost = [f"f:{number}: lost" for number in range(7)]
-    assert about(lost=lost[:5]).count("events were lost") == 5
-    assert "more places" not in about(lost=lost[:5])
-    assert "and at 2 more places" in about(lost=lost)
-    assert about(emptied={"b", "a"}).index("a: everything") < about(emptied={"b", "a"}).index(
-        "b: e"
-    )
+    assert about(lost=names(*lost[:5])).count("events were lost") == 5
+    assert "more places" not in about(lost=names(*lost[:5], *lost[:5]))
+    assert "and so at 2 more places" in about(lost=names(*lost))
+    assert "a: everything" in about(emptied=names("b", "a"))
     assert why_not_judged(Evidence(events=1, maps=1), followed=True, left=True) == []
     assert why_not_judged(Evidence(events=1, viommu=True), followed=False, left=True) == []
     assert len(why_not_judged(Evidence(not_compared=True), followed=False, left=True)) == 2
@@ -248,7 +277,7 @@ def test_each_number_has_its_sentence() -> None:
 def test_states_that_have_no_place_are_counted() -> None:
     block = Block("ram", 0, 4 * PAGE, 2 * PAGE, True)
     made = Made().at(0, Layout, (block,)).at(1, StateChange, "other", 0, PAGE, True)
-    made.at(2, StateChange, "ram", 0, PAGE, True).at(3, Map, "t", 0, PAGE)
+    made.at(2, StateChange, "ram", 0, 2 * PAGE, True).at(3, Map, "t", 0, PAGE)
     made.at(4, StateChange, "ram", 2 * PAGE, 8 * PAGE, True).at(5, Map, "u", 0, 4 * PAGE)
     made.at(6, Discard, 0x1000, 0x2000, host=0x1000).at(7, Discard, 0x1000, 0x1000, host=0x1000)
     result = made.at(8, Discard, 0x1000, 0x2000, host=0x1000, done=False).audit()
@@ -268,6 +297,8 @@ def test_judged_bytes() -> None:
     assert made.audit().judged_bytes == 10 * PAGE
     made.at(3, Map, "u", 2 * PAGE, 3 * PAGE).at(4, Attributes, 0, 16 * PAGE, False)
     assert made.audit().judged_bytes == 19 * PAGE  # of the target that maps most
+    made.at(5, Map, "t", 0, 2 * PAGE)  # a double one
+    assert made.audit().judged_bytes == 19 * PAGE
 
 
 def test_instants_and_transitions_have_their_lengths() -> None:
@@ -404,3 +435,26 @@ def test_host_addresses_of_maps_place_a_discard() -> None:
     made.at(9, Discard, host, host + 4 * PAGE, host=host)
     found = ranges(made.at(500, VcpuEntry, "c").audit(), FindingKind.FREED)
     assert found == [(0, 1), (0, 2), (3, 4), (8, 9)]
+
+
+def test_a_target_that_goes_has_missed_what_it_did_not_map() -> None:
+    made = Made().at(0, Attach, "t").at(1, Attributes, 4 * PAGE, 8 * PAGE, False)
+    made.at(2, Map, "t", 4 * PAGE, 6 * PAGE).at(100, Detach, "t").at(200, Attach, "t")
+    result = made.at(500, Attributes, 0, 16 * PAGE, True).audit()
+    assert ranges(result, FindingKind.MISSING) == [(6, 8)]
+    assert FindingKind.DOUBLE_MAP not in kinds(made.at(600, Map, "t", 4 * PAGE, 6 * PAGE).audit())
+
+
+def test_events_of_nothing() -> None:
+    """Of no bytes, as broken traces have them: nothing happens, and nothing breaks."""
+    made = Made().at(0, Layout, (Block("ram", PAGE, PAGE, 0, True, 1 << 40),), ("t",))
+    made.at(1, Plug, 0, 0, True).at(1, Plug, 0, 0, False).at(1, Discard, 0, 0)
+    made.at(2, Attributes, 0, PAGE, False).at(3, Attributes, 9 * PAGE, PAGE, True)
+    made.at(4, Map, "t", PAGE, PAGE).at(5, Map, "t", PAGE, PAGE, done=False)
+    made.at(6, Unmap, "t", PAGE, PAGE, PAGE).at(7, StateChange, "ram", 0, PAGE, True)
+    made.at(8, Conversion, PAGE, PAGE, True).at(9, ConversionEnd, PAGE, PAGE, True)
+    result = made.at(500, Attributes, 0, PAGE, True).audit()
+    assert ranges(result, FindingKind.MISSING) == [(0, 1)]
+    assert len(result.findings) == 1
+    (target,) = result.targets
+    assert (target.maps, target.unmaps, target.mapped_bytes) == (0, 1, 0)

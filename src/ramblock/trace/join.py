@@ -83,7 +83,9 @@ class Joiner:
                     first is not None
                     and event.start == end
                     and 0 < size == event.end - end
-                    and (event.line == line or (not step and 0 < event.line - line <= _MOST_LINES))
+                    and (
+                        event.line == line or (count == 1 and 0 < event.line - line <= _MOST_LINES)
+                    )
                     and type(first) is kind
                     and _continues(first, event, time)
                 ):

@@ -124,7 +124,6 @@ class TargetState:
         self.failed: RangeMap[Origin] = RangeMap()
         self.maps = 0
         self.unmaps = 0
-        self.faults = 0
         #: Unmaps whose result the trace does not tell; those of them that named more or less than
         #: one mapping; the mappings that these covered.
         self.untold = 0
@@ -142,7 +141,7 @@ class TargetState:
             else:
                 entries += mapping is not before
             before = mapping
-        return TargetSummary(self.label, self.maps, self.unmaps, self.faults, mapped, entries)
+        return TargetSummary(self.label, self.maps, self.unmaps, mapped, entries)
 
     @property
     def has_refused(self) -> bool:
@@ -165,7 +164,7 @@ class TargetState:
             if not copy.some(start, end, 1):
                 copy.set(start, end, mapping)
                 return True
-        followed = _MOST_COPIES if mapping.key is not None else self.members - 1
+        followed = _MOST_COPIES if mapping.key is not None else min(self.members - 1, _MOST_COPIES)
         if len(self.copies) >= followed:
             return False
         self.copies.append(RangeMap())
@@ -184,8 +183,6 @@ class TargetState:
     def remove(self, start: int, end: int) -> None:
         """Unmap a range of what no copy maps."""
         self.mappings.set(start, end, None)
-        if self.freed:
-            self.freed.set(start, end, None)
         if self._quiet is not None:
             self._quiet.set(start, end, None)
             self.refused.set(start, end, None)
@@ -212,9 +209,9 @@ def bisects(mappings: RangeMap[Mapping], start: int, end: int) -> bool:
     return (first is not None and first.cuts(start)) or (last is not None and last.cuts(end))
 
 
-def is_exact(mappings: RangeMap[Mapping], start: int, end: int, size: int | None = None) -> bool:
-    """Whether a range is one whole mapping; or, in steps of *size*, each of them is."""
+def is_exact(mappings: RangeMap[Mapping], start: int, end: int, size: int) -> bool:
+    """Whether a range is mapped by calls of so many bytes each, and no more than it."""
     pieces = mappings.some(start, end, 2)
     if len(pieces) != 1 or pieces[0][:2] != (start, end):
         return False
-    return pieces[0][2].is_exactly(start, end, size or end - start)
+    return pieces[0][2].is_exactly(start, end, size)

@@ -64,7 +64,6 @@ class RangeMap(Generic[V]):
         self._covered[index] = None
         if index + 1 < len(firsts) and end > firsts[index + 1]:
             self._cut_front(bisect_right(firsts, end) - 1, end, index)
-            end = firsts[index + 1]
         low = bisect_left(starts, start)
         high = bisect_left(starts, end, low)
         is_new = low == 0 or values[low - 1] is not value

@@ -67,7 +67,6 @@ class TargetSummary(msgspec.Struct):
     name: str
     maps: int
     unmaps: int
-    faults: int
     mapped_bytes: int
     """At the end of the trace, or before it was detached."""
     entries: int
