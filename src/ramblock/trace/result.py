@@ -153,9 +153,9 @@ class FindingLog:
     def worst(self) -> list[Finding]:
         """Return those that were kept, worst first."""
         findings: list[Finding] = []
-        for kind, kept in self._kept.items():
+        for kind, kept in sorted(self._kept.items(), key=lambda item: _ORDER[item[0]]):
             kept.sort(key=rank)
             del kept[KEPT_OF_A_KIND:]
             self.counts[kind].kept = len(kept)
             findings += kept
-        return sorted(findings, key=rank)
+        return findings
