@@ -47,7 +47,7 @@ from ramblock.trace.join import MapRun, UnmapRun, calls_of
 from ramblock.trace.judge import Judge
 from ramblock.trace.mappings import Mapping, Reason, TargetState, bisects, is_exact
 from ramblock.trace.places import Places
-from ramblock.trace.ranges import RangeMap
+from ramblock.trace.ranges import Many, RangeMap
 
 __all__ = ["GuestAudit"]
 
@@ -425,8 +425,12 @@ class GuestAudit:
         """Note that a target maps one range behind the other."""
         self._end_of_run(event)
         target = self.target(event.target)
-        there = target.mappings.single(event.start, event.end)
-        if there is None or (isinstance(there, Mapping) and not target.copies):
+        start, end = event.start, event.end
+        there = target.mappings.single(start, end)
+        if there is None or (
+            isinstance(there, Mapping)
+            and all(copy.single(start, end) is not Many.MANY for copy in target.copies)
+        ):
             self.map(event, event.count)
             return
         for call in calls_of(event):
@@ -437,8 +441,17 @@ class GuestAudit:
         """Note that a target unmaps one range behind the other."""
         self._end_of_run(event)
         start, end = event.start, event.end
-        mappings = self.target(event.target).kept_in(start, end)
-        if mappings is not None and is_exact(mappings, start, end, (end - start) // event.count):
+        target = self.target(event.target)
+        mappings = target.kept_in(start, end)
+        if mappings is not None and (
+            is_exact(mappings, start, end, (end - start) // event.count)
+            # Neither a rule nor an unmap that is not told has to do with each mapping.
+            or (
+                target.rule is None
+                and event.unmapped is not None
+                and mappings.covered(start, end) == end - start
+            )
+        ):
             self.unmap(event, event.count)
             return
         for call in calls_of(event):
