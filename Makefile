@@ -53,7 +53,8 @@ endif
 
 # The core, scenarios and what is drawn: whatever a dependency does for us.
 LOWEST_TESTS = tests/test_bitmap.py tests/test_attributes.py tests/test_guest_memory.py tests/test_differential.py \
-	tests/test_stateful.py tests/test_run.py tests/check/test_command.py tests/plan/test_command.py
+	tests/test_stateful.py tests/test_run.py tests/check/test_command.py tests/plan/test_command.py \
+	tests/cli/test_hostile_text.py tests/cli/test_terminal.py tests/test_quoted_output.py
 
 .PHONY: test-lowest
 test-lowest: $(VENV)/.made ## Run the core's tests with the lowest version of each runtime dependency

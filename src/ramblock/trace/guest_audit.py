@@ -47,7 +47,7 @@ from ramblock.trace.join import MapRun, UnmapRun, calls_of
 from ramblock.trace.judge import Judge
 from ramblock.trace.mappings import Mapping, Reason, TargetState, bisects, is_exact
 from ramblock.trace.places import Places
-from ramblock.trace.ranges import RangeMap
+from ramblock.trace.ranges import Many, RangeMap
 
 __all__ = ["GuestAudit"]
 
@@ -88,10 +88,9 @@ class GuestAudit:
         self._private: RangeMap[Reason] = RangeMap()
         self._shared: RangeMap[Reason] = RangeMap()
         self._unplugged: RangeMap[Reason] = RangeMap()
-        self._bad = (
-            (FindingKind.STALE, self._private),
-            (FindingKind.UNPLUGGED, self._unplugged),
-        )
+        #: Reasons against mappings, of all targets; *unplugged* from its first on.
+        self._bad: tuple[tuple[FindingKind, RangeMap[Reason]], ...]
+        self._bad = ((FindingKind.STALE, self._private),)
         self._plugged: RangeMap[Reason] = RangeMap()
         #: Blocks of virtio-mem: nothing there is expected to be mapped that is not plugged.
         self._pluggable: RangeMap[bool] = RangeMap()
@@ -269,11 +268,20 @@ class GuestAudit:
             return
         reason = self._judge.reason(event, conversion)
         self._count_judged(start, end)
-        if self._private.single(start, end) is None and self._shared.single(start, end) is None:
-            self._private.set(start, end, reason)
-            return
-        for low, high in self._private.gaps(start, end):
-            for piece_start, piece_end, before in self._shared.pieces(low, high):
+        shared: Reason | Many | None = Many.MANY
+        gaps = self._private.gaps(start, end)
+        if gaps == [(start, end)]:  # all of it is in one state, most of the time
+            shared = self._shared.single(start, end)
+            if shared is None:
+                self._private.set(start, end, reason)
+                return
+        for low, high in gaps:
+            pieces = (
+                [(low, high, shared)]
+                if isinstance(shared, Reason)
+                else self._shared.pieces(low, high)
+            )
+            for piece_start, piece_end, before in pieces:
                 for target in self._compared:
                     self._no_longer_missing(target, piece_start, piece_end, before, event)
                     if target.gone:
@@ -296,9 +304,14 @@ class GuestAudit:
         self._count_judged(start, end)
 
     def _count_judged(self, start: int, end: int) -> None:
-        self._evidence.judged_bytes += max(
-            (target.mappings.covered(start, end) for target in self._compared), default=0
-        )
+        most = 0
+        for target in self._compared:
+            covered = target.mappings.covered(start, end)
+            if covered > most:
+                most = covered
+                if most == end - start:
+                    break
+        self._evidence.judged_bytes += most
 
     # -- virtio-mem, and memory that is given back
 
@@ -347,6 +360,8 @@ class GuestAudit:
         self._plugged.set(start, end, None)
         if self._has_regions and not self._maps_are_told:
             self._follow(event, start, end, shared=False)
+        if len(self._bad) == 1:
+            self._bad = (*self._bad, (FindingKind.UNPLUGGED, self._unplugged))
         for gap_start, gap_end in self._unplugged.gaps(start, end):
             self._unplugged.set(gap_start, gap_end, reason)
 
@@ -372,8 +387,7 @@ class GuestAudit:
                 note = "given back to the host before it was unmapped"
                 reason = self._judge.reason(event, conversion, note)
                 for target in self._compared:
-                    for low, high in target.freed.gaps(start, end):
-                        target.freed.set(low, high, reason)
+                    target.free(start, end, reason)
             elif conversion is not None and conversion.asked:
                 self.conversions.end_unless_told(conversion)  # the last step of a VMM
 
@@ -425,8 +439,12 @@ class GuestAudit:
         """Note that a target maps one range behind the other."""
         self._end_of_run(event)
         target = self.target(event.target)
-        there = target.mappings.single(event.start, event.end)
-        if there is None or (isinstance(there, Mapping) and not target.copies):
+        start, end = event.start, event.end
+        there = target.mappings.single(start, end)
+        if there is None or (
+            isinstance(there, Mapping)
+            and all(copy.single(start, end) is not Many.MANY for copy in target.copies)
+        ):
             self.map(event, event.count)
             return
         for call in calls_of(event):
@@ -437,8 +455,17 @@ class GuestAudit:
         """Note that a target unmaps one range behind the other."""
         self._end_of_run(event)
         start, end = event.start, event.end
-        mappings = self.target(event.target).kept_in(start, end)
-        if mappings is not None and is_exact(mappings, start, end, (end - start) // event.count):
+        target = self.target(event.target)
+        mappings = target.kept_in(start, end)
+        if mappings is not None and (
+            is_exact(mappings, start, end, (end - start) // event.count)
+            # Neither a rule nor an unmap that is not told has to do with each mapping.
+            or (
+                target.rule is None
+                and event.unmapped is not None
+                and mappings.covered(start, end) == end - start
+            )
+        ):
             self.unmap(event, event.count)
             return
         for call in calls_of(event):
@@ -751,7 +778,7 @@ class GuestAudit:
         if target.has_refused:
             for low, high, reason in target.refused.pieces(start, end):
                 self._judge_refused(target, low, high, reason, mapping, event)
-        for kind, reasons in (*self._bad, (FindingKind.FREED, target.freed)):
+        for kind, reasons in self._against(target):
             only = reasons.single(start, end)
             if only is None:
                 continue
@@ -765,6 +792,12 @@ class GuestAudit:
                 low = pieces[_MOST][0]
                 rest = reasons.covered(low, end)
                 self._judge.window(kind, target, low, end, pieces[_MOST][2], mapping, event, rest)
+
+    def _against(self, target: TargetState) -> tuple[tuple[FindingKind, RangeMap[Reason]], ...]:
+        """Return the reasons why a target must not map pages, of those that there ever were."""
+        if target.has_freed:
+            return (*self._bad, (FindingKind.FREED, target.freed))
+        return self._bad
 
     def _judge_refused(
         self,
@@ -814,7 +847,19 @@ class GuestAudit:
     ) -> None:
         """Judge what a target did not map of a shared range, which now it does or need not."""
         expected_from = target.expected_from
-        if expected_from is None or target.mappings.covered(start, end) == end - start:
+        if expected_from is None:
+            return
+        mapped = target.mappings.single(start, end)
+        if isinstance(mapped, Mapping) or start >= end:
+            return
+        if mapped is None and not self._pluggable:
+            gone = target.gone.single(start, end)
+            if gone is not Many.MANY:  # one window, most of the time
+                why = reason if gone is None else _later(gone, reason)
+                if why.born >= expected_from:
+                    self._judge.window(FindingKind.MISSING, target, start, end, why, None, event)
+                return
+        elif target.mappings.covered(start, end) == end - start:
             return
         gaps = target.mappings.gaps(start, end, _MOST)
         parts = (
@@ -856,7 +901,7 @@ class GuestAudit:
         self._forget_undecided()
         self.conversions.end_all_quiet(judge.now if judge.timed else None)
         for target in self._compared:
-            for kind, reasons in (*self._bad, (FindingKind.FREED, target.freed)):
+            for kind, reasons in self._against(target):
                 for start, end, reason in reasons.items():
                     self._judge_mapped(kind, target, start, end, reason, None)
             for start, end, reason in target.refused.items():

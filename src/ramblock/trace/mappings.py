@@ -117,6 +117,8 @@ class TargetState:
         self._quiet: RangeMap[Mapping] | None = None
         #: Given back to the host since it was mapped; where nothing is mapped it means nothing.
         self.freed: RangeMap[Reason] = RangeMap()
+        #: Whether there was ever any of it.
+        self.has_freed = False
         #: Unmapped while it was shared.
         self.gone: RangeMap[Reason] = RangeMap()
         #: Where a map failed. A VMM that goes on all the same unmaps there later, and that is no
@@ -153,7 +155,7 @@ class TargetState:
     def add(self, mapping: Mapping, start: int, end: int) -> None:
         """Map a part of what a call mapped, in which nothing was mapped."""
         self.mappings.set(start, end, mapping)
-        if self.freed:
+        if self.has_freed:
             self.freed.set(start, end, None)  # this is other memory
         if self._quiet is not None:
             self._quiet.set(start, end, mapping)
@@ -170,6 +172,12 @@ class TargetState:
         self.copies.append(RangeMap())
         self.copies[-1].set(start, end, mapping)
         return True
+
+    def free(self, start: int, end: int, reason: Reason) -> None:
+        """Note that memory was given back to the host, which may be mapped here."""
+        self.has_freed = True
+        for low, high in self.freed.gaps(start, end):
+            self.freed.set(low, high, reason)
 
     # -- unmapping
 

@@ -127,12 +127,10 @@ class RangeMap(Generic[V]):
         index = bisect_right(firsts, start) - 1
         starts, values = self._blocks[index]
         at = bisect_right(starts, start)
-        if at < len(starts):
+        try:  # costs nothing where it holds, and most of the time it does
             border = starts[at]
-        elif index + 1 < len(firsts):
-            border = firsts[index + 1]
-        else:
-            border = end
+        except IndexError:
+            border = firsts[index + 1] if index + 1 < len(firsts) else end
         return values[at - 1] if end <= border else Many.MANY
 
     def pieces(self, start: int, end: int) -> list[tuple[int, int, V]]:
