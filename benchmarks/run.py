@@ -15,6 +15,7 @@ from types import ModuleType
 
 from cases import (
     against,
+    against_check,
     attach,
     check,
     checkerboard,
@@ -103,7 +104,15 @@ def _rows(arguments: argparse.Namespace, folder: Path) -> list[Row]:
     if arguments.against is not None:
         if not (arguments.against / "ramblock").is_dir():
             raise FileNotFoundError(f"{arguments.against} has no package ramblock in it")
-        return list(against.run(Context(arguments.quick, folder, ()), arguments.against))
+        context = Context(arguments.quick, folder, ())
+        compared = {"convert": against, "check": against_check}
+        wanted = arguments.case or list(compared)
+        return [
+            row
+            for name, case in compared.items()
+            if name in wanted
+            for row in case.run(context, arguments.against)
+        ]
     baselines = build(_BUILD)
     context = Context(arguments.quick, folder, baselines)
     _agree(context, baselines)
@@ -115,15 +124,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="run.py", description="Measure ramblock beside the published algorithm, in one run."
     )
     parser.add_argument("--quick", action="store_true", help="few rounds, about a minute")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
+    parser.add_argument(
         "--case", action="append", choices=list(CASES), help="only this; may be given several times"
     )
-    which.add_argument(
+    parser.add_argument(
         "--against",
         type=Path,
         metavar="SRC",
-        help="compare conversions with the version whose package lies in SRC; in turn",
+        help="compare with the version whose package lies in SRC, in turn: convert and check",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything for machines")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the short table")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import difflib
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 
 mutation: Any = pytest.importorskip("tools.mutation", reason="the tools are not there")
 mutants: Any = pytest.importorskip("tools.mutants", reason="the tools are not there")
+mechanical: Any = pytest.importorskip("tools.mechanical", reason="the tools are not there")
 
 SOURCE = '''
 TABLE = (
@@ -338,3 +341,67 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert mutants.main(["--list", "fits"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in told] == ["code:fits", "code:LIMIT"]
+
+
+# -- mechanical mutants
+
+FUNCTION = """
+class Table:
+    def find(self, low, high):
+        # A comment.
+        if low < high and self.rows:
+            self.note(low, high)
+            return max(low + 1, high)
+        return None
+"""
+
+FOUND = {
+    "if low < high and self.rows: ... -> if not (low < high and self.rows): ...",
+    "if low < high and self.rows: ... -> pass",
+    "low < high and self.rows -> self.rows",
+    "low < high and self.rows -> low < high",
+    "low < high -> low <= high",
+    "self.note(low, high) -> pass",
+    "self.note(low, high) -> self.note(high, low)",
+    "return max(low + 1, high) -> return None",
+    "max(low + 1, high) -> min(low + 1, high)",
+    "low + 1 -> low - 1",
+    "1 -> 2",
+}
+
+
+def test_what_the_operators_make_of_a_function() -> None:
+    found = mechanical.mutants_of("module", FUNCTION)
+    assert {each.where for each in found} == {"module:Table.find"}
+    assert {each.change for each in found} == FOUND
+    assert len(found) == len(FOUND)
+
+
+@pytest.mark.parametrize("part", mechanical.PARTS)
+def test_each_equivalent_mutant_and_each_test_is_there(part: str) -> None:
+    if not (mechanical.ROOT / "src").is_dir():
+        pytest.skip("the source is not there")
+    chosen = mechanical.PARTS[part]
+    every, _ = mechanical.all_of(chosen._replace(equivalent={}))
+    assert chosen.equivalent.keys() <= {each.name for each in every}
+    assert all((mechanical.ROOT / test.partition("::")[0]).is_file() for test in chosen.tests)
+    assert len(every) == len({each.name for each in every})
+
+
+def _tell(*arguments: str) -> str:
+    """Run the tool in a process of its own, in which pytest does not run yet."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.mechanical", *arguments],
+        cwd=mechanical.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return f"{done.stdout}{done.returncode}"
+
+
+@pytest.mark.slow
+def test_a_mechanical_mutant_is_killed_by_its_tests() -> None:
+    told = _tell("audit", "Lengths.add", "--sample", "4")
+    assert "4 of" in told
+    assert told.endswith("0")

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Break the core on purpose, one step at a time, and see that the tests notice.
+Break the core, or the audit of traces, one step at a time, and see that the tests notice.
 
     python -m tools.mutants [--jobs N] [--timeout SECONDS] [--list] [NAME ...]
 
 Each mutant is one change in a copy of ``src/``; the tests named beside it run against the copy,
 after they have passed against the code as it is. A NAME chooses the mutants whose name contains it.
 Exit code 1 if one survives, or if the place that one changes is not there exactly once any more:
-then the list (tools/mutants_of_the_core.py) has to follow the code.
+then the list (tools/mutants_of_the_core.py, tools/mutants_of_check.py) has to follow the code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.mutants_of_the_core import MUTANTS
+from tools.mutants_of_check import MUTANTS as MUTANTS_OF_CHECK
+from tools.mutants_of_the_core import MUTANTS as MUTANTS_OF_THE_CORE
 from tools.mutation import (
     MovedError,
     Mutant,
@@ -33,6 +34,7 @@ from tools.mutation import (
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "ramblock"
+MUTANTS: list[Mutant] = [*MUTANTS_OF_THE_CORE, *MUTANTS_OF_CHECK]
 
 
 def _print_line(verdict: str, seconds: str, name: str, by: str) -> None:
@@ -42,7 +44,7 @@ def _print_line(verdict: str, seconds: str, name: str, by: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the mutants that the command line chooses; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.mutants", description="Break the core, and see that the tests notice."
+        prog="python -m tools.mutants", description="Break the code, and see that the tests notice."
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="mutants whose name contains it")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)

@@ -20,7 +20,7 @@ from ramblock.trace.events import Source
 from ramblock.trace.readers.base import TraceReader
 from ramblock.trace.readers.registry import make_reader
 
-__all__ = ["CASE", "qemu_text", "run"]
+__all__ = ["CASE", "qemu_text", "run", "small_conversions"]
 
 CASE = "check: read and audit a trace"
 
@@ -41,6 +41,12 @@ def run(context: Context) -> Iterator[Row]:
     for name, (format_name, block) in _FORMATS.items():
         reader = make_reader(format_name, Source("made", format_name))
         yield _measure(context, name, reader, block, wanted)
+
+
+def small_conversions(blocks: int) -> Iterator[tuple[str, bytes]]:
+    """Yield each format's name, and a trace of so many blocks."""
+    for name, (_, block) in _FORMATS.items():
+        yield name, _HEADS.get(name, b"") + b"".join(map(block, range(blocks)))
 
 
 def _measure(

@@ -9,6 +9,7 @@ from ramblock.trace.events import (
     Attributes,
     Block,
     Conversion,
+    Discard,
     Layout,
     Map,
     Plug,
@@ -98,8 +99,15 @@ def test_logs_of_two_programs_are_two_guests() -> None:
     result = made.at(100, Unmap, "t", 0, 2 * PAGE, 2 * PAGE).audit()
     (finding,) = only(result, FindingKind.STALE)
     assert (finding.start, finding.end, finding.target) == (0, 2 * PAGE, "t of b.log")
-    assert (FindingKind.DOUBLE_MAP, FindingKind.MISSING) not in kinds(result)
+    assert not {FindingKind.DOUBLE_MAP, FindingKind.MISSING} & set(kinds(result))
     assert [target.mapped_bytes for target in result.targets] == [3 * PAGE, 2 * PAGE]
+
+
+def test_one_place_that_is_taken_is_enough() -> None:
+    made = _log_of(Made(), LOG_A, 0, GIB)
+    made.of(LOG_B).at(5, Layout, (slot(64 * PAGE, 65 * PAGE, 3), slot(0, PAGE, 4, host=5 * GIB)))
+    result = made.at(6, Map, "u", 0, PAGE).audit()
+    assert [target.name for target in result.targets] == ["t", "u of b.log"]
 
 
 def test_a_program_that_starts_beside_another_is_a_second_guest() -> None:
@@ -107,6 +115,24 @@ def test_a_program_that_starts_beside_another_is_a_second_guest() -> None:
     made.at(6, Attributes, 0, 4 * PAGE, False).at(60, Map, "u", 0, PAGE)
     result = made.audit()
     assert [target.name for target in result.targets] == ["t", "u of b.log"]
+
+
+def test_where_no_places_are_known_a_reset_is_of_the_guest_that_there_is() -> None:
+    made = Made(source=LOG_A).at(0, Attributes, 0, 4 * PAGE, False).at(1, Map, "t", 0, 4 * PAGE)
+    made.of(LOG_B).at(50, Reset).at(500, VcpuEntry, "c")
+    assert stale(made) == [(0, 4)]
+
+
+def test_a_log_that_joined_a_guest_stays_with_it() -> None:
+    made = Made().of(LOG_B).at(0, Attributes, 0, 4 * PAGE, False)
+    made = _log_of(made, LOG_A, 1, GIB).of(LOG_B).at(50, Reset)
+    assert stale(made.at(500, VcpuEntry, "c")) == [(0, 4)]
+
+
+def test_a_virtual_iommu_that_comes_later_ends_all_windows() -> None:
+    made = Made().at(0, Attributes, 0, 4 * PAGE, False).at(1, Map, "t", 0, 4 * PAGE)
+    made.at(2, Discard, 0, PAGE).at(3, Attributes, PAGE, 2 * PAGE, True)
+    assert made.at(4, Viommu).at(500, VcpuEntry, "c").audit().findings == []
 
 
 def test_logs_by_thread_of_one_program_are_one_guest() -> None:
@@ -124,6 +150,13 @@ def test_a_place_that_is_gone_is_taken_by_nobody() -> None:
     made = _log_of(Made(), LOG_A, 0, GIB)
     made.at(5, Layout, (slot(0, 4 * PAGE, 7, host=GIB),), removed=True)
     made.of(LOG_B).at(10, Layout, (slot(0, 4 * PAGE, 9, host=3 * GIB),))
+    result = made.at(11, Map, "u", 0, PAGE).audit()
+    assert [target.name for target in result.targets] == ["t", "u"]
+
+
+def test_a_place_that_goes_is_of_nobody_else() -> None:
+    made = _log_of(Made(), LOG_A, 0, GIB).of(LOG_B)
+    made.at(10, Layout, (slot(0, 4 * PAGE, 9, host=3 * GIB),), removed=True)
     result = made.at(11, Map, "u", 0, PAGE).audit()
     assert [target.name for target in result.targets] == ["t", "u"]
 
@@ -148,8 +181,10 @@ def test_places_that_the_user_tells_are_every_guests() -> None:
     made = Made()
     for source in (ONE, TWO):
         made.of(source).at(0, StateChange, "ram", 0, PAGE, True).at(1, Map, "t", 4 * PAGE, 5 * PAGE)
+    made.of(ONE).at(2, Attach, "u").of(LOG_A).at(3, Reset)  # a log that names no process
     audit.feed(made.events)
-    assert len(only(audit.finish(), FindingKind.STALE)) == 2
+    result = audit.finish()
+    assert len(only(result, FindingKind.STALE)) == 2
 
 
 # -- slots and resets
@@ -193,6 +228,11 @@ def test_state_changes_are_offsets_in_a_guest_memfd() -> None:
     made.at(50, StateChange, None, 7 * PAGE, 9 * PAGE, True)
     made.at(500, Unmap, "t", 6 * PAGE, 8 * PAGE).at(501, Unmap, "t", 100 * PAGE, 102 * PAGE)
     assert stale(made) == [(7, 8), (100, 101)]
+    # It lies where all of it fits.
+    blocks = slot(0, 4 * PAGE, 7), slot(100 * PAGE, 108 * PAGE, 8)
+    made = Made().at(0, Layout, blocks).at(1, Map, "t", 100 * PAGE, 108 * PAGE)
+    made.at(2, StateChange, None, 2 * PAGE, 6 * PAGE, False).at(50, Map, "u", 0, 4 * PAGE)
+    assert set(stale(made)) == {(0, 4), (100, 102), (102, 106), (106, 108)}
     # A slot that is gone is no place.
     made = Made().at(0, Layout, (low, high)).at(1, Layout, (high,), removed=True)
     made.at(2, Map, "t", 0, PAGE).at(3, StateChange, None, 7 * PAGE, 9 * PAGE, False)
@@ -266,6 +306,7 @@ def test_a_reset_ends_conversions() -> None:
 
 def test_with_a_virtual_iommu_nothing_is_compared() -> None:
     made = Made().at(0, Attributes, 0, 4 * PAGE, True).at(1, Viommu).at(2, Map, "t", 0, PAGE)
+    made.at(2, Attach, "u").at(2, Attributes, 20 * PAGE, 21 * PAGE, False)
     made.at(3, Attributes, 8 * PAGE, 9 * PAGE, True).at(4, Map, "t", 8 * PAGE, 9 * PAGE)
     made.at(5, Layout, (slot(0, 4 * PAGE, 7),)).at(6, Plug, 0, 4 * PAGE, False).at(7, Reset)
     result = made.at(500, Unmap, "t", 0, PAGE, PAGE).audit()
@@ -304,21 +345,24 @@ def test_a_region_that_goes_and_was_not_seen_is_no_unmap() -> None:
 def test_maps_that_are_told_count_alone() -> None:
     made = Made().at(0, Region, 0, 4 * PAGE, True).at(1, Map, "t", 8 * PAGE, 9 * PAGE)
     made.at(2, Attributes, 0, 4 * PAGE, True).at(3, Region, 0, 4 * PAGE, True)
+    made.at(4, Map, "u", 8 * PAGE, 9 * PAGE)
     result = made.at(500, Attributes, 0, PAGE, False).audit()
     assert FindingKind.STALE not in kinds(result)
-    assert [target.name for target in result.targets] == ["t"]
+    assert [target.name for target in result.targets] == ["t", "u"]
 
 
 def test_pages_that_are_plugged_follow_their_states_too() -> None:
-    block = Block("mem", 0, 16 * PAGE, 0, True)
+    block = Block("mem", PAGE, 16 * PAGE, 0, True)
     made = Made().at(0, Layout, (block,)).at(1, Region, 32 * PAGE, 33 * PAGE, True)
-    made.at(2, PlugRequest, 0, 4 * PAGE, True).at(2, StateChange, "mem", 0, 8 * PAGE, False)
-    made.at(3, Plug, 0, 4 * PAGE, True)
+    made.at(2, PlugRequest, PAGE, 5 * PAGE, True).at(2, StateChange, "mem", 0, 8 * PAGE, False)
+    made.at(3, Plug, PAGE, 5 * PAGE, True)
     plugged = made.audit()
     assert [t.mapped_bytes for t in plugged.targets] == [5 * PAGE]
     assert plugged.failures() == 0
-    unplugged = made.at(100, PlugRequest, 0, 2 * PAGE, False).at(101, Plug, 0, 2 * PAGE, False)
-    assert [t.mapped_bytes for t in unplugged.at(200, Viommu).audit().targets] == [3 * PAGE]
+    made.at(50, StateChange, "mem", 0, PAGE, True).at(60, StateChange, "mem", 0, 2 * PAGE, False)
+    assert [t.mapped_bytes for t in made.audit().targets] == [5 * PAGE]
+    made.at(100, PlugRequest, PAGE, 3 * PAGE, False).at(101, Plug, PAGE, 3 * PAGE, False)
+    assert [t.mapped_bytes for t in made.audit().targets] == [3 * PAGE]
     assert made.at(300, Attributes, 60 * PAGE, 61 * PAGE, False).audit().failures() == 0
 
 

@@ -43,6 +43,8 @@ def check(values: RangeMap[str], model: dict[int, str], most_runs: int) -> None:
     for (_, end, value), (start, _, following) in itertools.pairwise(pieces):
         assert end < start or (end == start and value is not following)  # maximal
     assert all(values.get(address) == model.get(address) for address in range(END + 3))
+    assert all(start < end for start, end in values.gaps(0, END + 3))
+    assert all(start < end for start, end, _ in pieces)
     gaps = {a for start, end in values.gaps(0, END + 3) for a in range(start, end)}
     assert gaps == set(range(END + 3)) - model.keys()
     for (_, end), (start, _) in itertools.pairwise(values.gaps(0, END + 3)):
@@ -51,6 +53,10 @@ def check(values: RangeMap[str], model: dict[int, str], most_runs: int) -> None:
         inside = [address for address in model if start <= address < end]
         assert values.covered(start, end) == len(inside)
         assert values.last(start, end) == (max(inside) + 1 if inside else start)
+        assert values.gaps(start, start) == []
+        assert values.pieces(end, start) == []
+        assert values.pieces(start, start) == []
+        assert values.covered(end, start) == values.covered(start, start) == 0
         some = values.some(start, end, 2)
         assert len(some) >= min(2, len(values.pieces(start, end)))
         assert [a for first, last, _ in some for a in range(first, last)] == sorted(inside)[
@@ -92,3 +98,20 @@ def test_the_size_of_a_range_costs_nothing() -> None:
     ]
     values.set(0, 1 << 64, None)
     assert not values
+
+
+def test_what_was_cleared_is_as_new() -> None:
+    values: RangeMap[str] = RangeMap()
+    for address in range(0, 20_000, 2):
+        values.set(address, address + 1, "a")
+    assert values.covered(0, END) == END // 2
+    assert values.covered(0, 1 << 64) == 10_000
+    values.clear()
+    assert not values
+    assert values.covered(0, 1 << 64) == 0
+    values.set(3, 5, "b")
+    assert values.gaps(0, 9) == [(0, 3), (5, 9)]
+    assert values.covered(0, 1 << 64) == 2
+    for address in range(10, 20_000, 2):
+        values.set(address, address + 1, "a")
+    assert values.covered(0, 1 << 64) == 2 + 9_995

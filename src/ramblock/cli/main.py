@@ -18,7 +18,7 @@ from ramblock.cli import (
     probe_options,
     run_options,
 )
-from ramblock.cli.terminal import ClosedPipe, Terminal, out, print_error
+from ramblock.cli.terminal import Terminal, out, print_error
 from ramblock.errors import RamblockError, TraceError, UsageError
 from ramblock.text import printable
 
@@ -58,7 +58,7 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib import metadata
 
-        out().line(f"ramblock {metadata.version('ramblock')}")
+        out().verbatim(f"ramblock {metadata.version('ramblock')}")
         parser.exit()
 
 
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_USAGE)
     except TraceError as error:
         return _fail(error, EXIT_UNREADABLE)
-    except (ClosedPipe, BrokenPipeError):
+    except BrokenPipeError:
         return _give_up_stdout()
     except (RamblockError, OSError, MemoryError) as error:
         return _fail(error, EXIT_FAILED)
@@ -123,7 +123,7 @@ def _log_to_stderr(level: str) -> None:
 def _fail(error: BaseException | str, code: int) -> int:
     try:
         print_error(error)
-    except ClosedPipe:
+    except BrokenPipeError:
         return _give_up_stdout()
     return code
 

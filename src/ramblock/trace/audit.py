@@ -114,10 +114,10 @@ class Audit:
 
     def _take(self, events: Iterable[Event]) -> None:
         judge, of_source = self._judge, self._of_source
-        evidence = judge.evidence
+        number = before = judge.number
         for event in events:
-            judge.number += 1
-            evidence.events += 1
+            number += 1
+            judge.number = number
             time = event.time
             known = of_source.get(event.source)
             if known is None or (type(event) is Layout and self._is_another(event, known[0])):
@@ -134,6 +134,7 @@ class Audit:
                     self._began, judge.timed = time, True
                 guest.conversions.expire(judge.now)
             handlers[type(event)](event)
+        judge.evidence.events += number - before
 
     def _is_another(self, event: Event, guest: GuestAudit) -> bool:
         """Whether an event of a source without a process is of another guest than this one."""

@@ -167,8 +167,9 @@ class Conversions:
 
     def expire(self, time: int) -> None:
         """Let those end that have been quiet for too long."""
-        self._expire(self._quiet, time, self.grace)
-        if self._told:
+        if self._quiet and self._quiet[0][0] < time - self.grace:
+            self._expire(self._quiet, time, self.grace)
+        if self._told and self._told[0][0] < time - self.grace * _PATIENCE:
             self._expire(self._told, time, self.grace * _PATIENCE)
 
     def _expire(self, queue: deque[tuple[int, ActiveConversion]], time: int, grace: int) -> None:

@@ -43,18 +43,18 @@ from ramblock.trace.events import (
     Viommu,
 )
 from ramblock.trace.findings import FindingKind
-from ramblock.trace.join import MapRun, UnmapRun
+from ramblock.trace.join import MapRun, UnmapRun, calls_of
 from ramblock.trace.judge import Judge
 from ramblock.trace.mappings import Mapping, Reason, TargetState, bisects, is_exact
 from ramblock.trace.places import Places
-from ramblock.trace.ranges import RangeMap
+from ramblock.trace.ranges import Many, RangeMap
 
 __all__ = ["GuestAudit"]
 
 #: Windows that one event closes in one target and run, judged one by one; the rest is one finding.
 #: So an event has a bounded price, whatever it is about.
 _MOST = 256
-#: Targets of a guest at one time that are compared with its pages.
+#: Targets of a guest at one time that are followed.
 _MOST_TARGETS = 64
 #: Runs that are looked at to know of which kind all of them are.
 _FEW = 8
@@ -77,6 +77,8 @@ class GuestAudit:
         self.conversions = Conversions(grace)
         self.targets: dict[str, TargetState] = {}
         self._compared: list[TargetState] = []
+        #: Stands for the targets beyond those that are followed; nothing is kept of it.
+        self._others = TargetState("others", unmap_rule, 0, complete=False)
         #: Whether the trace has mappings of it, and page states.
         self.maps = self.states = False
         self._judge = judge
@@ -86,10 +88,9 @@ class GuestAudit:
         self._private: RangeMap[Reason] = RangeMap()
         self._shared: RangeMap[Reason] = RangeMap()
         self._unplugged: RangeMap[Reason] = RangeMap()
-        self._bad = (
-            (FindingKind.STALE, self._private),
-            (FindingKind.UNPLUGGED, self._unplugged),
-        )
+        #: Reasons against mappings, of all targets; *unplugged* from its first on.
+        self._bad: tuple[tuple[FindingKind, RangeMap[Reason]], ...]
+        self._bad = ((FindingKind.STALE, self._private),)
         self._plugged: RangeMap[Reason] = RangeMap()
         #: Blocks of virtio-mem: nothing there is expected to be mapped that is not plugged.
         self._pluggable: RangeMap[bool] = RangeMap()
@@ -267,11 +268,20 @@ class GuestAudit:
             return
         reason = self._judge.reason(event, conversion)
         self._count_judged(start, end)
-        if self._private.single(start, end) is None and self._shared.single(start, end) is None:
-            self._private.set(start, end, reason)
-            return
-        for low, high in self._private.gaps(start, end):
-            for piece_start, piece_end, before in self._shared.pieces(low, high):
+        shared: Reason | Many | None = Many.MANY
+        gaps = self._private.gaps(start, end)
+        if gaps == [(start, end)]:  # all of it is in one state, most of the time
+            shared = self._shared.single(start, end)
+            if shared is None:
+                self._private.set(start, end, reason)
+                return
+        for low, high in gaps:
+            pieces = (
+                [(low, high, shared)]
+                if isinstance(shared, Reason)
+                else self._shared.pieces(low, high)
+            )
+            for piece_start, piece_end, before in pieces:
                 for target in self._compared:
                     self._no_longer_missing(target, piece_start, piece_end, before, event)
                     if target.gone:
@@ -294,9 +304,14 @@ class GuestAudit:
         self._count_judged(start, end)
 
     def _count_judged(self, start: int, end: int) -> None:
-        self._evidence.judged_bytes += max(
-            (target.mappings.covered(start, end) for target in self._compared), default=0
-        )
+        most = 0
+        for target in self._compared:
+            covered = target.mappings.covered(start, end)
+            if covered > most:
+                most = covered
+                if most == end - start:
+                    break
+        self._evidence.judged_bytes += most
 
     # -- virtio-mem, and memory that is given back
 
@@ -323,7 +338,6 @@ class GuestAudit:
         if not event.done or event.end <= event.start or self._viommu:
             return
         self._note_pluggable(event)
-        self._evidence.plugs += 1
         start, end = event.start, event.end
         conversion = self.conversions.step(start, end, self._judge.now, event.source)
         reason = self._judge.reason(event, conversion)
@@ -346,6 +360,8 @@ class GuestAudit:
         self._plugged.set(start, end, None)
         if self._has_regions and not self._maps_are_told:
             self._follow(event, start, end, shared=False)
+        if len(self._bad) == 1:
+            self._bad = (*self._bad, (FindingKind.UNPLUGGED, self._unplugged))
         for gap_start, gap_end in self._unplugged.gaps(start, end):
             self._unplugged.set(gap_start, gap_end, reason)
 
@@ -358,7 +374,6 @@ class GuestAudit:
         else:
             places = self.places.of_host(event.start, event.end)
         if event.shared:
-            self._evidence.discards += 1
             self._evidence.unplaced_discards += not places
         for start, end in places:
             conversion = self.conversions.find(start, end)
@@ -372,8 +387,7 @@ class GuestAudit:
                 note = "given back to the host before it was unmapped"
                 reason = self._judge.reason(event, conversion, note)
                 for target in self._compared:
-                    for low, high in target.freed.gaps(start, end):
-                        target.freed.set(low, high, reason)
+                    target.free(start, end, reason)
             elif conversion is not None and conversion.asked:
                 self.conversions.end_unless_told(conversion)  # the last step of a VMM
 
@@ -387,17 +401,14 @@ class GuestAudit:
         """
         target = self.targets.get(name)
         if target is None:
+            if len(self.targets) >= _MOST_TARGETS:
+                self._evidence.not_compared = True
+                return self._others
             target = self.targets[name] = TargetState(
                 name + self._suffix, self._unmap_rule, self._judge.number, complete=complete
             )
-            self._note_targets()
-            if len(self.targets) > _MOST_TARGETS:
-                self._evidence.not_compared = True
+            self._compared = [*self.targets.values()]
         return target
-
-    def _note_targets(self) -> None:
-        """Choose the targets that are compared, after one came or went."""
-        self._compared = [*islice(self.targets.values(), _MOST_TARGETS)]
 
     def attach(self, event: Attach) -> None:
         """Note that a target is there, or one more of its name."""
@@ -421,18 +432,45 @@ class GuestAudit:
         if target.expected_from is not None:
             for start, end, reason in self._shared.items():
                 self._no_longer_missing(target, start, end, reason, event)
-        self._note_targets()
+        self._compared = [*self.targets.values()]
         self._evidence.note_gone(target.summary())
 
     def map_run(self, event: MapRun) -> None:
         """Note that a target maps one range behind the other."""
         self._end_of_run(event)
-        self.map(event, event.count)
+        target = self.target(event.target)
+        start, end = event.start, event.end
+        there = target.mappings.single(start, end)
+        if there is None or (
+            isinstance(there, Mapping)
+            and all(copy.single(start, end) is not Many.MANY for copy in target.copies)
+        ):
+            self.map(event, event.count)
+            return
+        for call in calls_of(event):
+            assert isinstance(call, Map)
+            self.map(call)
 
     def unmap_run(self, event: UnmapRun) -> None:
         """Note that a target unmaps one range behind the other."""
         self._end_of_run(event)
-        self.unmap(event, event.count)
+        start, end = event.start, event.end
+        target = self.target(event.target)
+        mappings = target.kept_in(start, end)
+        if mappings is not None and (
+            is_exact(mappings, start, end, (end - start) // event.count)
+            # Neither a rule nor an unmap that is not told has to do with each mapping.
+            or (
+                target.rule is None
+                and event.unmapped is not None
+                and mappings.covered(start, end) == end - start
+            )
+        ):
+            self.unmap(event, event.count)
+            return
+        for call in calls_of(event):
+            assert isinstance(call, Unmap)
+            self.unmap(call)
 
     def _end_of_run(self, event: MapRun | UnmapRun) -> None:
         self._evidence.events += event.count - 1
@@ -448,10 +486,12 @@ class GuestAudit:
         if not self._maps_are_told and event.target != _REGIONS:
             self._maps_are_told = True
             self.targets.pop(_REGIONS, None)
-            self._note_targets()
+            self._compared = [*self.targets.values()]
         if self._undecided is not None:
             self._decide(start, end)
         target = self.targets.get(event.target) or self.target(event.target)
+        if target is self._others:
+            return
         if not event.done or end <= start:
             evidence.failed_maps += 1
             if end > start:
@@ -575,7 +615,7 @@ class GuestAudit:
             return
         target = self.target(event.target)
         reason = self._judge.reason(event, None, event.text)
-        if event.end <= event.start:
+        if event.end <= event.start or target is self._others:
             return
         # An unmap whose result was not told was taken as done.
         mapping = Mapping(event.start, event.end, event.source, event.line, _PAST, self._judge.now)
@@ -593,6 +633,8 @@ class GuestAudit:
         if self._undecided is not None:
             self._decide(start, end)
         target = self.targets.get(event.target) or self.target(event.target)
+        if target is self._others:
+            return
         target.unmaps += count
         if end <= start:
             return
@@ -684,6 +726,7 @@ class GuestAudit:
         start, end = event.start, event.end
         note = ""
         untold = event.unmapped is None
+        exact = is_exact(mappings, start, end, (end - start) // count)
         if not event.done:
             note = "the unmap failed"
         elif start == 0 and end >= _EVERYTHING - 1:
@@ -691,12 +734,12 @@ class GuestAudit:
         elif target.rule in ("whole", "exact") and bisects(mappings, start, end):
             self._judge.broken(FindingKind.BISECTING_UNMAP, event, target, start, end)
             note = "the unmap names part of a mapping" if untold else ""
-        elif target.rule == "exact" and not is_exact(mappings, start, end):
+        elif target.rule == "exact" and not exact:
             self._judge.broken(FindingKind.INEXACT_UNMAP, event, target, start, end)
             note = "the unmap names no mapping exactly" if untold else ""
         elif untold:
             target.untold += count
-            if not is_exact(mappings, start, end, (end - start) // count):
+            if not exact:
                 target.untold_inexact += count
                 target.untold_mappings += len(mappings.pieces(start, end))
         if note:
@@ -735,7 +778,7 @@ class GuestAudit:
         if target.has_refused:
             for low, high, reason in target.refused.pieces(start, end):
                 self._judge_refused(target, low, high, reason, mapping, event)
-        for kind, reasons in (*self._bad, (FindingKind.FREED, target.freed)):
+        for kind, reasons in self._against(target):
             only = reasons.single(start, end)
             if only is None:
                 continue
@@ -749,6 +792,12 @@ class GuestAudit:
                 low = pieces[_MOST][0]
                 rest = reasons.covered(low, end)
                 self._judge.window(kind, target, low, end, pieces[_MOST][2], mapping, event, rest)
+
+    def _against(self, target: TargetState) -> tuple[tuple[FindingKind, RangeMap[Reason]], ...]:
+        """Return the reasons why a target must not map pages, of those that there ever were."""
+        if target.has_freed:
+            return (*self._bad, (FindingKind.FREED, target.freed))
+        return self._bad
 
     def _judge_refused(
         self,
@@ -798,7 +847,19 @@ class GuestAudit:
     ) -> None:
         """Judge what a target did not map of a shared range, which now it does or need not."""
         expected_from = target.expected_from
-        if expected_from is None or target.mappings.covered(start, end) == end - start:
+        if expected_from is None:
+            return
+        mapped = target.mappings.single(start, end)
+        if isinstance(mapped, Mapping) or start >= end:
+            return
+        if mapped is None and not self._pluggable:
+            gone = target.gone.single(start, end)
+            if gone is not Many.MANY:  # one window, most of the time
+                why = reason if gone is None else _later(gone, reason)
+                if why.born >= expected_from:
+                    self._judge.window(FindingKind.MISSING, target, start, end, why, None, event)
+                return
+        elif target.mappings.covered(start, end) == end - start:
             return
         gaps = target.mappings.gaps(start, end, _MOST)
         parts = (
@@ -839,10 +900,8 @@ class GuestAudit:
         judge = self._judge
         self._forget_undecided()
         self.conversions.end_all_quiet(judge.now if judge.timed else None)
-        if len(self.targets) > _MOST_TARGETS:
-            self._evidence.not_compared = True
         for target in self._compared:
-            for kind, reasons in (*self._bad, (FindingKind.FREED, target.freed)):
+            for kind, reasons in self._against(target):
                 for start, end, reason in reasons.items():
                     self._judge_mapped(kind, target, start, end, reason, None)
             for start, end, reason in target.refused.items():

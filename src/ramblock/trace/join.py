@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from ramblock.trace.events import Event, Map, Unmap
 
-__all__ = ["Joiner", "MapRun", "UnmapRun"]
+__all__ = ["Joiner", "MapRun", "UnmapRun", "calls_of"]
 
 #: Nanoseconds between two calls of a run. It counts as one step, at the time of its last call.
 _CLOSE = 1_000_000
@@ -38,6 +38,21 @@ class UnmapRun(Unmap):
     step: int = 0
     until: int | None = None
     """See :class:`MapRun`."""
+
+
+def calls_of(run: MapRun | UnmapRun) -> Iterator[Map | Unmap]:
+    """Take a run apart again; all calls have the time of the last."""
+    size = (run.end - run.start) // run.count
+    for number in range(run.count):
+        start = run.start + number * size
+        at = run.until, run.source, run.line + number * run.step, run.target, start, start + size
+        if isinstance(run, UnmapRun):
+            yield Unmap(*at, None if run.unmapped is None else size)
+        else:
+            move = number * size
+            key = None if run.key is None else run.key + move
+            host = None if run.host is None else run.host + move
+            yield Map(*at, run.writable, key=key, host=host)
 
 
 class Joiner:
@@ -68,7 +83,9 @@ class Joiner:
                     first is not None
                     and event.start == end
                     and 0 < size == event.end - end
-                    and (event.line == line or (not step and 0 < event.line - line <= _MOST_LINES))
+                    and (
+                        event.line == line or (count == 1 and 0 < event.line - line <= _MOST_LINES)
+                    )
                     and type(first) is kind
                     and _continues(first, event, time)
                 ):

@@ -65,8 +65,6 @@ class Evidence:
     device_memory: int = 0
     viommu: bool = False
     not_compared: bool = False
-    plugs: int = 0
-    discards: int = 0
     unplaced_discards: int = 0
     stateless_bytes: int = 0
     mapped_before: int = 0

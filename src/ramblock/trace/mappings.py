@@ -117,6 +117,8 @@ class TargetState:
         self._quiet: RangeMap[Mapping] | None = None
         #: Given back to the host since it was mapped; where nothing is mapped it means nothing.
         self.freed: RangeMap[Reason] = RangeMap()
+        #: Whether there was ever any of it.
+        self.has_freed = False
         #: Unmapped while it was shared.
         self.gone: RangeMap[Reason] = RangeMap()
         #: Where a map failed. A VMM that goes on all the same unmaps there later, and that is no
@@ -124,7 +126,6 @@ class TargetState:
         self.failed: RangeMap[Origin] = RangeMap()
         self.maps = 0
         self.unmaps = 0
-        self.faults = 0
         #: Unmaps whose result the trace does not tell; those of them that named more or less than
         #: one mapping; the mappings that these covered.
         self.untold = 0
@@ -142,7 +143,7 @@ class TargetState:
             else:
                 entries += mapping is not before
             before = mapping
-        return TargetSummary(self.label, self.maps, self.unmaps, self.faults, mapped, entries)
+        return TargetSummary(self.label, self.maps, self.unmaps, mapped, entries)
 
     @property
     def has_refused(self) -> bool:
@@ -154,7 +155,7 @@ class TargetState:
     def add(self, mapping: Mapping, start: int, end: int) -> None:
         """Map a part of what a call mapped, in which nothing was mapped."""
         self.mappings.set(start, end, mapping)
-        if self.freed:
+        if self.has_freed:
             self.freed.set(start, end, None)  # this is other memory
         if self._quiet is not None:
             self._quiet.set(start, end, mapping)
@@ -165,12 +166,18 @@ class TargetState:
             if not copy.some(start, end, 1):
                 copy.set(start, end, mapping)
                 return True
-        followed = _MOST_COPIES if mapping.key is not None else self.members - 1
+        followed = _MOST_COPIES if mapping.key is not None else min(self.members - 1, _MOST_COPIES)
         if len(self.copies) >= followed:
             return False
         self.copies.append(RangeMap())
         self.copies[-1].set(start, end, mapping)
         return True
+
+    def free(self, start: int, end: int, reason: Reason) -> None:
+        """Note that memory was given back to the host, which may be mapped here."""
+        self.has_freed = True
+        for low, high in self.freed.gaps(start, end):
+            self.freed.set(low, high, reason)
 
     # -- unmapping
 
@@ -184,8 +191,6 @@ class TargetState:
     def remove(self, start: int, end: int) -> None:
         """Unmap a range of what no copy maps."""
         self.mappings.set(start, end, None)
-        if self.freed:
-            self.freed.set(start, end, None)
         if self._quiet is not None:
             self._quiet.set(start, end, None)
             self.refused.set(start, end, None)
@@ -212,9 +217,9 @@ def bisects(mappings: RangeMap[Mapping], start: int, end: int) -> bool:
     return (first is not None and first.cuts(start)) or (last is not None and last.cuts(end))
 
 
-def is_exact(mappings: RangeMap[Mapping], start: int, end: int, size: int | None = None) -> bool:
-    """Whether a range is one whole mapping; or, in steps of *size*, each of them is."""
+def is_exact(mappings: RangeMap[Mapping], start: int, end: int, size: int) -> bool:
+    """Whether a range is mapped by calls of so many bytes each, and no more than it."""
     pieces = mappings.some(start, end, 2)
     if len(pieces) != 1 or pieces[0][:2] != (start, end):
         return False
-    return pieces[0][2].is_exactly(start, end, size or end - start)
+    return pieces[0][2].is_exactly(start, end, size)

@@ -64,7 +64,6 @@ class RangeMap(Generic[V]):
         self._covered[index] = None
         if index + 1 < len(firsts) and end > firsts[index + 1]:
             self._cut_front(bisect_right(firsts, end) - 1, end, index)
-            end = firsts[index + 1]
         low = bisect_left(starts, start)
         high = bisect_left(starts, end, low)
         is_new = low == 0 or values[low - 1] is not value
@@ -128,12 +127,10 @@ class RangeMap(Generic[V]):
         index = bisect_right(firsts, start) - 1
         starts, values = self._blocks[index]
         at = bisect_right(starts, start)
-        if at < len(starts):
+        try:  # costs nothing where it holds, and most of the time it does
             border = starts[at]
-        elif index + 1 < len(firsts):
-            border = firsts[index + 1]
-        else:
-            border = end
+        except IndexError:
+            border = firsts[index + 1] if index + 1 < len(firsts) else end
         return values[at - 1] if end <= border else Many.MANY
 
     def pieces(self, start: int, end: int) -> list[tuple[int, int, V]]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 import msgspec
 
 from ramblock.trace.findings import FAILURES, Finding, FindingKind
@@ -12,6 +14,7 @@ __all__ = ["AuditResult", "FindingLog", "KindCount", "Lengths", "TargetSummary",
 #: Findings of one kind that are kept whole; beyond it the worst are, and all are counted.
 KEPT_OF_A_KIND = 10_000
 
+_POWERS = [10**power for power in range(20)]
 _ORDER = {kind: number for number, kind in enumerate(FindingKind)}
 
 
@@ -41,8 +44,10 @@ class Lengths(msgspec.Struct):
         """Add one."""
         self.count += 1
         self.total += length
-        self.longest = max(self.longest, length)
-        bucket = 1 if length <= 0 else 10 ** len(str(length))
+        if length > self.longest:
+            self.longest = length
+        place = bisect_right(_POWERS, length)
+        bucket = _POWERS[place] if place < len(_POWERS) else 10 ** len(str(length))
         self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
 
 
@@ -67,7 +72,6 @@ class TargetSummary(msgspec.Struct):
     name: str
     maps: int
     unmaps: int
-    faults: int
     mapped_bytes: int
     """At the end of the trace, or before it was detached."""
     entries: int
@@ -154,9 +158,9 @@ class FindingLog:
     def worst(self) -> list[Finding]:
         """Return those that were kept, worst first."""
         findings: list[Finding] = []
-        for kind, kept in self._kept.items():
+        for kind, kept in sorted(self._kept.items(), key=lambda item: _ORDER[item[0]]):
             kept.sort(key=rank)
             del kept[KEPT_OF_A_KIND:]
             self.counts[kind].kept = len(kept)
             findings += kept
-        return sorted(findings, key=rank)
+        return findings

@@ -9,6 +9,7 @@ one of a run 0.5 µs, and 10 to 20 µs there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from ramblock.trace.events import Event
@@ -19,8 +20,14 @@ from ramblock.trace.readers.hot_qemu import HotQemu
 
 __all__ = ["FastTextReader"]
 
-#: Lines that are read with care before it is decided which shapes to look for.
-_TRIAL = 256
+# The first event: our script's, the kernel's, or QEMU's. It decides which shapes to look for.
+_FIRST = re.compile(
+    rb"(?:^|\s)ramblock-vfio ()"
+    rb"|\d: {1,24}(?:iommu:|kvm:)?(?:map|unmap|kvm_\w{1,32}|dma_\w{1,32}): ()"
+    rb"|(?:^|[ :\"])(?:iommufd|kvm|ram_block|sev|tdx|vfio|virtio_mem)_\w{1,64} ()",
+    re.MULTILINE,
+)
+_STYLES = ("bpftrace", "ftrace", "qemu")
 
 
 class FastTextReader(HotQemu, HotKernel, HotCalls):
@@ -30,39 +37,21 @@ class FastTextReader(HotQemu, HotKernel, HotCalls):
     _style: str | None = None
 
     def _block(self, block: bytes, found: list[Event]) -> None:
-        position = 0
         if self._style is None:
-            position = self._try_out(block, found)
-            if position == len(block):
+            if self.counts.by_name:
+                self._style = format_of(self.counts.by_name)
+            elif first := _FIRST.search(block):
+                self._style = _STYLES[(first.lastindex or 1) - 1]
+            else:
+                self.block_with_care(block, found)
                 return
         before = len(found)
         careful = 0
-        for start, end in self._spans(block, position, found):
+        for start, end in self._spans(block, 0, found):
             careful += end - start
             self.block_with_care(block[start:end], found)
         if careful > len(block) // 2 and len(found) > before:
             self._style = None  # it has become another kind of text
-
-    def _try_out(self, block: bytes, found: list[Event]) -> int:
-        """Read some lines with care, and decide on a style; return where to go on."""
-        end = 0
-        for _ in range(_TRIAL):
-            end = block.find(b"\n", end) + 1
-            if not end:
-                end = len(block)
-                break
-        if end == len(block) and self.counts.lines < _TRIAL:
-            self.block_with_care(block, found)
-            return end
-        if self.counts.lines < _TRIAL:
-            self.block_with_care(block[:end], found)
-        else:
-            end = 0
-        if not self.counts.by_name:
-            self.block_with_care(block[end:], found)
-            return len(block)
-        self._style = format_of(self.counts.by_name)
-        return end
 
     def _spans(self, block: bytes, position: int, found: list[Event]) -> Iterator[tuple[int, int]]:
         """Read the hot lines; yield the spans of the others, each to be read when it comes."""

@@ -17,9 +17,12 @@ from ramblock.trace.events import (
     StateChange,
     Unmap,
 )
+from ramblock.trace.readers.heads import Head
+from ramblock.trace.readers.kernel import find_line
 from ramblock.trace.readers.qemu_meaning import CONVERSIONS, STATES, VFIO_USER, WRITABLE
+from ramblock.trace.readers.qemu_table import IGNORED
 from ramblock.trace.readers.runs import NEAR, SHORTEST, decimals, find_run, hexadecimals, reach
-from ramblock.trace.readers.text import TextReader
+from ramblock.trace.readers.text import TextReader, find_event
 
 __all__ = ["HotQemu"]
 
@@ -50,9 +53,13 @@ _TEXT = (
     rb"|(vfio_user_send_write)  id 0x[0-9a-f]{1,4} wrote 0x[0-9a-f]{1,8}"
     rb"|(vfio_user_recv_hdr)  \([\w/.@:-]{1,100}\) id 0x[0-9a-f]{1,4} cmd 0x[0-9a-f]{1,4}"
     rb" size 0x[0-9a-f]{1,8} flags 0x[0-9a-f]{1,8}"
+    # Any other, whose text is the careful way's: but the head is known.
+    rb"|((?:iommufd|kvm|ram_block|sev|tdx|vfio|virtio_mem)_\w{1,64})(?![^ \t\r\n])"
+    rb"([^\n\r\\\x1b]*)"
     rb")\r?\n"
 )  # fmt: skip
 _MAP, _MAP_FILE, _UNMAP, _USER_MAP, _USER_UNMAP, _CONVERT, _STATE = 11, 17, 21, 25, 27, 30, 33
+_NAME, _OTHER = 37, 38
 _NAMES = {
     _MAP: "iommufd_backend_map_dma",
     _MAP_FILE: "iommufd_backend_map_file_dma",
@@ -67,6 +74,19 @@ _NAMES = {
 }
 #: The group of a map's address, and that of a host address or an offset that goes with it.
 _PLACES = {_MAP: (7, 9), _MAP_FILE: (13, 15), _USER_MAP: (22, 24)}
+
+
+_IGNORED = frozenset(name.encode() for name in IGNORED)
+
+
+def _is_odd(rest: bytes) -> bool:
+    """Whether a line may be another's than QEMU's by what stands behind its name."""
+    return b": " in rest or b"qemuPid" in rest or b"ramblock-vfio" in rest
+
+
+def _is_qemus(raw: bytes, rest: bytes) -> bool:
+    """Whether a line is QEMU's all the same."""
+    return b"qemuPid" not in rest and b"ramblock-vfio" not in rest and find_line(raw) is None
 
 
 @cache
@@ -90,6 +110,7 @@ class HotQemu(TextReader):
         meaning, _ = self.qemu_of(source)
         threads, targets = self._threads, self._targets
         times = dict.fromkeys(_NAMES, 0)
+        others: dict[bytes, int] = {}
         append = found.append
         event: Event
         pattern = _pattern()
@@ -108,8 +129,25 @@ class HotQemu(TextReader):
                 number += 1
                 kind = match.lastindex or 0
                 if kind > _STATE:
-                    times[kind] += 1
-                    continue
+                    if kind != _OTHER:
+                        times[kind] += 1
+                        continue
+                    name = match[_NAME]
+                    rest = match[_OTHER]
+                    if name in _IGNORED and find_event(rest) is None and not _is_odd(rest):
+                        others[name] = others.get(name, 0) + 1
+                        continue
+                    raw = block[start : match.end(_OTHER)]
+                    first = find_event(raw)
+                    if (
+                        first is None
+                        or name in _IGNORED
+                        or first.start() != match.start(_NAME) - start
+                        or (_is_odd(rest) and not _is_qemus(raw, rest))
+                    ):
+                        counts.lines = number - 1
+                        yield start, position
+                        continue
                 tid, second, micros, iso, fraction = match.group(1, 2, 3, 4, 5)
                 time: int | None
                 thread = None
@@ -127,6 +165,11 @@ class HotQemu(TextReader):
                         thread = threads[tid] = tid.decode()
                 else:
                     time = None
+                if kind == _OTHER:
+                    head = Head(time, None, thread, b"", fine=time is not None)
+                    assert first is not None
+                    self.qemu_events(raw, first, None, head, number, found)
+                    continue
                 if kind == _MAP or kind == _MAP_FILE:  # noqa: SIM109 - faster than a tuple
                     if kind == _MAP:
                         name, address, length, host, readonly, result = match.group(
@@ -216,6 +259,8 @@ class HotQemu(TextReader):
                         position += alike * (position - start)
                         going = True
                         break
+        for other, count in others.items():
+            counts.note(other.decode(), count)
         self.leave(number, {_NAMES[kind]: count for kind, count in times.items()})
         if position != len(block):
             yield position, len(block)

@@ -33,13 +33,17 @@ from ramblock.trace.readers.qemu_meaning import QemuMeaning, UnreadableError
 from ramblock.trace.readers.qemu_messages import Failures
 from ramblock.trace.readers.qemu_table import EVENTS, IGNORED, Reading, Value, forms_of
 
-__all__ = ["TextReader"]
+__all__ = ["TextReader", "find_event"]
 
 _BOM = b"\xef\xbb\xbf"
-# A name at a word's beginning, and a blank behind it: QEMU's log backend always writes one. Longest
-# first, since names begin alike.
-_NAMES = sorted((*EVENTS, *IGNORED), key=len, reverse=True)
-_QEMU = re.compile(rb"(?<![\w./-])(" + "|".join(_NAMES).encode() + rb")(?=[ \t\r\n\"\\]|\Z)")
+_NAMES = frozenset(name.encode() for name in (*EVENTS, *IGNORED))
+# A word at whose beginning stands that of a name, and a blank behind it: QEMU's log backend always
+# writes one. The look behind comes after a first letter, so that a search skips to such letters.
+_WORD = re.compile(
+    rb"([" + b"".join(sorted({name[:1] for name in _NAMES})) + rb"](?<![\w./-].)(?:"
+    + b"|".join(sorted({name[1:].partition(b"_")[0] for name in _NAMES}))
+    + rb")_\w{1,64})(?=[ \t\r\n\"\\]|\Z)"
+)  # fmt: skip
 # Before it where the name is not an event, but asked for: `-trace NAME`, `enable=NAME`, a list.
 _ASKED = re.compile(rb"(?:-trace|-d|trace:|enable=|events=|[,'=])[ \t]{0,4}\Z")
 _PRINTED = re.compile(rb" {1,20}(\d{1,18})\.(\d{3}) pid=(\d{1,10})")
@@ -159,26 +163,42 @@ class TextReader(LineReader):
         self, raw: bytes, kernel: KernelLine | None, number: int, found: list[Event]
     ) -> bool:
         """Read all events of QEMU in a line: two threads may have written it."""
-        match = _QEMU.search(raw)
-        if match is None:
+        first = find_event(raw)
+        if first is None:
             return False
         if b"\\" in raw:  # JSON in JSON
             raw = unescaped(raw)
-            match = _QEMU.search(raw)
-        head = None
+            first = find_event(raw)
+        return first is not None and self.qemu_events(raw, first, kernel, None, number, found)
+
+    def qemu_events(
+        self,
+        raw: bytes,
+        first: re.Match[bytes],
+        kernel: KernelLine | None,
+        head: Head | None,
+        number: int,
+        found: list[Event],
+    ) -> bool:
+        """
+        Read the events of QEMU in a line, from the first on; whether there is one.
+
+        :param head: None: it is still to be read, if an event asks for it.
+        """
         known = False
+        match: re.Match[bytes] | None = first
         while match is not None:
             name = match[1].decode()
-            if head is None:
-                head = self._head(raw, match, kernel)
             if name in IGNORED:
                 self.counts.note(name)
                 known, end = True, match.end()
             else:
+                if head is None:
+                    head = self._head(raw, first, kernel)
                 end = self._qemu_event(raw, match, head, number, found)
                 known = known or end > match.end() or self._is_unreadable(raw, match, number)
                 end = end or match.end()
-            match = _QEMU.search(raw, end)
+            match = find_event(raw, end)
         return known
 
     def _head(self, raw: bytes, match: re.Match[bytes], kernel: KernelLine | None) -> Head:
@@ -314,3 +334,11 @@ class TextReader(LineReader):
         self.telling[source.guest] = failures
         self.counts.note("message")
         return True
+
+
+def find_event(raw: bytes, position: int = 0) -> re.Match[bytes] | None:
+    """Find the next name of an event of QEMU; it is group 1."""
+    match = _WORD.search(raw, position)
+    while match is not None and match[1] not in _NAMES:
+        match = _WORD.search(raw, match.end())
+    return match

@@ -30,6 +30,7 @@ RECORD_MAPPING, RECORD_EVENT = 0, 1
 
 _HEADER = struct.Struct("<QQQ")
 _TYPE = struct.Struct("<Q")
+_NAMED = struct.Struct("<QQI")
 _MAPPING = struct.Struct("<QI")
 #: Type, number of the event, time, length of the record from here to its end, process.
 _EVENT = struct.Struct("<QQQII")
@@ -87,6 +88,8 @@ class SimpletraceReader(TraceReader):
             while position < len(buffer):
                 position = self._alike(buffer, position, found)
                 position = self._record(buffer, position, found)
+                if not self._layouts:
+                    position = self._mappings(buffer, position)
         except _NeedMoreError as need:
             position = need.args[0]
         finally:
@@ -157,6 +160,21 @@ class SimpletraceReader(TraceReader):
             raise self._fail(f"version {version} of the format, expected {VERSION}", 0)
         self._has_header = True
         return after
+
+    def _mappings(self, buffer: bytes, position: int) -> int:
+        """Read names behind each other; QEMU begins with those of all its events."""
+        names, unpack, size = self._names, _NAMED.unpack_from, _NAMED.size
+        most = len(buffer) - size
+        room = _MOST_NAMES - len(names)
+        while position <= most and room:
+            kind, number, length = unpack(buffer, position)
+            end = position + size + length
+            if kind != RECORD_MAPPING or length > MAX_NAME or end > len(buffer):
+                break
+            names[number] = shorten(buffer[position + size : end])
+            room -= 1
+            position = end
+        return position
 
     def _mapping(self, buffer: bytes, record: int, position: int) -> int:
         (number, length), after = _unpack(_MAPPING, buffer, position, record)
