@@ -20,7 +20,7 @@ from ramblock.trace.readers.heads import unescaped, without_colours
 
 __all__ = ["Explanation", "Known", "explain"]
 
-# Longer lines are looked at in pieces. A message and its next piece overlap by more than the
+# The end of a longer line is not waited for. A message and the next piece overlap by more than the
 # longest message has.
 _PIECE, _OVERLAP = 1 << 16, 1 << 10
 
@@ -33,6 +33,8 @@ class Known(msgspec.Struct):
     """As it stood in the first line that has it."""
     first: int
     """That line, from 1."""
+    place: int
+    """Where it begins in that line, or in its piece."""
     lines: int = 1
     """Lines that have it."""
     last: int = 0
@@ -60,38 +62,40 @@ def explain(chunks: Iterable[bytes]) -> Explanation:
     found: dict[str, Known] = {}
     result = Explanation([])
     try:
-        for number, piece in _pieces(chunks):
-            result.lines = number
-            _look(number, piece, found)
+        for number, text in _pieces(chunks):
+            _look(number, text, found)
+            result.lines = number + text.count(b"\n") - text.endswith(b"\n")
     except TraceError as error:
         result.error = error
-    result.known = list(found.values())
+    result.known = sorted(found.values(), key=lambda known: (known.first, known.place))
     return result
 
 
-def _look(number: int, line: bytes, found: dict[str, Known]) -> None:
-    line = without_colours(line)
-    if b"\\" in line:
-        line = unescaped(line)
-    for entry, match in find_messages(line):
+def _look(first: int, text: bytes, found: dict[str, Known]) -> None:
+    text = unescaped(text) if b"\\" in text else without_colours(text)
+    for entry, line, number, match in find_messages(text):
+        number += first
         known = found.get(entry.name)
         if known is None:
-            text = shorten(text_of(line, match, MAX_NAME))
-            found[entry.name] = Known(entry, text, number, last=number)
+            said = shorten(text_of(line, match, MAX_NAME))
+            found[entry.name] = Known(entry, said, number, match.start(), last=number)
         elif known.last != number:
             known.lines += 1
             known.last = number
 
 
 def _pieces(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield lines with their numbers; a long one in several pieces."""
+    """Yield whole lines, with the number of the first; a long one in several pieces."""
     number, tail = 1, b""
     for chunk in chunks:
-        *lines, tail = (tail + chunk).split(b"\n")
-        for line in lines:
-            for start in range(0, len(line) or 1, _PIECE):
-                yield number, line[max(start - _OVERLAP, 0) : start + _PIECE]
-            number += 1
+        end = chunk.rfind(b"\n") + 1
+        if end:
+            text = tail + chunk[:end]
+            yield number, text
+            number += text.count(b"\n")
+            tail = chunk[end:]
+        else:
+            tail += chunk
         if len(tail) > _PIECE:
             yield number, tail
             tail = tail[-_OVERLAP:]

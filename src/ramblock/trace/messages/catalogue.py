@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding the messages of the catalogue in lines, whatever stands around them."""
+"""
+Finding the messages of the catalogue, whatever stands around them.
+
+A log of megabytes has few of them. So each mark is looked for in the whole text at once, and a
+pattern is tried in the lines that have its mark.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import cache
+from typing import NamedTuple
 
 from ramblock.trace.messages import conversions, kernel, mapping, others, start
 from ramblock.trace.messages.entry import Entry
 
-__all__ = ["ENTRIES", "compiled", "find_failure", "find_messages", "text_of"]
+__all__ = ["ENTRIES", "Told", "compiled", "find_failure", "find_messages", "text_of"]
 
 #: All that are known, each once.
 ENTRIES: tuple[Entry, ...] = (
@@ -19,10 +26,23 @@ ENTRIES: tuple[Entry, ...] = (
     *kernel.ENTRIES,
     *others.ENTRIES,
 )
-_MARKED = tuple((entry.mark.encode(), entry) for entry in ENTRIES)
+_BY_MARK: dict[bytes, list[Entry]] = {}
+for _entry in ENTRIES:
+    _BY_MARK.setdefault(_entry.mark.encode(), []).append(_entry)
 # Those that tell an audit of a failure.
-_FAILURES = tuple((mark, entry) for mark, entry in _MARKED if entry.about)
+_FAILURES = tuple((entry.mark.encode(), entry) for entry in ENTRIES if entry.about)
 _FAILURE_MARKS = re.compile(b"|".join(sorted({re.escape(mark) for mark, _ in _FAILURES})))
+
+
+class Told(NamedTuple):
+    """A message in a text."""
+
+    entry: Entry
+    line: bytes
+    number: int
+    """Of the line in the text, from 0."""
+    match: re.Match[bytes]
+    """In the line."""
 
 
 @cache
@@ -31,15 +51,22 @@ def compiled(entry: Entry) -> re.Pattern[bytes]:
     return re.compile(entry.words.encode())
 
 
-def find_messages(line: bytes) -> list[tuple[Entry, re.Match[bytes]]]:
-    """Find the messages in a line, in their order there; one that repeats counts once."""
-    found = []
-    for mark, entry in _MARKED:
-        if mark in line:
-            match = compiled(entry).search(line)
-            if match is not None:
-                found.append((entry, match))
-    return sorted(found, key=lambda each: each[1].start())
+def find_messages(text: bytes) -> Iterator[Told]:
+    """Yield the messages in lines of text, in no order; what repeats in a line counts once."""
+    for mark, entries in _BY_MARK.items():
+        number = counted = 0
+        place = text.find(mark)
+        while place >= 0:
+            start = text.rfind(b"\n", 0, place) + 1
+            end = text.find(b"\n", place)
+            line = text[start:] if end < 0 else text[start:end]
+            number += text.count(b"\n", counted, start)
+            counted = start
+            for entry in entries:
+                match = compiled(entry).search(line)
+                if match is not None:
+                    yield Told(entry, line, number, match)
+            place = -1 if end < 0 else text.find(mark, end)
 
 
 def find_failure(line: bytes) -> tuple[Entry, re.Match[bytes]] | None:
