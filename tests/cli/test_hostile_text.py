@@ -167,6 +167,8 @@ def test_check(
         ["probe", "--socket", f"/{HOSTILE_NAME}/x"],
         ["probe", "--socket", "x", "--trace", f"/{HOSTILE_NAME}/x"],
         ["doctor", "--for", HOSTILE_NAME],
+        ["explain", HOSTILE_NAME],
+        ["explain", HOSTILE_NAME, HOSTILE_NAME],
     ],
     ids=lambda arguments: " ".join(arguments).replace(HOSTILE_NAME, "HOSTILE"),
 )
@@ -308,7 +310,7 @@ def test_a_stream_that_knows_no_unicode(monkeypatch: pytest.MonkeyPatch) -> None
     assert raw.getvalue() == b"5 \\xb5s\n"
 
 
-@pytest.mark.parametrize("command", ["check --how qemu", "--help", "doctor"])
+@pytest.mark.parametrize("command", ["check --how qemu", "--help", "doctor", "explain --list"])
 def test_a_closed_pipe_ends_silently(command: str) -> None:
     import subprocess
     import sys

@@ -10,7 +10,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ramblock.cli import check_options, doctor_options, plan_options, probe_options, run_options
+from ramblock.cli import (
+    check_options,
+    doctor_options,
+    explain_options,
+    plan_options,
+    probe_options,
+    run_options,
+)
 from ramblock.cli.terminal import Terminal, out, print_error
 from ramblock.errors import RamblockError, TraceError, UsageError
 from ramblock.text import printable
@@ -77,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     probe_options.add_to(commands)
     plan_options.add_to(commands)
     doctor_options.add_to(commands)
+    explain_options.add_to(commands)
     return parser
 
 
