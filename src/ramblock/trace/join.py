@@ -10,6 +10,7 @@ the line of each can be told.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from ramblock.trace.events import Event, Map, Unmap
 
@@ -74,11 +75,11 @@ class Joiner:
     def feed(self, events: Iterable[Event]) -> Iterator[Event]:
         """Take events; yield those that are complete."""
         first, end, size, line = self._first, self._end, self._size, self._line
-        step, time, count = self._step, self._time, self._count
+        step, time, count, unmaps = self._step, self._time, self._count, self._unmaps
+        event: Any  # most events of a large trace come by here, so nothing else is asked of them
         for event in events:
             kind = type(event)
-            if kind is Map or (kind is Unmap and self._unmaps):
-                assert isinstance(event, Map | Unmap)
+            if kind is Map or (kind is Unmap and unmaps):
                 if (
                     first is not None
                     and event.start == end
@@ -114,34 +115,33 @@ class Joiner:
             yield first if count == 1 else _run(first, self._end, count, self._step, self._time)
 
 
-def _continues(first: Map | Unmap, event: Map | Unmap, time: int | None) -> bool:
-    """Whether an event that is the next in place and line is of the same run."""
+def _continues(first: Any, event: Any, time: int | None) -> bool:
+    """Whether an event of the same type that is the next in place and line is of the same run."""
     if event.target != first.target or event.source is not first.source:
         return False
     if not (first.done and event.done):
         return False
-    if event.time is None or time is None:
-        if event.time is not time:
+    now = event.time
+    if now is None or time is None:
+        if now is not time:
             return False
-    elif not 0 <= event.time - time <= _CLOSE:
+    elif not 0 <= now - time <= _CLOSE:
         return False
-    if isinstance(first, Map):
-        assert isinstance(event, Map)
-        if event.key is None and event.host is None:
-            return first.key is None and first.host is None
+    if type(first) is Map:
         move = event.start - first.start
-        return _moved(first.key, event.key, move) and _moved(first.host, event.host, move)
-    assert isinstance(event, Unmap)
+        key, host = event.key, event.host
+        if key is None or first.key is None:
+            if key is not first.key:
+                return False
+        elif key - first.key != move:
+            return False
+        if host is None or first.host is None:
+            return host is first.host
+        return bool(host - first.host == move)
     if first.unmapped is None or event.unmapped is None:
         return first.unmapped is event.unmapped
     size = first.end - first.start
-    return size > 0 and first.unmapped == size == event.unmapped
-
-
-def _moved(first: int | None, value: int | None, move: int) -> bool:
-    if first is None or value is None:
-        return first is value
-    return value - first == move
+    return bool(size > 0 and first.unmapped == size == event.unmapped)
 
 
 def _run(

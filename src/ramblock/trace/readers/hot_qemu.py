@@ -84,9 +84,9 @@ def _is_odd(rest: bytes) -> bool:
     return b": " in rest or b"qemuPid" in rest or b"ramblock-vfio" in rest
 
 
-def _is_qemus(raw: bytes, rest: bytes) -> bool:
-    """Whether a line is QEMU's all the same."""
-    return b"qemuPid" not in rest and b"ramblock-vfio" not in rest and find_line(raw) is None
+def _is_qemus(raw: bytes) -> bool:
+    """Whether such a line is QEMU's all the same."""
+    return b"qemuPid" not in raw and b"ramblock-vfio" not in raw and find_line(raw) is None
 
 
 @cache
@@ -115,6 +115,8 @@ class HotQemu(TextReader):
         event: Event
         pattern = _pattern()
         number = counts.lines
+        known: re.Match[bytes] | None = None
+        raw = b""
         most = NEAR
         going = True
         while going:
@@ -132,18 +134,17 @@ class HotQemu(TextReader):
                     if kind != _OTHER:
                         times[kind] += 1
                         continue
-                    name = match[_NAME]
-                    rest = match[_OTHER]
+                    name, rest = match.group(_NAME, _OTHER)
                     if name in _IGNORED and find_event(rest) is None and not _is_odd(rest):
                         others[name] = others.get(name, 0) + 1
                         continue
                     raw = block[start : match.end(_OTHER)]
-                    first = find_event(raw)
+                    known = find_event(raw, match.start(_NAME) - start)
                     if (
-                        first is None
+                        known is None
+                        or known[1] != name
                         or name in _IGNORED
-                        or first.start() != match.start(_NAME) - start
-                        or (_is_odd(rest) and not _is_qemus(raw, rest))
+                        or (_is_odd(rest) and not _is_qemus(raw))
                     ):
                         counts.lines = number - 1
                         yield start, position
@@ -167,8 +168,8 @@ class HotQemu(TextReader):
                     time = None
                 if kind == _OTHER:
                     head = Head(time, None, thread, b"", fine=time is not None)
-                    assert first is not None
-                    self.qemu_events(raw, first, None, head, number, found)
+                    assert known is not None
+                    self.qemu_events(raw, known, None, head, number, found)
                     continue
                 if kind == _MAP or kind == _MAP_FILE:  # noqa: SIM109 - faster than a tuple
                     if kind == _MAP:
