@@ -53,7 +53,8 @@ endif
 
 # The core, scenarios and what is drawn: whatever a dependency does for us.
 LOWEST_TESTS = tests/test_bitmap.py tests/test_attributes.py tests/test_guest_memory.py tests/test_differential.py \
-	tests/test_stateful.py tests/test_run.py tests/check/test_command.py tests/plan/test_command.py
+	tests/test_stateful.py tests/test_run.py tests/check/test_command.py tests/plan/test_command.py \
+	tests/cli/test_hostile_text.py tests/cli/test_terminal.py tests/test_quoted_output.py
 
 .PHONY: test-lowest
 test-lowest: $(VENV)/.made ## Run the core's tests with the lowest version of each runtime dependency
@@ -99,9 +100,10 @@ bench-quick: $(VENV)/.bench ## The same with fewer rounds: does everything still
 FUZZ_SECONDS ?= 60
 
 .PHONY: fuzz
-fuzz: $(VENV)/.fuzz ## Fuzz the vfio-user protocol and the readers of traces, FUZZ_SECONDS (60) each; build/fuzz/ keeps what breaks
+fuzz: $(VENV)/.fuzz ## Fuzz vfio-user (messages and whole sessions) and the readers of traces, FUZZ_SECONDS (60) each; build/fuzz/ keeps what breaks
 	@mkdir -p build/fuzz/corpus
 	@$(BIN)/python fuzz/readers.py --seconds $(FUZZ_SECONDS)
+	@$(BIN)/python fuzz/sessions.py --seconds $(FUZZ_SECONDS)
 	@$(BIN)/python fuzz/vfio_user.py -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=10 -rss_limit_mb=1024 \
 	    -artifact_prefix=build/fuzz/ $(ARGS) build/fuzz/corpus
 

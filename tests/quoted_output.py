@@ -1,6 +1,8 @@
 """
 Output of ``ramblock check`` that the documentation quotes: found, made anew, compared, written.
 
+It is that of a terminal.
+
 A quotation is a line ``$ ramblock check ...`` with output below it, in a block of its own: indented
 (reStructuredText) or between fences (Markdown). The recordings are those of ``tests/data``. A line
 ``[...]`` stands for lines that are left out; there is at most one.
@@ -10,12 +12,11 @@ A quotation is a line ``$ ramblock check ...`` with output below it, in a block 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from pseudo_terminal import on_terminal
 
 __all__ = ["FILES", "LEFT_OUT", "Quotation", "abridge", "find", "run"]
 
@@ -24,7 +25,7 @@ FILES = ("README.md", "docs/check.rst", "docs/audit-qemu.rst", "docs/audit-kerne
 LEFT_OUT = "[...]"
 
 _PROMPT = "$ ramblock check "
-_COLUMNS = "97"  # a line of the documentation has at most 100, and 3 are its indentation
+_COLUMNS = 97  # a line of the documentation has at most 100, and 3 are its indentation
 
 
 class Quotation(NamedTuple):
@@ -59,14 +60,7 @@ def find(lines: list[str]) -> Iterator[Quotation]:
 
 def run(command: str) -> list[str]:
     """Return the lines that a command prints, without spaces at their ends."""
-    done = subprocess.run(
-        [sys.executable, "-m", "ramblock", "check", *command.split()],
-        cwd=ROOT / "tests/data",
-        env={**os.environ, "COLUMNS": _COLUMNS},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = on_terminal("check", *command.split(), columns=_COLUMNS, cwd=ROOT / "tests/data")
     return [line.rstrip() for line in (done.stdout + done.stderr).splitlines()]
 
 

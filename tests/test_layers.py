@@ -37,8 +37,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     # Runs on a vCPU.
     frozenset({"guest_program"}),
     frozenset({"check", "doctor", "probe", "report", "run"}),
-    # Reads what a check reads, and knows of a host what the doctor knows.
-    frozenset({"plan"}),
+    # Both read what a check reads; a plan knows of a host what the doctor knows.
+    frozenset({"explain", "plan"}),
     # The faces of the jobs: a command line, and fixtures for pytest. The plugin is for those who
     # test their own VMM, so it is in their kit; but it is the one module there that runs a job, and
     # only pytest loads it.

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pseudo_terminal import on_terminal
 from ramblock.errors import TraceError, UsageError
 from ramblock.run import Run, RunReport, Scenario, load_scenario, load_workload, workload_names
 from ramblock.run.faults import FaultPlan
@@ -270,14 +271,16 @@ def test_the_command_prints_a_report_for_machines() -> None:
     assert done.stderr == ""
 
 
-def test_the_command_prints_a_report_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    done = command("run", "--memory", "256M", "--conversions", "300")
+def test_the_command_prints_a_report_for_people() -> None:
+    job = ("run", "--memory", "256M", "--conversions", "300")
+    done = command(*job)
     assert done.returncode == 0, done.stderr
     assert "0 violations" in done.stdout
     assert "one per page" in done.stdout
     assert "\x1b" not in done.stdout, "no colour where nobody sees it"
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    shown = on_terminal(*job, columns=80)
+    assert shown.returncode == 0, shown.stderr
+    assert max(map(len, shown.stdout.splitlines())) <= 80
 
 
 def test_the_command_without_coordination_names_ranges_and_fails() -> None:

@@ -341,6 +341,7 @@ _VALUE = "any value but None will do"
 _AS_IT_IS = "sets what is so already"
 _TWICE = "a conversion is in the list of its vCPU twice, and is ended once"
 _REFILLED = "an empty layer is filled again before another is made"
+_FEW_MORE = "there may be a few more anyway"
 _KEPT = "one more is kept, and dropped later"
 _APART = "taken apart, a run comes to the same (tests/trace/test_joined.py)"
 
@@ -349,35 +350,50 @@ EQUIVALENT_IN_THE_AUDIT = {
     for name, reason in (
         ("audit:Audit._take: time > judge.now -> time >= judge.now", _AS_IT_IS),
         (
-            "conversions:Conversions.step:"
-            " found.vcpu is None and vcpu is not None -> vcpu is not None",
+            (
+                "conversions:Conversions.step:"
+                " found.vcpu is None and vcpu is not None -> vcpu is not None"
+            ),
             _TWICE,
         ),
         ("guest_audit:GuestAudit._private_side: True -> False", _VALUE),
         ("guest_audit:GuestAudit.unmap: if not mappings: ... -> pass", _REFILLED),
         (
-            "guest_audit:GuestAudit.unmap_run:"
-            " (end - start) // event.count -> (end - start) * event.count",
+            (
+                "guest_audit:GuestAudit.unmap_run:"
+                " (end - start) // event.count -> (end - start) * event.count"
+            ),
             _APART,
         ),
         (
-            "judge:Judge._inside: if self.observer is None"
-            " and (not self.log.keeps(kind, length)): ... -> pass",
+            (
+                "judge:Judge._inside: if self.observer is None"
+                " and (not self.log.keeps(kind, length)): ... -> pass"
+            ),
             _SHORT_WAY,
         ),
         ("guest_audit:GuestAudit._judge_piece: continue -> pass", _SHORT_WAY),
         (
-            "guest_audit:GuestAudit.unmap: if isinstance(only, Mapping) and event.done and"
-            " (not target.copies) and (event.unmapped is None or event.unmapped >= end - start)"
-            " and only.is_exactly(start, end, (end - start) // count): ... -> pass",
+            (
+                "guest_audit:GuestAudit.unmap: if isinstance(only, Mapping) and event.done and"
+                " (not target.copies) and (event.unmapped is None or event.unmapped >= end - start)"
+                " and only.is_exactly(start, end, (end - start) // count): ... -> pass"
+            ),
             _SHORT_WAY,
         ),
-        ("mappings:is_exact: 2 -> 3", "there may be a few more anyway"),
+        ("guest_audit:GuestAudit._unmap_of_nothing: 1 -> 2", _FEW_MORE),
+        ("mappings:is_exact: 2 -> 3", _FEW_MORE),
+        (
+            "ranges:RangeMap.gaps: if most is not None and len(found) > most: ... -> pass",
+            _FEW_MORE,
+        ),
         ("places:Places.is_told_by_another: 0 -> 1", "a place is no single byte"),
         ("ranges:RangeMap.covered: low < high -> low <= high", _EMPTY),
         (
-            "result:FindingLog.keeps:"
-            " duration > self.counts[kind].longest -> duration >= self.counts[kind].longest",
+            (
+                "result:FindingLog.keeps:"
+                " duration > self.counts[kind].longest -> duration >= self.counts[kind].longest"
+            ),
             _KEPT,
         ),
         (

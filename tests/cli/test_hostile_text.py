@@ -20,6 +20,7 @@ import pytest
 
 import ramblock.cli
 from hostile_text import HOSTILE, HOSTILE_NAME, bad_characters
+from pseudo_terminal import Screen
 from ramblock.cli import main
 from ramblock.cli.probe_summary import print_summary
 from ramblock.cli.probe_view import LiveView, PlainView
@@ -166,6 +167,8 @@ def test_check(
         ["probe", "--socket", f"/{HOSTILE_NAME}/x"],
         ["probe", "--socket", "x", "--trace", f"/{HOSTILE_NAME}/x"],
         ["doctor", "--for", HOSTILE_NAME],
+        ["explain", HOSTILE_NAME],
+        ["explain", HOSTILE_NAME, HOSTILE_NAME],
     ],
     ids=lambda arguments: " ".join(arguments).replace(HOSTILE_NAME, "HOSTILE"),
 )
@@ -221,18 +224,6 @@ def _record() -> Record:
     return record
 
 
-class _Screen(io.StringIO):
-    """A terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-    @property
-    def picture(self) -> str:
-        """All but our own colours and movements."""
-        return re.sub(r"\x1b\[[0-9;]*[mAJ]|\r", "", self.getvalue())
-
-
 def test_probe(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +235,8 @@ def test_probe(
     view.update()
     _assert_clean(capsys)
     monkeypatch.setenv("COLUMNS", "500")
-    screen = _Screen()
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen()
     monkeypatch.setattr("sys.stderr", screen)
     device = SimpleNamespace(name=HOSTILE, plugged=0, mapped=4096, agrees=False)
     expectation: Any = SimpleNamespace(devices={"x": device})
@@ -271,22 +263,26 @@ def test_messages_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = _Screen()
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen()
     monkeypatch.setattr("sys.stderr", screen)
     monkeypatch.setattr("ramblock.cli.progress._EVERY_SECONDS", -1)
     with Progress(quiet=False) as progress:
-        progress.show(lambda _: HOSTILE)
+        progress.show(lambda _: HOSTILE, 1, 2)
     assert "\\x1b" in screen.picture
     assert not bad_characters(screen.picture)
 
 
-def test_the_terminal_itself() -> None:
-    screen = _Screen()
+def test_the_terminal_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen()
     terminal = Terminal(screen)
     terminal.line(HOSTILE, Styled(HOSTILE, "bold"))
     terminal.verbatim(HOSTILE)
     terminal.table([[HOSTILE, [HOSTILE, (HOSTILE, Styled(HOSTILE, "red"))]]], header=[HOSTILE, ""])
     terminal.draw([HOSTILE])
+    terminal.draw_progress(HOSTILE, 1, 2)
+    terminal.clear()
     terminal.json("x", 1, {HOSTILE: HOSTILE_NAME})
     assert not bad_characters(screen.picture)
 
@@ -314,7 +310,7 @@ def test_a_stream_that_knows_no_unicode(monkeypatch: pytest.MonkeyPatch) -> None
     assert raw.getvalue() == b"5 \\xb5s\n"
 
 
-@pytest.mark.parametrize("command", ["check --how qemu", "--help", "doctor"])
+@pytest.mark.parametrize("command", ["check --how qemu", "--help", "doctor", "explain --list"])
 def test_a_closed_pipe_ends_silently(command: str) -> None:
     import subprocess
     import sys

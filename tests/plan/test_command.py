@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pseudo_terminal import on_terminal
 from ramblock.cli import main
 from trace_samples import DATA
 
@@ -20,8 +21,9 @@ def _run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return code, shown.out, shown.err
 
 
-def test_the_kata_case(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+def test_the_kata_case(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = on_terminal("plan", *_KATA, columns=80)
+    assert (shown.returncode, shown.stderr) == (0, "")
     code, out, err = _run(capsys, *_KATA)
     assert (code, err) == (0, "")
     for text in (
@@ -34,7 +36,8 @@ def test_the_kata_case(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
         "[assumed]",
     ):
         assert text in " ".join(out.split())
-    assert max(map(len, out.partition("\nLimits")[0].splitlines())) <= 80
+        assert text in " ".join(shown.stdout.split())
+    assert max(map(len, shown.stdout.splitlines())) <= 80
 
 
 def test_the_way_that_is_asked_for_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -216,3 +217,23 @@ def test_records_are_bounded() -> None:
         record.violation(Violation("client1", Rule.OVERLAP, number * P, P, 17, "again"))
     assert record.violation_count == 5000
     assert len(record.violations) == 1000
+
+
+def test_things_that_are_let_pass_are_told_and_are_no_findings(tmp_path: Path) -> None:
+    """As the unmap of two windows at once, which the specification forbids."""
+    path = tmp_path / "probe.sock"
+    with probe(path, "-q") as running, socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(path))
+        for command, payload in (
+            (1, bytes(4)),
+            (2, struct.pack("=IIQQQ", 32, 3, 0, 0, P)),
+            (2, struct.pack("=IIQQQ", 32, 3, 0, P, P)),
+            (3, struct.pack("=IIQQ", 24, 0, 0, 2 * P)),
+        ):
+            sock.sendall(struct.pack("=HHIII", 0, command, 16 + len(payload), 0, 0) + payload)
+            answer = sock.recv(4096)
+            assert answer[8:16] == struct.pack("=II", 1, 0)
+    assert running.code == 0
+    assert "let pass 1 x unmap that is no window" in running.output
+    assert "client1: unmap of [0x0, 0x2000), which are 2 windows" in running.output
+    assert "Nothing found." in running.output

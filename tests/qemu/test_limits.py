@@ -3,6 +3,7 @@
 import pytest
 
 from lab.qemu_double import KIB, MIB, Double, GuestOptions, QemuEnded
+from message_samples import explained
 from ramblock.plan.guest import Guest, Pluggable
 from ramblock.plan.limits import Limits
 from ramblock.plan.qemu_check import check_as_qemu
@@ -45,5 +46,6 @@ def test_the_largest_guest_that_starts_is_the_one_that_the_plan_names(
     double.guest(options(most), double.vfio_user_device())
     with pytest.raises(QemuEnded, match="possibly running out of DMA mappings") as caught:
         double.guest(options(most + step), double.vfio_user_device())
+    assert "qemu-few-mappings" in explained(caught.value.output)
     for number in (Limits().server_maps, Limits().memslots):
         assert str(number) in caught.value.output

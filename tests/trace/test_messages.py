@@ -4,11 +4,9 @@ QEMU's words for failures: each is found, placed, and told once.
 The texts are those of QEMU 11.1.3 (its binary has them), and of the reports that are named.
 """
 
-import re
-
 import pytest
 
-from ramblock.trace.readers.qemu_messages import MESSAGES, Message, find_message
+from ramblock.trace.messages.catalogue import find_failure
 from trace_samples import Shown, as_shown, read, reader_of
 
 _EVENTS = (
@@ -107,15 +105,6 @@ def test_a_failed_start_alone_is_no_trace() -> None:
     assert "discarding of RAM broken" in " ".join(reader.needs.values())
 
 
-@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: str(message.words)[:30])
-def test_the_catalogue_can_be_explained(message: Message) -> None:
-    words, about, meaning, where, place, _ = message
-    assert re.compile(words).groups == (2 if place else 0)
-    assert about in ("map", "unmap", "call", "conversion", "discard", "slot", "device")
-    assert meaning
-    assert where.startswith(("accel/", "backends/", "hw/", "system/"))
-
-
 def test_other_lines_are_no_messages() -> None:
     for line in (
         b"vfio_dma_mapped",
@@ -123,4 +112,4 @@ def test_other_lines_are_no_messages() -> None:
         b"DMA mappings of nobody",
         b"failed to set memory",
     ):
-        assert find_message(line) is None
+        assert find_failure(line) is None

@@ -53,7 +53,9 @@ def check(values: RangeMap[str], model: dict[int, str], most_runs: int) -> None:
         inside = [address for address in model if start <= address < end]
         assert values.covered(start, end) == len(inside)
         assert values.last(start, end) == (max(inside) + 1 if inside else start)
-        assert values.gaps(start, start) == values.pieces(end, start) == []
+        assert values.gaps(start, start) == []
+        assert values.pieces(end, start) == []
+        assert values.pieces(start, start) == []
         assert values.covered(end, start) == values.covered(start, start) == 0
         some = values.some(start, end, 2)
         assert len(some) >= min(2, len(values.pieces(start, end)))

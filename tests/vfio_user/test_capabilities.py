@@ -10,7 +10,12 @@ from ramblock.dma.vfio_user import Capabilities
 from ramblock.dma.vfio_user.messages import MalformedError
 
 FIELD = st.integers(0, 2**64 - 1)
-CAPABILITIES = st.builds(Capabilities, FIELD, FIELD, FIELD, FIELD.filter(bool), st.booleans())
+SOME = FIELD.filter(bool)
+TWIN = st.sampled_from([(False, None), (True, None), (True, 0), (True, 7)])
+CAPABILITIES = st.builds(
+    lambda twin, *fields: Capabilities(*fields, *twin),
+    TWIN, FIELD, SOME, FIELD, SOME, st.booleans(),
+)  # fmt: skip
 
 
 def of(document: Any) -> bytes:
@@ -28,7 +33,8 @@ def test_a_peer_that_says_nothing(data: bytes) -> None:
 
 
 def test_what_is_not_used_is_ignored() -> None:
-    # As QEMU's client writes it.
+    # As QEMU's client writes it, and twin_socket as libvfio-user reads it (lib/tran.c,
+    # tran_parse_version_json()).
     members = {
         "max_msg_fds": 8,
         "max_data_xfer_size": 1048576,
@@ -39,7 +45,7 @@ def test_what_is_not_used_is_ignored() -> None:
         "write_multiple": True,
     }
     found = Capabilities.unpack(of({"capabilities": members}))
-    assert found == Capabilities(8, 0x10_0000, 65535, 4096, write_multiple=True)
+    assert found == Capabilities(8, 0x10_0000, 65535, 4096, write_multiple=True, twin_socket=True)
 
 
 @pytest.mark.parametrize(("pgsizes", "page_size"), [(4096, 4096), (0x20_1000, 0x1000), (1, 1)])
@@ -85,9 +91,23 @@ def test_a_truth_that_is_none(value: Any) -> None:
         Capabilities.unpack(of({"capabilities": {"write_multiple": value}}))
 
 
-def test_no_page_size_at_all() -> None:
-    with pytest.raises(MalformedError, match="pgsizes"):
-        Capabilities.unpack(of({"capabilities": {"pgsizes": 0}}))
+@pytest.mark.parametrize("name", ["pgsizes", "max_data_xfer_size"])
+def test_numbers_that_nobody_can_work_with(name: str) -> None:
+    with pytest.raises(MalformedError, match=name):
+        Capabilities.unpack(of({"capabilities": {name: 0}}))
+
+
+@pytest.mark.parametrize(
+    "twin", [None, [], True, {"supported": 1}, {"supported": True, "fd_index": -1}]
+)
+def test_a_twin_socket_that_is_none(twin: Any) -> None:
+    with pytest.raises(MalformedError, match="twin_socket"):
+        Capabilities.unpack(of({"capabilities": {"twin_socket": twin}}))
+
+
+@pytest.mark.parametrize("twin", [{}, {"supported": False}, {"supported": False, "fd_index": 0}])
+def test_no_twin_socket(twin: Any) -> None:
+    assert Capabilities.unpack(of({"capabilities": {"twin_socket": twin}})) == Capabilities()
 
 
 @given(st.binary(max_size=200))

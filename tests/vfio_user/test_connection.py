@@ -3,8 +3,10 @@ The protocol without a socket: two connections that are fed each other's bytes, 
 by a hostile peer.
 """
 
+import errno
 import itertools
 import json
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from random import Random
@@ -24,6 +26,7 @@ from ramblock.dma.vfio_user import (
     Request,
     Role,
 )
+from ramblock.dma.vfio_user.events import Oddity
 from ramblock.dma.vfio_user.messages import (
     DeviceInfoReply,
     DmaMap,
@@ -37,6 +40,8 @@ from ramblock.dma.vfio_user.messages import (
     ErrorReply,
     GetDeviceInfo,
     GetRegionInfo,
+    InvalidReply,
+    InvalidRequest,
     Message,
     RegionInfoReply,
     RegionRead,
@@ -74,6 +79,15 @@ class Peer:
         event = self.connection.next_event()
         assert isinstance(event, Reply)
         return event
+
+    def makes_no_sense(self, match: str) -> Request:
+        """It finds a message that is to be answered by EINVAL, and goes on."""
+        request = self.request()
+        assert isinstance(request.message, InvalidRequest)
+        assert re.search(match, request.message.reason), request.message.reason
+        assert not len(request.fds)
+        assert not self.connection.closed
+        return request
 
     def fails(self, match: str) -> RemoteProtocolError:
         """It finds a mistake of the peer's, and is dead afterwards."""
@@ -355,29 +369,48 @@ VERSION = message(1, struct.pack("=HH", 0, 0))
     [
         (message(13), "only that, is VERSION"),
         (message(999), "only that, is VERSION"),
-        (message(1, struct.pack("=HH", 0, 0), flags=0x10), "VERSION wants no reply"),
         (message(1, struct.pack("=HH", 0, 0) + b"{"), "NUL"),
         (message(1, b"\0\0\0"), "0x3 bytes"),
         (message(1, bytes(4), flags=1), "a reply to nothing"),
-        (VERSION[:4] + struct.pack("=I", 0x4041) + VERSION[8:], "size 0x4041"),
     ],
 )
 def test_first_messages_that_are_none(data: bytes, match: str) -> None:
+    """
+    EINVAL is the answer, and the last.
+
+    As in libvfio-user: lib/tran.c, recv_version(); lib/tran_sock.c, tran_sock_attach().
+    """
     server = Peer(Role.SERVER)
     server.connection.receive(data)
-    server.fails(match)
+    request = server.makes_no_sense(match)
+    server.connection.error(request, errno.EINVAL)
+    assert server.connection.closed
+
+
+def test_a_version_that_wants_no_reply() -> None:
+    server = Peer(Role.SERVER)
+    server.connection.receive(message(1, struct.pack("=HH", 0, 0), flags=0x10))
+    assert server.makes_no_sense("VERSION wants no reply").no_reply
+    assert not server.connection.negotiated
+
+
+def test_a_first_message_that_is_too_large() -> None:
+    server = Peer(Role.SERVER)
+    server.connection.receive(VERSION[:4] + struct.pack("=I", 0x4041) + VERSION[8:])
+    server.fails("size 0x4041")
 
 
 def test_a_client_that_does_not_wait_for_the_answer_to_version() -> None:
     server = Peer(Role.SERVER)
     server.connection.receive(VERSION + message(13))
     server.request()
-    server.fails("before the answer to VERSION")
+    server.makes_no_sense("before the answer to VERSION")
 
 
 def test_a_second_version(pair: Pair) -> None:
     pair.server.connection.receive(VERSION)
-    pair.server.fails("only that, is VERSION")
+    pair.server.makes_no_sense("only that, is VERSION")
+    assert pair.server.connection.negotiated
 
 
 def test_a_server_that_speaks_first() -> None:
@@ -440,24 +473,154 @@ def test_answers_to_version_that_may_not_be_given(answer: Message) -> None:
         (message(13, size=0), "size 0x0"),
         (message(13, size=15), "size 0xf"),
         (message(13, size=0xFFFF_FFFF), "size 0xffffffff"),
-        (message(13, flags=2), "neither command nor reply"),
-        (message(13, flags=0xF), "neither command nor reply"),
-        (message(13, flags=0x40), "unknown flags 0x40"),
-        (message(13, flags=0x8000_0000), "unknown flags 0x80000000"),
-        (message(13, flags=0x20), "a command says that it failed"),
-        (message(13, flags=0x11), "a reply wants no reply"),
-        (message(13, flags=0x21, error=4096), "is no errno"),
-        (message(13, b"x", flags=0x21), "an error reply of 0x11 bytes"),
-        (message(13, flags=1), "a reply to nothing"),
     ],
 )
-def test_headers_that_are_none(pair: Pair, role: Role, data: bytes, match: str) -> None:
+def test_headers_whose_message_has_no_end(pair: Pair, role: Role, data: bytes, match: str) -> None:
     victim, _ = pair.of(role)
     # The header is enough: nothing waits for a payload of four gigabytes.
     victim.connection.receive(data[:16], (50, 51))
     error = victim.fails(match)
     assert (error.command, error.message_id) == (13, 7)
     assert {50, 51} <= set(victim.closed)
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (message(13, b"xyz", flags=2), "neither command nor reply"),
+        (message(13, flags=0xF), "neither command nor reply"),
+        (message(13, flags=1), "a reply to nothing"),
+        (message(11, flags=1), "a reply to nothing"),
+    ],
+)
+def test_messages_that_are_no_commands(pair: Pair, data: bytes, match: str) -> None:
+    """
+    A server goes on (libvfio-user: lib/libvfio-user.c, is_valid_header(), get_request()).
+
+    A client does not: it could not believe that server's other answers.
+    """
+    server, client = pair.server, pair.client
+    server.connection.receive(data, (50, 51))
+    outgoing = server.connection.error(server.makes_no_sense(match), errno.EINVAL)
+    assert outgoing.data == message(data[2], flags=0x21, error=22)
+    assert {50, 51} <= set(server.closed)
+    server.connection.receive(message(13))
+    assert server.request().message == Reset()
+    client.connection.receive(data, (50, 51))
+    client.fails(match)
+    assert {50, 51} <= set(client.closed)
+
+
+def test_an_error_reply_to_nothing_is_not_answered(pair: Pair) -> None:
+    """Or two sides that answer what makes no sense would go on for ever."""
+    pair.server.connection.receive(message(13, flags=0x21, error=22))
+    assert pair.server.makes_no_sense("a reply to nothing").no_reply
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (0x40, "unknown flags 0x40"),
+        (0x8000_0000, "unknown flags 0x80000000"),
+        (0x20, "a command says that it failed"),
+    ],
+)
+def test_header_flags_that_mean_nothing(pair: Pair, flags: int, text: str) -> None:
+    """libvfio-user: lib/libvfio-user.c, is_valid_header() looks at the type alone."""
+    pair.server.connection.receive(message(13, flags=flags))
+    request = pair.server.request()
+    assert request.message == Reset()
+    assert request.remarks == ((Oddity.FLAGS, text),)
+    outgoing = pair.client.connection.request(Reset())
+    pair.client.connection.receive(
+        message(13, message_id=outgoing.message_id, flags=flags & ~0x20 | 1)
+    )
+    assert pair.client.reply().message == ResetReply()
+
+
+@pytest.mark.parametrize("role", Role)
+def test_an_error_reply_with_a_payload(pair: Pair, role: Role) -> None:
+    """
+    It is an error reply, though the specification wants the header alone.
+
+    libvfio-user has one for each refused region access (lib/libvfio-user.c, handle_region_access(),
+    do_reply()).
+    """
+    side, _ = pair.of(role)
+    asked = RegionRead(0, 0, 4) if role is Role.CLIENT else DmaRead(0, 4)
+    outgoing = side.connection.request(asked)
+    answer = message(asked.command, bytes(20), message_id=outgoing.message_id, flags=0x21, error=22)
+    side.connection.receive(answer)
+    reply = side.reply()
+    assert reply.message == ErrorReply(asked.command, 22)
+    assert reply.remarks == ((Oddity.ERROR_WITH_PAYLOAD, "0x14 bytes"),)
+
+
+def test_an_error_reply_whose_number_is_none(pair: Pair) -> None:
+    """libvfio-user: lib/tran_sock.c, tran_sock_recv_fds() takes it for an error as well."""
+    outgoing = pair.client.connection.request(Reset())
+    answer = message(13, message_id=outgoing.message_id, flags=0x21, error=4096)
+    pair.client.connection.receive(answer)
+    reply = pair.client.reply()
+    assert reply.message == ErrorReply(13, 0)
+    assert reply.remarks == ((Oddity.ERRNO, "0x1000"),)
+
+
+def test_an_unmap_that_is_answered_by_nothing(pair: Pair) -> None:
+    """libvfio-user, for a device without DMA: lib/libvfio-user.c, handle_request()."""
+    outgoing = pair.client.connection.request(DmaUnmap(0, 0x1000, 0x2000))
+    pair.client.connection.receive(message(3, message_id=outgoing.message_id, flags=1))
+    reply = pair.client.reply()
+    assert reply.message == DmaUnmapReply(0, 0x1000, 0x2000)
+    assert [remark.oddity for remark in reply.remarks] == [Oddity.NO_PAYLOAD]
+
+
+@pytest.mark.parametrize(
+    ("asked", "payload"),
+    [
+        # SPDK: lib/vfio_user/host/vfio_user.c, vfio_user_get_dev_region_info(): its buffer without
+        # one structure.
+        (GetRegionInfo(4064, 7), struct.pack("=IIIIQQ", 4064, 0, 7, 0, 0, 0) + bytes(4032)),
+        (Reset(), b"x"),
+        (DmaUnmap(0, 0x1000, 0x1000), struct.pack("=IIQQ", 24, 0, 0x1000, 0x1000) + bytes(8)),
+    ],
+)
+def test_more_payload_than_there_should_be(pair: Pair, asked: Message, payload: bytes) -> None:
+    pair.server.connection.receive(message(asked.command, payload))
+    request = pair.server.request()
+    assert request.message == asked
+    assert [remark.oddity for remark in request.remarks] == [Oddity.LONG_PAYLOAD]
+
+
+@pytest.mark.parametrize(
+    ("command", "payload"),
+    [
+        (2, struct.pack("=IIQQQ", 31, 3, 0, 0, 4096)),
+        (2, bytes(31)),
+        (3, bytes(8)),
+        (5, struct.pack("=IIIIQQ", 31, 0, 0, 0, 0, 0)),
+        (8, struct.pack("=IIIII", 22, 34, 0, 0, 3) + bytes(2)),
+        (9, bytes(15)),
+        (10, struct.pack("=QII", 0, 0, 4) + bytes(3)),
+        (15, struct.pack("=Q", 2) + bytes(24)),
+    ],
+)
+def test_payloads_that_make_no_sense(pair: Pair, command: int, payload: bytes) -> None:
+    """libvfio-user answers each of them by EINVAL, and lives (lib/libvfio-user.c, lib/irq.c)."""
+    pair.server.connection.receive(message(command, payload), (50,))
+    pair.server.makes_no_sense("")
+    assert pair.server.closed == [50]
+
+
+def test_a_clients_answer_that_makes_no_sense(pair: Pair) -> None:
+    """It is the end of that access, and of nothing else."""
+    outgoing = pair.server.connection.request(DmaRead(0, 4))
+    answer = message(11, struct.pack("=QQ", 0, 9), message_id=outgoing.message_id, flags=1)
+    pair.server.connection.receive(answer, (9,))
+    reply = pair.server.reply()
+    assert isinstance(reply.message, InvalidReply)
+    assert pair.server.connection.outstanding == 0
+    assert pair.server.closed == [9]
 
 
 @pytest.mark.parametrize(
@@ -475,7 +638,7 @@ def test_commands_that_go_the_other_way(
 ) -> None:
     victim, _ = pair.of(role)
     victim.connection.receive(message(command, payload))
-    victim.fails("not a command for|VERSION")
+    victim.makes_no_sense("not a command for|VERSION")
 
 
 def test_unknown_commands_are_requests(pair: Pair) -> None:
@@ -525,10 +688,9 @@ def test_more_data_than_was_announced() -> None:
     # Messages as large as a VERSION pass the header's check, so that the count itself has to be
     # looked at.
     pair.server.connection.receive(message(10, struct.pack("=QII", 0, 0, 65) + bytes(65)))
-    pair.server.fails("0x41 bytes of data, limit 0x40")
-    pair = Pair(server=Capabilities(max_data_xfer_size=64))
+    pair.server.makes_no_sense("0x41 bytes of data, limit 0x40")
     pair.server.connection.receive(message(9, struct.pack("=QII", 0, 0, 65)))
-    pair.server.fails("0x41 bytes of data, limit 0x40")
+    pair.server.makes_no_sense("0x41 bytes of data, limit 0x40")
 
 
 @pytest.mark.parametrize("role", Role)
@@ -560,21 +722,32 @@ def test_messages_before_the_end_of_the_stream_count(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "count", "match"),
+    ("data", "count", "taken"),
     [
-        (message(13), 1, "1 descriptors, limit 0"),
-        (message(2, struct.pack("=IIQQQ", 32, 3, 0, 0, 4096)), 2, "2 descriptors, limit 1"),
-        (message(8, struct.pack("=IIIII", 20, 36, 0, 0, 17)), 17, "17 descriptors, limit 16"),
-        (message(999), 17, "17 descriptors, limit 16"),
-        (message(999)[:4], 300, "300 descriptors in one message"),
+        (message(13), 1, 0),
+        (message(2, struct.pack("=IIQQQ", 32, 3, 0, 0, 4096)), 2, 1),
+        # SPDK: lib/vfio_user/host/vfio_user.c, vfio_user_dev_dma_map_unmap().
+        (message(3, struct.pack("=IIQQ", 24, 0, 0, 4096)), 1, 0),
+        (message(8, struct.pack("=IIIII", 20, 36, 0, 0, 17)), 17, 16),
+        (message(999), 17, 16),
     ],
 )
 def test_descriptors_that_were_not_asked_for(
-    pair: Pair, data: bytes, count: int, match: str
+    pair: Pair, data: bytes, count: int, taken: int
 ) -> None:
-    pair.server.connection.receive(data, range(1000, 1000 + count))
-    pair.server.fails(match)
-    assert sorted(pair.server.closed)[-count:] == list(range(1000, 1000 + count))
+    """They are closed, and the message is taken (libvfio-user: lib/libvfio-user.c, free_msg())."""
+    numbers = list(range(1000, 1000 + count))
+    pair.server.connection.receive(data, numbers)
+    request = pair.server.request()
+    assert list(request.fds) == numbers[:taken]
+    assert sorted(pair.server.closed) == numbers[taken:]
+    assert request.remarks == ((Oddity.DESCRIPTORS, f"{count - taken} too many"),)
+
+
+def test_more_descriptors_than_a_message_can_have(pair: Pair) -> None:
+    pair.server.connection.receive(message(999)[:4], range(1000, 1300))
+    pair.server.fails("300 descriptors in one message")
+    assert sorted(pair.server.closed)[-300:] == list(range(1000, 1300))
 
 
 def test_descriptors_one_by_one_with_every_byte(pair: Pair) -> None:
@@ -591,16 +764,16 @@ def test_descriptors_one_by_one_with_every_byte(pair: Pair) -> None:
 def test_descriptors_with_an_answer(pair: Pair) -> None:
     outgoing = pair.client.connection.request(Reset())
     pair.client.connection.receive(message(13, message_id=outgoing.message_id, flags=1), (9,))
-    pair.client.fails("1 descriptors, limit 0")
-    assert 9 in pair.client.closed
+    assert pair.client.reply().message == ResetReply()
+    assert pair.client.closed == [9]
 
 
 def test_descriptors_with_an_error_reply(pair: Pair) -> None:
     outgoing = pair.client.connection.request(GetRegionInfo(32, 0))
     answer = message(5, message_id=outgoing.message_id, flags=0x21, error=22)
     pair.client.connection.receive(answer, (9,))
-    pair.client.fails("with an error reply")
-    assert 9 in pair.client.closed
+    assert pair.client.reply().message == ErrorReply(5, 22)
+    assert pair.client.closed == [9]
 
 
 def test_nobody_takes_the_descriptors(pair: Pair) -> None:

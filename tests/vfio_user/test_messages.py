@@ -54,7 +54,7 @@ def longs(*values: int) -> bytes:
 
 JSON = Capabilities().pack()
 
-# A byte more or less than these has to be refused.
+# A byte less than these has to be refused.
 CASES: list[tuple[Message, bytes]] = [
     (Version(0, 1, Capabilities()), struct.pack("=HH", 0, 1) + JSON),
     (VersionReply(0, 0, Capabilities()), struct.pack("=HH", 0, 0) + JSON),
@@ -101,8 +101,16 @@ def test_bytes_of_a_message(message: Message, payload: bytes) -> None:
 
 @pytest.mark.parametrize(("message", "payload"), CASES, ids=IDS)
 def test_a_byte_too_few_or_too_many(message: Message, payload: bytes) -> None:
-    with pytest.raises(MalformedError):
-        type(message).unpack(payload + b"\0")
+    """
+    More is ignored where no byte of it means anything.
+
+    As libvfio-user does it, whose handlers compare with "less than" (lib/libvfio-user.c).
+    """
+    if type(message).fixed_size is not None or (isinstance(message, SetIrqs) and not message.data):
+        assert type(message).unpack(payload + b"\0") == message
+    else:
+        with pytest.raises(MalformedError):
+            type(message).unpack(payload + b"\0")
     for size in range(len(payload)):
         if size == 4 and isinstance(message, Version | VersionReply):
             # It may end behind its numbers.
@@ -113,7 +121,8 @@ def test_a_byte_too_few_or_too_many(message: Message, payload: bytes) -> None:
 
 
 def test_every_command_has_its_request_and_its_reply() -> None:
-    assert set(REQUESTS) == set(REPLIES) == set(Command)
+    unserved = {Command.DEVICE_FEATURE, Command.MIG_DATA_READ, Command.MIG_DATA_WRITE}
+    assert set(REQUESTS) == set(REPLIES) == set(Command) - unserved
     assert {type(message) for message, _ in CASES} == {*REQUESTS.values(), *REPLIES.values()}
     assert command_name(2) == "DMA_MAP"
     assert command_name(99) == "command 99"
@@ -137,8 +146,7 @@ def test_capabilities_of_a_region_are_kept() -> None:
         (GetRegionInfo, words(31, 0, 0, 0) + longs(0, 0)),
         (GetRegionIoFds, words(15, 0, 0, 0)),
         (GetIrqInfo, words(15, 0, 0, 0)),
-        (SetIrqs, words(21, 1, 0, 0, 0)),
-        (SetIrqs, words(24, 1, 0, 0, 1) + words(0)),
+        (SetIrqs, words(19, 1, 0, 0, 0)),
         (SetIrqs, words(24, 2, 0, 0, 3) + words(0)),
         (SetIrqs, words(20, 2, 0, 0, 0xFFFF_FFFF)),
         (RegionWrite, longs(0) + words(0, 0xFFFF_FFFF) + b"abc"),

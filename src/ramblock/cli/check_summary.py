@@ -75,7 +75,6 @@ def _print_failures(terminal: Terminal, result: AuditResult, failures: list[Find
         [_row(each, result, several_targets=several_targets) for each in shown],
         header=["what", "range", "size", "after", "for", "opened, closed"],
         right=(2, 3, 4),
-        folds=(-1, 0),
     )
     _print_more(terminal, len(groups))
     for remark in _remarks(shown):
@@ -158,7 +157,6 @@ def _print_faults(terminal: Terminal, result: AuditResult) -> None:
         rows,
         header=["number", "device", "page", "first after", "which", "at"],
         right=(0, 3),
-        folds=(4, 1),
     )
     _print_more(terminal, len(groups), _FAULTS_SHOWN)
 
@@ -186,7 +184,7 @@ def _print_notes(terminal: Terminal, result: AuditResult, notes: list[Finding]) 
                 "; ".join(filter(None, (first.target, first.note))) or "-",
             ]
         )
-    terminal.table(rows, header=["what", "in", "first after", "at", "of"], right=(2,), folds=(4, 3))
+    terminal.table(rows, header=["what", "in", "first after", "at", "of"], right=(2,))
     _print_more(terminal, len(groups))
     for kind in {each.first.kind for each in groups}:
         count = result.counts[kind]

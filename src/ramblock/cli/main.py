@@ -10,8 +10,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ramblock.cli import check_options, doctor_options, plan_options, probe_options, run_options
-from ramblock.cli.terminal import ClosedPipe, Terminal, out, print_error
+from ramblock.cli import (
+    check_options,
+    doctor_options,
+    explain_options,
+    plan_options,
+    probe_options,
+    run_options,
+)
+from ramblock.cli.terminal import Terminal, out, print_error
 from ramblock.errors import RamblockError, TraceError, UsageError
 from ramblock.text import printable
 
@@ -51,7 +58,7 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib import metadata
 
-        out().line(f"ramblock {metadata.version('ramblock')}")
+        out().verbatim(f"ramblock {metadata.version('ramblock')}")
         parser.exit()
 
 
@@ -77,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     probe_options.add_to(commands)
     plan_options.add_to(commands)
     doctor_options.add_to(commands)
+    explain_options.add_to(commands)
     return parser
 
 
@@ -88,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_USAGE)
     except TraceError as error:
         return _fail(error, EXIT_UNREADABLE)
-    except (ClosedPipe, BrokenPipeError):
+    except BrokenPipeError:
         return _give_up_stdout()
     except (RamblockError, OSError, MemoryError) as error:
         return _fail(error, EXIT_FAILED)
@@ -115,7 +123,7 @@ def _log_to_stderr(level: str) -> None:
 def _fail(error: BaseException | str, code: int) -> int:
     try:
         print_error(error)
-    except ClosedPipe:
+    except BrokenPipeError:
         return _give_up_stdout()
     return code
 

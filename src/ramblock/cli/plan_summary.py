@@ -67,7 +67,6 @@ def _print_shares(terminal: Terminal, plan: GuestPlan) -> None:
         ],
         header=["when", "what", "size", "requests"],
         right=(2, 3),
-        folds=(1,),
     )
     if any("accept" in profile for profile in plan.guest.os):
         when = "at boot" if plan.guest.eager_accept else "as it is used"
@@ -97,9 +96,7 @@ def _print_rows(terminal: Terminal, rows: Sequence[Row]) -> None:
         table.append([each.policy, each.target, _verdict(each), *entries])
         worst = need.worst_entries
     if table:
-        terminal.table(
-            table, header=["policy", "target", "", "at boot", "at most"], right=(3, 4), folds=()
-        )
+        terminal.table(table, header=["policy", "target", "", "at boot", "at most"], right=(3, 4))
         terminal.line("At the end: between what it is at boot and the most.")
         terminal.line(
             f"Worst case, a guest that fragments on purpose: {worst:,}, one for each page."
@@ -131,7 +128,6 @@ def _print_costs(terminal: Terminal, rows: Sequence[Row]) -> None:
         ],
         header=["policy", "target", "maps at boot", "unmaps", "maps/s after", "unmaps/s"],
         right=range(2, 6),
-        folds=(),
     )  # fmt: skip
     terminal.line()
     terminal.line("Memory")
@@ -146,7 +142,6 @@ def _print_costs(terminal: Terminal, rows: Sequence[Row]) -> None:
         ],
         header=["policy", "target", "pinned", "held twice", "IOMMU's tables"],
         right=range(2, 5),
-        folds=(),
     )
 
 
@@ -210,7 +205,6 @@ def _print_simulated(terminal: Terminal, plan: GuestPlan) -> None:
         table,
         header=["policy", "target", "at boot", "most", "at the end", "maps", "unmaps"],
         right=range(2, 7),
-        folds=(),
     )
 
 
@@ -242,7 +236,6 @@ def print_trace_plan(plan: TracePlan) -> None:
         table,
         header=["policy", "target", "", "most", "at the end", "maps", "unmaps", "limit"],
         right=range(3, 8),
-        folds=(),
     )
     cannot = [each.target for each in plan.rows if each.counts is None]
     if cannot:
@@ -258,7 +251,6 @@ def print_trace_plan(plan: TracePlan) -> None:
         observed,
         header=["target", "most", "at the end", "maps", "unmaps"],
         right=range(1, 5),
-        folds=(0,),
     )
     _print_notes(terminal, plan)
 

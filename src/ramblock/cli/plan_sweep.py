@@ -66,7 +66,7 @@ def _run(arguments: argparse.Namespace, sweep: Sweep) -> Swept:
         def update(more: int) -> None:
             nonlocal total
             total += more
-            progress.show(lambda _: f"{total:,} of {len(sweep):,} guests")
+            progress.show(lambda _: f"{total:,} of {len(sweep):,} guests", total, len(sweep))
 
         if arguments.scheduler is not None:
             return run_on_cluster(sweep, arguments.scheduler, update)

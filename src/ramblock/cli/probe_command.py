@@ -67,14 +67,15 @@ def _serve(probe: Probe, arguments: argparse.Namespace) -> VirtioMemExpectation 
     """
     expectation = None
     try:
-        if arguments.expect is not None:
-            expectation = VirtioMemExpectation(probe, arguments.qmp)
-            expectation.start()
-        probe.start()
-        with suppress(KeyboardInterrupt), _view(probe, expectation, arguments) as view:
-            while probe.serving:
-                sleep(_FRAME_SECONDS)
-                view.update()
+        with suppress(KeyboardInterrupt):
+            if arguments.expect is not None:
+                expectation = VirtioMemExpectation(probe, arguments.qmp)
+                expectation.start()
+            probe.start()
+            with _view(probe, expectation, arguments) as view:
+                while probe.serving:
+                    sleep(_FRAME_SECONDS)
+                    view.update()
     finally:
         if expectation is not None:
             expectation.stop()

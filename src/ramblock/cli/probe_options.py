@@ -47,7 +47,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         choices=("lenient", "exact"),
         default="lenient",
         help="the rule for an unmap: it names whole windows (default), or exactly one,"
-        " as libvfio-user wants it",
+        " as the specification and libvfio-user want it",
     )
     parser.add_argument(
         "--touch", action="store_true", help="read random pages of the windows all the time"

@@ -25,6 +25,7 @@ def summary_fields(record: Record) -> dict[str, Any]:
         "peak_bytes": record.peak_bytes,
         "violations": {rule.name.lower(): count for rule, count in record.broken.items()},
         "stale_windows": record.stale_count,
+        "noted": {kind.name.lower(): count for kind, count in record.noted.items()},
     }
 
 
@@ -44,6 +45,7 @@ def print_summary(record: Record) -> None:
         )
     _print_stale(terminal, record)
     _print_violations(terminal, record)
+    _print_notes(terminal, record)
 
 
 def _print_stale(terminal: Terminal, record: Record) -> None:
@@ -88,3 +90,10 @@ def _print_violations(terminal: Terminal, record: Record) -> None:
             terminal.line(f"  {text}" + (f" ({times:,} times)" if times > 1 else ""), hang=4)
         if more := count - sum(times for _, times in shown):
             terminal.line(f"  and {more:,} more")
+
+
+def _print_notes(terminal: Terminal, record: Record) -> None:
+    """Print the things that were let pass. They are no findings."""
+    for kind, count in record.noted.most_common():
+        terminal.line(f"let pass {count:,} x {kind.value}")
+        terminal.line(f"  first: {record.first_noted[kind]}", hang=4)

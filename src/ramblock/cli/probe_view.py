@@ -79,17 +79,13 @@ class LiveView(NoView):
         self._maps = _Rate()
         self._unmaps = _Rate()
 
-    def __enter__(self) -> LiveView:
-        self.update()
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._terminal.clear()
 
     def update(self) -> None:
         """Draw it again."""
         # One line each at any width: lines that jump cannot be read.
-        self._terminal.draw(self._lines(self._terminal.width or 80))
+        self._terminal.draw(self._lines(self._terminal.width))
 
     def _lines(self, width: int) -> list[Line]:
         latest = self._probe.record.violations[-_LATEST_VIOLATIONS:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a job is, on stderr: one line that changes on a terminal, few lines elsewhere."""
+"""How far a job is, on stderr: a line and a bar on a terminal, few lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LINE_EVERY_SECONDS = 5.0
 
 class Progress:
     """
-    Shows a line now and then; a context manager, at whose end the line goes.
+    Shows a line now and then; a context manager, at whose end it goes from a terminal.
 
     :param quiet: Show nothing.
     :param lines: Also where there is no terminal.
@@ -31,11 +31,12 @@ class Progress:
         self._every = _EVERY_SECONDS if self._terminal.is_terminal else _LINE_EVERY_SECONDS
         self._began = self._shown = monotonic()
 
-    def show(self, line: Callable[[float], str]) -> None:
+    def show(self, line: Callable[[float], str], done: int = 0, total: int | None = None) -> None:
         """
         Show a line, if it is time.
 
         :param line: Makes it, from the seconds since the begin.
+        :param total: Draw a bar too, *done* of *total* long.
         """
         if not self.shows:
             return
@@ -45,7 +46,7 @@ class Progress:
         self._shown = now
         text = line(now - self._began)
         if self._terminal.is_terminal:
-            self._terminal.draw([text])
+            self._terminal.draw_progress(text, done, total)
         else:
             self._terminal.line(text)
 

@@ -21,4 +21,4 @@ class RunProgress(Progress):
             refused = tally.outcomes[Outcome.ROLLED_BACK] + tally.outcomes[Outcome.OVER_BUDGET]
             return f"{text} ({refused:,} put back)" if refused else text
 
-        self.show(line)
+        self.show(line, done, total)

@@ -6,46 +6,44 @@ No other module of the commands writes to stdout or stderr. So text of strangers
 in one place, here, where it is written. A line feed in a piece of text is a stranger's: lines of
 ours are separate calls.
 
-Colours and folded lines are for terminals. Elsewhere a line is a line, however long, unless
-``COLUMNS`` says how many columns there are.
+Only a terminal gets colours, folded lines and pictures. They are drawn by rich, whose import takes
+as long as the check of a small file; elsewhere a line is a line, however long.
 """
 
 from __future__ import annotations
 
-import os
+import io
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from typing import TextIO
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from itertools import zip_longest
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from ramblock.text import printable
 
-__all__ = ["Cell", "ClosedPipe", "Line", "Piece", "Styled", "Terminal", "err", "out", "print_error"]
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+    from rich.progress import Progress
+    from rich.text import Text
 
-_SGR = {"bold": "1", "dim": "2", "reverse": "7", "red": "31", "green": "32", "yellow": "33"}
-_GAP = "  "
-_NARROWEST, _USUAL = 12, 80
+__all__ = ["Cell", "Line", "Piece", "Styled", "Terminal", "err", "out", "print_error"]
+
+# In less, rich drops columns of a table.
+_NARROWEST = 40
 
 
-class ClosedPipe(Exception):
-    """Nobody reads what a command prints."""
+class Styled(NamedTuple):
+    """A piece of a line in a style of rich's: ``bold``, ``dim``, ``red``, ..., or several."""
 
-
-class Styled:
-    """A piece of a line in a style: ``bold``, ``dim``, ``red``, ..., or several."""
-
-    __slots__ = ("style", "text")
-
-    def __init__(self, text: str, style: str) -> None:
-        self.text = text
-        self.style = style
+    text: str
+    style: str
 
 
 Piece = str | Styled
 Line = Piece | tuple[Piece, ...]
 #: One line or several.
 Cell = Line | list[Line]
-
-_Spans = list[tuple[str, str]]
 
 
 class Terminal:
@@ -58,23 +56,24 @@ class Terminal:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.is_terminal = stream.isatty()
-        self._colours = (
-            self.is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        )
-        #: Columns; None: as many as a line needs.
-        self.width = self._find_width()
-        self._drawn = 0
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # it may not have all our characters
+        self._live: Live | None = None
+        self._bar: Progress | None = None
 
-    def _find_width(self) -> int | None:
-        told = os.environ.get("COLUMNS", "")
-        if told.isdecimal() and len(told) < 6 and int(told):
-            return max(int(told), _NARROWEST)
-        if not self.is_terminal:
-            return None
-        try:
-            return max(os.get_terminal_size(self._stream.fileno()).columns, _NARROWEST)
-        except OSError:
-            return _USUAL
+    @cached_property
+    def _console(self) -> Console:
+        from rich.console import Console
+
+        console = Console(file=self._stream, markup=False, emoji=False, highlight=False)
+        if console.width < _NARROWEST:
+            console.width = _NARROWEST
+        return console
+
+    @property
+    def width(self) -> int:
+        """Columns of a terminal."""
+        return self._console.width
 
     def line(self, *pieces: Piece, hang: int = 0) -> None:
         """
@@ -82,14 +81,19 @@ class Terminal:
 
         :param hang: Columns by which its continuation is indented, if it has to be folded.
         """
-        folded = _fold(_spans(pieces), self.width, hang)
-        text = "\n".join(" " * (hang if number else 0) + self._dress(spans)
-                         for number, spans in enumerate(folded))  # fmt: skip
-        self._write(text + "\n")
+        if not self.is_terminal:
+            self._write(_plain(pieces))
+            return
+        from rich.text import Text
+
+        text = _text(pieces)
+        if text.cell_len > self.width:
+            text = Text("\n" + " " * hang).join(text.wrap(self._console, self.width - hang))
+        self._console.print(text)
 
     def verbatim(self, line: str) -> None:
         """Write a line of ours with its indentation, as it is: help, a script to be pasted."""
-        self._write(f"{printable(line)}\n")
+        self._write(printable(line))
 
     def table(
         self,
@@ -97,102 +101,98 @@ class Terminal:
         *,
         header: Sequence[str] = (),
         right: Collection[int] = (),
-        folds: Collection[int] = (-1,),
     ) -> None:
         """
         Write a table; nothing if it has no rows.
 
         :param right: Columns whose text stands at the right.
-        :param folds: Columns that get narrower where the whole is too wide.
         """
         if not rows:
             return
-        lines = [
-            [_paragraphs(cell) for cell in row] for row in ([header] if header else []) + [*rows]
+        cells = [
+            [cell if isinstance(cell, list) else [cell] for cell in row]
+            for row in ([header] if header else []) + [*rows]
         ]
-        widths = self._widths(lines, {fold % len(rows[0]) for fold in folds})
-        for row in lines:
-            cells = [
-                [part for spans in cell for part in _fold(spans, width)]
-                for cell, width in zip(row, widths, strict=True)
+        if self.is_terminal:
+            self._draw_table(cells, right)
+            return
+        shown = [
+            lines
+            for row in cells
+            for lines in zip_longest(*(map(_plain, cell) for cell in row), fillvalue="")
+        ]
+        widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+        for lines in shown:
+            columns = [
+                line.rjust(width) if number in right else line.ljust(width)
+                for number, (line, width) in enumerate(zip(lines, widths, strict=True))
             ]
-            for number in range(max(map(len, cells))):
-                self._row(cells, number, widths, right)
+            self._write("  ".join(columns).rstrip())
 
-    def _row(
-        self, cells: list[list[_Spans]], number: int, widths: list[int], right: Collection[int]
-    ) -> None:
-        text = ""
-        for column, (cell, width) in enumerate(zip(cells, widths, strict=True)):
-            spans = cell[number] if number < len(cell) else []
-            padding = " " * (width - _length(spans))
-            shown = self._dress(spans)
-            text += (padding + shown if column in right else shown + padding) + _GAP
-        self._write(text.rstrip() + "\n")
+    def _draw_table(self, rows: list[list[list[Line]]], right: Collection[int]) -> None:
+        from rich.table import Table
+        from rich.text import Text
 
-    def _widths(self, rows: list[list[list[_Spans]]], folds: Collection[int]) -> list[int]:
-        widths = [
-            max(_length(spans) for row in rows for spans in row[column] or [[]])
-            for column in range(len(rows[0]))
-        ]
-        if self.width is not None:
-            spare = self.width - len(_GAP) * (len(widths) - 1) - sum(widths)
-            # The widest gives first.
-            for column in sorted(folds, key=lambda each: -widths[each]):
-                if spare < 0:
-                    narrower = max(min(widths[column], _NARROWEST), widths[column] + spare)
-                    spare += widths[column] - narrower
-                    widths[column] = narrower
-        return widths
+        table = Table.grid(padding=(0, 2))
+        for number in range(len(rows[0])):
+            table.add_column(justify="right" if number in right else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text("\n").join(map(_text, cell)) for cell in row))
+        self._console.print(table)
 
     def json(self, schema: str, version: int, fields: dict[str, object]) -> None:
         """Write an object, with the name and the version of its schema as its first two fields."""
         from ramblock.text import encode_for_machines
 
         value = {"schema": schema, "version": version, **fields}
-        self._write(encode_for_machines(value, indent=2).decode() + "\n")
+        self._write(encode_for_machines(value, indent=2).decode())
+
+    def _write(self, text: str) -> None:
+        self._stream.write(f"{text}\n")
 
     def draw(self, lines: Sequence[Line]) -> None:
         """Replace what was drawn last; a line that is too wide is cut. On terminals only."""
-        if not self.is_terminal:
-            return
-        up = f"\033[{self._drawn}A" if self._drawn else ""
-        width = self.width or _USUAL
+        from rich.console import Group
+
+        texts = [_text(each) for each in lines]
+        for each in texts:
+            each.no_wrap, each.overflow = True, "ellipsis"
+        self._show(Group(*texts))
+
+    def draw_progress(self, line: str, done: int, total: int | None) -> None:
+        """Likewise, a line with a bar if a total is known."""
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if self._bar is None:
+            bar = [BarColumn(), TimeRemainingColumn()] if total is not None else []
+            self._bar = Progress(TextColumn("{task.description}", markup=False), *bar)
+            self._bar.add_task("", total=total)
+        self._bar.update(self._bar.task_ids[0], description=printable(line), completed=done)
+        self._show(self._bar.get_renderable())
+
+    def _show(self, picture: RenderableType) -> None:
+        from rich.constrain import Constrain
+        from rich.live import Live
+
+        if self._live is None:
+            self._live = Live(
+                console=self._console,
+                auto_refresh=False,
+                transient=True,
+                # Else results would go where the picture goes.
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._live.start()
         # Room for the terminal's own ^C: if that began a line, one line of the picture would stay
         # for good.
-        shown = [self._dress(_cut(_spans(each), width - 3)) for each in lines]
-        self._write(f"\r{up}\033[J" + "".join(f"{each}\n" for each in shown), now=True)
-        self._drawn = len(lines)
+        self._live.update(Constrain(picture, self.width - 3), refresh=True)
 
     def clear(self) -> None:
         """Remove what was drawn."""
-        if self._drawn:
-            self.draw([])
-
-    def _dress(self, spans: _Spans) -> str:
-        if not self._colours:
-            return "".join(text for text, _ in spans)
-        return "".join(
-            f"\033[{';'.join(_SGR[name] for name in style.split())}m{text}\033[0m"
-            if style and text
-            else text
-            for text, style in spans
-        )
-
-    def _write(self, text: str, *, now: bool = False) -> None:
-        stream = self._stream
-        try:
-            try:
-                stream.write(text)
-            except UnicodeEncodeError:
-                # Its encoding has not all of our own characters.
-                stream.write(
-                    text.encode(stream.encoding, "backslashreplace").decode(stream.encoding)
-                )
-            if now:
-                stream.flush()
-        except BrokenPipeError as error:
-            raise ClosedPipe from error
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
 def out() -> Terminal:
@@ -217,54 +217,20 @@ def print_error(error: BaseException | str) -> None:
         err().verbatim(f"  - {part}")
 
 
-def _spans(line: Line) -> _Spans:
+def _spans(line: Line) -> list[tuple[str, str]]:
     """Make text printable: this is the one place for it."""
-    pieces = line if isinstance(line, tuple) else (line,)
+    pieces = (line,) if isinstance(line, str | Styled) else line
     return [
         (printable(piece), "") if isinstance(piece, str) else (printable(piece.text), piece.style)
         for piece in pieces
     ]
 
 
-def _paragraphs(cell: Cell) -> list[_Spans]:
-    return [_spans(line) for line in (cell if isinstance(cell, list) else [cell])]
+def _plain(line: Line) -> str:
+    return "".join(text for text, _ in _spans(line))
 
 
-def _length(spans: _Spans) -> int:
-    return sum(len(text) for text, _ in spans)
+def _text(line: Line) -> Text:
+    from rich.text import Text
 
-
-def _cut(spans: _Spans, width: int) -> _Spans:
-    if _length(spans) <= width:
-        return spans
-    return [*_slice(spans, 0, width - 1), ("…", "")]
-
-
-def _fold(spans: _Spans, width: int | None, hang: int = 0) -> list[_Spans]:
-    if width is None or _length(spans) <= width:
-        return [spans]
-    text = "".join(piece for piece, _ in spans)
-    return [_slice(spans, start, end) for start, end in _breaks(text, width, hang)]
-
-
-def _breaks(text: str, width: int, hang: int) -> Iterator[tuple[int, int]]:
-    """Yield the parts of a line: between words, or where a word is wider than the line."""
-    start = 0
-    while len(text) - start > width:
-        cut = text.rfind(" ", start + 1, start + width + 1)
-        yield start, start + width if cut < 0 else cut
-        start = start + width if cut < 0 else cut + 1
-        if hang:
-            width, hang = max(width - hang, 1), 0
-    yield start, len(text)
-
-
-def _slice(spans: _Spans, start: int, end: int) -> _Spans:
-    found = []
-    at = 0
-    for text, style in spans:
-        part = text[max(start - at, 0) : max(end - at, 0)]
-        if part:
-            found.append((part, style))
-        at += len(text)
-    return found
+    return Text.assemble(*_spans(line))

@@ -19,7 +19,7 @@ from ramblock.dma.vfio_facts import group_members, locked_memory, module_paramet
 from ramblock.errors import DmaError, describe_range
 from ramblock.units import format_size
 
-__all__ = ["TABLE", "Advice", "KernelRefusal", "Refused", "refusal"]
+__all__ = ["TABLE", "Advice", "KernelRefusal", "Refused", "meaning", "refusal"]
 
 
 class Refused(NamedTuple):
@@ -215,6 +215,15 @@ TABLE = (
 )  # fmt: skip
 
 _BY_CALL = {(call, advice.errno): advice for advice in TABLE for call in advice.calls}
+
+
+def meaning(call: str, number: int) -> str:
+    """
+    Return the meaning of an errno for a call, without the values of this host.
+
+    :raises KeyError: The table has none.
+    """
+    return _BY_CALL[call, number].meaning
 
 
 def refusal(

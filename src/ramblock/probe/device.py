@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from ramblock.dma.vfio_user.messages import (
     DeviceInfoReply,
@@ -22,10 +23,11 @@ from ramblock.dma.vfio_user.messages import (
     Reset,
     ResetReply,
     SetIrqs,
-    SetIrqsReply,
 )
+from ramblock.dma.vfio_user.numbers import IrqSetFlags
 from ramblock.probe.config_space import CONFIG_SIZE, ConfigSpace
 from ramblock.probe.engine import DmaEngine, ReachesMemory
+from ramblock.probe.windows import Note, Rule, RuleBroken
 from ramblock.uapi.vfio import DeviceFlags, PciRegion, RegionFlags
 from ramblock.vfio.probe_registers import BAR_SIZE
 
@@ -34,6 +36,17 @@ __all__ = ["ProbeDevice"]
 # VFIO_PCI_NUM_REGIONS and VFIO_PCI_NUM_IRQS (include/uapi/linux/vfio.h); the last region is VGA's.
 _REGIONS = 9
 _IRQS = 5
+_IRQ_DATA = int(IrqSetFlags.DATA_NONE | IrqSetFlags.DATA_BOOL | IrqSetFlags.DATA_EVENTFD)
+_IRQ_ACTIONS = int(IrqSetFlags.ACTION_MASK | IrqSetFlags.ACTION_UNMASK | IrqSetFlags.ACTION_TRIGGER)
+_IRQ_FLAGS = _IRQ_DATA | _IRQ_ACTIONS
+# VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX.
+_SINGLE_IRQS = (3, 4)
+# Offsets of the header where no register begins (libvfio-user: lib/pci.c,
+# pci_config_space_size_for_reg()).
+_INSIDE_REGISTERS = frozenset(range(0x40)) - {
+    0x00, 0x04, 0x06, 0x08, 0x09, 0x0C, 0x0D, 0x0E, 0x0F, *range(0x10, 0x34, 4), 0x34,
+    0x3C, 0x3D, 0x3E, 0x3F,
+}  # fmt: skip
 _INFO_SIZE, _REGION_INFO_SIZE, _IRQ_INFO_SIZE = 16, 32, 16
 _READ_WRITE = RegionFlags.VFIO_REGION_INFO_FLAG_READ | RegionFlags.VFIO_REGION_INFO_FLAG_WRITE
 
@@ -43,9 +56,11 @@ class ProbeDevice:
     Answers everything but DMA_MAP and DMA_UNMAP.
 
     :param memory: Its engine's access to the client's memory.
+    :param note: Told of a request that is carried out and that others may refuse.
     """
 
-    def __init__(self, memory: ReachesMemory) -> None:
+    def __init__(self, memory: ReachesMemory, note: Callable[[Note, str], object]) -> None:
+        self._note = note
         self._config = ConfigSpace()
         self._engine = DmaEngine(memory)
         self._regions: dict[int, tuple[int, ConfigSpace | DmaEngine]] = {
@@ -58,8 +73,13 @@ class ProbeDevice:
         """Whether the driver allows DMA."""
         return self._config.bus_master
 
-    def carry_out(self, message: Message) -> Message | int:
-        """Carry out a request; the answer, or the errno of a refusal."""
+    def carry_out(self, message: Message, fds: int = 0) -> Message | int:
+        """
+        Carry out a request; the answer, or the errno of a refusal.
+
+        :param fds: How many descriptors came along.
+        :raises RuleBroken: It could not be carried out by any device.
+        """
         match message:
             case GetDeviceInfo():
                 flags = DeviceFlags.VFIO_DEVICE_FLAGS_RESET | DeviceFlags.VFIO_DEVICE_FLAGS_PCI
@@ -70,8 +90,9 @@ class ProbeDevice:
                 return RegionInfoReply(_REGION_INFO_SIZE, access, index, 0, size, 0)
             case GetIrqInfo(index=index) if index < _IRQS:
                 return IrqInfoReply(_IRQ_INFO_SIZE, 0, index, 0)  # it has no interrupts
-            case SetIrqs(index=index, count=0) if index < _IRQS:
-                return SetIrqsReply()
+            case SetIrqs():
+                _check_irqs(message, fds)
+                return errno.EINVAL  # it has none
             case RegionRead(region=region, offset=offset, count=count):
                 return self._read(region, offset, count)
             case RegionWrite():
@@ -88,7 +109,7 @@ class ProbeDevice:
                 self._config.reset()
                 self._engine.reset()
                 return ResetReply()
-            case GetDeviceInfo() | GetRegionInfo() | GetIrqInfo() | SetIrqs():
+            case GetRegionInfo() | GetIrqInfo():
                 return errno.EINVAL
         return errno.ENOTSUP
 
@@ -102,5 +123,28 @@ class ProbeDevice:
         size, content = self._regions.get(message.region, (0, None))
         if content is None or message.offset + len(message.data) > size:
             return errno.EINVAL
+        if content is self._config and message.offset in _INSIDE_REGISTERS:
+            self._note(Note.CONFIG_WRITE, f"{len(message.data)} bytes at {message.offset:#x}")
         content.write(message.offset, message.data)
         return 0
+
+
+def _check_irqs(message: SetIrqs, fds: int) -> None:
+    """Check what libvfio-user checks (lib/irq.c, device_set_irqs_validate()), and Linux."""
+    flags, count = message.flags, message.count
+    if flags & ~_IRQ_FLAGS:
+        raise RuleBroken(Rule.UNKNOWN, errno.EINVAL, f"flags {flags:#x} of SET_IRQS")
+    action, data = flags & _IRQ_ACTIONS, flags & _IRQ_DATA
+    if action.bit_count() != 1 or data.bit_count() != 1:
+        text = f"flags {flags:#x}: not one action and one kind of data"
+    elif fds and (data != IrqSetFlags.DATA_EVENTFD or fds != count):
+        text = f"{fds} descriptors for {count} interrupts, flags {flags:#x}"
+    elif not count and (
+        message.start or flags != IrqSetFlags.ACTION_TRIGGER | IrqSetFlags.DATA_NONE
+    ):
+        text = f"no interrupts from {message.start} on, flags {flags:#x}"
+    elif message.index in _SINGLE_IRQS and (action != IrqSetFlags.ACTION_TRIGGER or count > 1):
+        text = f"interrupt {message.index} is one, and cannot be masked: flags {flags:#x}"
+    else:
+        return
+    raise RuleBroken(Rule.INTERRUPTS, errno.EINVAL, text)

@@ -13,6 +13,7 @@ does not have.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -24,6 +25,9 @@ from ramblock.errors import describe_range
 from ramblock.hostmem.host_calls import address_of, write_own_memory
 
 __all__ = ["FileTable", "MemoryFile"]
+
+# include/uapi/linux/fcntl.h; Python 3.13 has it by name.
+_F_SEAL_FUTURE_WRITE = 0x0010
 
 
 class MemoryFile:
@@ -48,6 +52,30 @@ class MemoryFile:
             return str(Path(f"/proc/self/fd/{self._fd}").readlink())
         except OSError:
             return f"inode {self.key[1]}"
+
+    def refusal(self, *, writable: bool) -> tuple[int, str] | None:
+        """
+        Tell why the device could not be given this access; None: it can.
+
+        As (errno, text), with the number of the mmap(2) that a server would try.
+        """
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        if flags & os.O_PATH:
+            return errno.EBADF, "the descriptor is O_PATH"
+        mode = flags & os.O_ACCMODE
+        if mode == os.O_WRONLY:  # a mapping reads as well, whatever it is for
+            return errno.EACCES, "the descriptor is open for writing only"
+        if not writable:
+            return None
+        if mode == os.O_RDONLY:
+            return errno.EACCES, "the descriptor is open for reading only"
+        try:
+            seals = fcntl.fcntl(self._fd, fcntl.F_GET_SEALS)
+        except OSError:  # of no file system that has seals
+            return None
+        if seals & (fcntl.F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE):
+            return errno.EPERM, "the memory is sealed against writing"
+        return None
 
     def size(self) -> int:
         """Tell how long it is now, in bytes."""
@@ -129,7 +157,7 @@ class FileTable:
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("the descriptor is no regular file, and so no memory")
             # Opened for reading only is another thing than opened for both.
-            mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+            mode = fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_PATH)
         except BaseException:
             os.close(fd)
             raise

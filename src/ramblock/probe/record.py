@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass
+from enum import Enum
 from threading import Lock
 from time import monotonic_ns
 from typing import NamedTuple
@@ -68,6 +69,10 @@ class Record:
         #: Counts of events: ``map``, ``unmap``, ``touch``, ``scribble``, ``dma``, ``fault``.
         self.counts: Counter[str] = Counter()
         self.broken: Counter[Rule] = Counter()
+        #: How often something was taken that others may not take (``Oddity``, ``Note``), and the
+        #: first time in words.
+        self.noted: Counter[Enum] = Counter()
+        self.first_noted: dict[Enum, str] = {}
         #: The first thousand.
         self.violations: list[Violation] = []
         self.stale_count = 0
@@ -198,6 +203,11 @@ class Record:
             unmap_iova=address,
             unmap_size=size,
         )
+
+    def note(self, client: str, kind: Enum, text: str) -> None:
+        """Note something that is taken, although others may not take it: ``Oddity``, ``Note``."""
+        self.noted[kind] += 1
+        self.first_noted.setdefault(kind, f"{client}: {text}")
 
     def fault(self, client: str, address: int, size: int, *, write: bool) -> None:
         """Note an access of the device that reached nothing."""

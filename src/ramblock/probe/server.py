@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import random
 import select
@@ -11,9 +12,10 @@ import socket
 import stat
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from math import ceil
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -28,11 +30,15 @@ from ramblock.units import PAGE_SIZE
 
 __all__ = ["Probe"]
 
+_log = logging.getLogger(__name__)
+
 # Pages per second that are touched, in rounds: a modest device.
 _ROUNDS_PER_SECOND = 20
 _TOUCHES_PER_ROUND = 10
 _TOUCHED_BYTES = 64
 _POLL_SECONDS = 0.01
+# Until one is tried again that could not be accepted: there are no descriptors left.
+_ACCEPT_AGAIN_SECONDS = 0.1
 # sun_path of struct sockaddr_un, with the NUL (unix(7)).
 _LONGEST_PATH = 107
 
@@ -213,42 +219,64 @@ class Probe:
         poller = select.poll()
         poller.register(self._bell, select.POLLIN)
         poller.register(self._listener if session is None else session, select.POLLIN)
-        seconds = max(0.0, self._next_touch - monotonic()) if session and self._touch else None
-        poller.poll(None if seconds is None else seconds * 1000)
+        times = [] if session is None or session.deadline is None else [session.deadline]
+        if session is not None and self._touch:
+            times.append(self._next_touch)
+        # Rounded up, or poll() would be asked again and again in the last millisecond.
+        poller.poll(ceil(max(0.0, min(times) - monotonic()) * 1000) if times else None)
         with suppress(BlockingIOError):
             os.eventfd_read(self._bell)
 
     def _accept(self) -> None:
-        with suppress(BlockingIOError, ConnectionAbortedError):
+        try:
             sock, _ = self._listener.accept()
-            link = Link(sock, Role.SERVER, CAPABILITIES)
-            self._session = Session(link, self.record, self.unmap, self._limit)
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError:
+            sleep(_ACCEPT_AGAIN_SECONDS)
+            return
+        link = Link(sock, Role.SERVER, CAPABILITIES)
+        self._session = Session(link, self.record, self.unmap, self._limit)
 
     def _serve(self, session: Session) -> None:
-        try:
+        with self._ending(session):
             while session.serve() and not self._stopping:
                 self._touch_if_time(session)
             self._touch_if_time(session)
+
+    @contextmanager
+    def _ending(self, session: Session) -> Iterator[None]:
+        """End *session* with any error that comes out of it, and nothing but it."""
+        try:
+            yield
         except SessionEnded as end:
             self._end(session, str(end), bad=end.bad)
+        except Exception as error:
+            _log.exception("%s: the session fails", session.name)
+            self._end(session, f"the session fails: {error!r}", bad=True)
 
     def _end(self, session: Session, reason: str, *, bad: bool) -> None:
         self._session = None
-        session.close(reason, bad=bad)
+        try:
+            session.close(reason, bad=bad)
+        except Exception:
+            _log.exception("%s: its end fails", session.name)
 
     def _read_what_is_wanted(self) -> None:
         while self._wanted:
             address, size, future = self._wanted.popleft()
-            try:
-                if self._session is None:
-                    raise DmaRefusedError(errno.EFAULT)
-                future.set_result(self._session.read(address, size))
-            except DmaRefusedError as error:
-                future.set_exception(_fault(address, size, os.strerror(error.errno)))
-            except SessionEnded as end:
-                future.set_exception(_fault(address, size, str(end)))
-                if self._session is not None:
-                    self._end(self._session, str(end), bad=end.bad)
+            session = self._session
+            if session is None:
+                future.set_exception(_fault(address, size, os.strerror(errno.EFAULT)))
+                continue
+            with self._ending(session):
+                try:
+                    future.set_result(session.read(address, size))
+                except DmaRefusedError as error:
+                    future.set_exception(_fault(address, size, os.strerror(error.errno)))
+                except Exception as error:
+                    future.set_exception(_fault(address, size, str(error)))
+                    raise
 
     def _touch_if_time(self, session: Session) -> None:
         now = monotonic()

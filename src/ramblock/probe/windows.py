@@ -18,7 +18,7 @@ from ramblock.errors import describe_range
 from ramblock.probe.files import FileTable, MemoryFile
 from ramblock.units import PAGE_SIZE
 
-__all__ = ["Rule", "RuleBroken", "UnmapRule", "Window", "WindowTable"]
+__all__ = ["Note", "Rule", "RuleBroken", "UnmapRule", "Window", "WindowTable"]
 
 _END = 1 << 64
 
@@ -29,7 +29,12 @@ class UnmapRule(Enum):
     LENIENT = "lenient"
     """Whole windows, any number of them."""
     EXACT = "exact"
-    """One window, exactly (libvfio-user, lib/dma.c, dma_controller_remove_region())."""
+    """
+    One window, exactly.
+
+    The specification's rule (VFIO_USER_DMA_UNMAP: "must match exactly a previous mapping"), and
+    libvfio-user's (lib/dma.c, dma_controller_remove_region()).
+    """
 
 
 class Rule(Enum):
@@ -40,9 +45,13 @@ class Rule(Enum):
     WRAP = "past 2^64"
     OVERLAP = "overlap"
     NO_ACCESS = "no access"
-    """A map that lets the device neither read nor write, or has flags that there are not."""
+    """A map that lets the device neither read nor write."""
+    UNKNOWN = "flags that are not known here"
+    CONTRADICTION = "flags that contradict each other"
     NOT_MEMORY = "not memory"
-    """A descriptor that no memory can be behind, or more than one."""
+    """A descriptor that no memory can be behind."""
+    FILE_ACCESS = "memory that may not be accessed so"
+    """The descriptor, or a seal, does not allow the device's access that the map allows."""
     BEYOND_FILE = "past the end of the file"
     TOO_MANY = "too many windows"
     NOT_MAPPED = "unmap of nothing"
@@ -51,10 +60,20 @@ class Rule(Enum):
     """Only where unmaps have to be exact."""
     UNREACHABLE = "memory that is not there"
     """The device touched a window, and the memory behind it could not be had."""
+    INTERRUPTS = "interrupts that cannot be set so"
+    MESSAGE = "message that makes no sense"
+    """The connection goes on."""
     PROTOCOL = "protocol"
     """The connection ended there."""
     EXPECTATION = "windows differ from what is plugged"
     """The windows differ from the VMM's own account."""
+
+
+class Note(Enum):
+    """Things that the probe lets pass, and others may not."""
+
+    INEXACT_UNMAP = "unmap that is no window, which the specification forbids"
+    CONFIG_WRITE = "config space written where no register begins, which libvfio-user refuses"
 
 
 class RuleBroken(Exception):
@@ -145,6 +164,8 @@ class WindowTable:
             raise RuleBroken(Rule.NO_ACCESS, errno.EINVAL, "a window to neither read nor write")
         if file is not None:
             _check_inside(file, offset, size)
+            if (refusal := file.refusal(writable=writable)) is not None:
+                raise RuleBroken(Rule.FILE_ACCESS, *refusal)
         first, last = self._touching(address, size)
         if first < last:
             raise RuleBroken(

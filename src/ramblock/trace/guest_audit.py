@@ -54,7 +54,7 @@ __all__ = ["GuestAudit"]
 #: Windows that one event closes in one target and run, judged one by one; the rest is one finding.
 #: So an event has a bounded price, whatever it is about.
 _MOST = 256
-#: Targets of a guest at one time that are compared with its pages.
+#: Targets of a guest at one time that are followed.
 _MOST_TARGETS = 64
 #: Runs that are looked at to know of which kind all of them are.
 _FEW = 8
@@ -77,6 +77,8 @@ class GuestAudit:
         self.conversions = Conversions(grace)
         self.targets: dict[str, TargetState] = {}
         self._compared: list[TargetState] = []
+        #: Stands for the targets beyond those that are followed; nothing is kept of it.
+        self._others = TargetState("others", unmap_rule, 0, complete=False)
         #: Whether the trace has mappings of it, and page states.
         self.maps = self.states = False
         self._judge = judge
@@ -399,17 +401,14 @@ class GuestAudit:
         """
         target = self.targets.get(name)
         if target is None:
+            if len(self.targets) >= _MOST_TARGETS:
+                self._evidence.not_compared = True
+                return self._others
             target = self.targets[name] = TargetState(
                 name + self._suffix, self._unmap_rule, self._judge.number, complete=complete
             )
-            self._note_targets()
-            if len(self.targets) > _MOST_TARGETS:
-                self._evidence.not_compared = True
+            self._compared = [*self.targets.values()]
         return target
-
-    def _note_targets(self) -> None:
-        """Choose the targets that are compared, after one came or went."""
-        self._compared = [*islice(self.targets.values(), _MOST_TARGETS)]
 
     def attach(self, event: Attach) -> None:
         """Note that a target is there, or one more of its name."""
@@ -433,15 +432,19 @@ class GuestAudit:
         if target.expected_from is not None:
             for start, end, reason in self._shared.items():
                 self._no_longer_missing(target, start, end, reason, event)
-        self._note_targets()
+        self._compared = [*self.targets.values()]
         self._evidence.note_gone(target.summary())
 
     def map_run(self, event: MapRun) -> None:
         """Note that a target maps one range behind the other."""
         self._end_of_run(event)
         target = self.target(event.target)
-        there = target.mappings.single(event.start, event.end)
-        if there is None or (isinstance(there, Mapping) and not target.copies):
+        start, end = event.start, event.end
+        there = target.mappings.single(start, end)
+        if there is None or (
+            isinstance(there, Mapping)
+            and all(copy.single(start, end) is not Many.MANY for copy in target.copies)
+        ):
             self.map(event, event.count)
             return
         for call in calls_of(event):
@@ -452,8 +455,17 @@ class GuestAudit:
         """Note that a target unmaps one range behind the other."""
         self._end_of_run(event)
         start, end = event.start, event.end
-        mappings = self.target(event.target).kept_in(start, end)
-        if mappings is not None and is_exact(mappings, start, end, (end - start) // event.count):
+        target = self.target(event.target)
+        mappings = target.kept_in(start, end)
+        if mappings is not None and (
+            is_exact(mappings, start, end, (end - start) // event.count)
+            # Neither a rule nor an unmap that is not told has to do with each mapping.
+            or (
+                target.rule is None
+                and event.unmapped is not None
+                and mappings.covered(start, end) == end - start
+            )
+        ):
             self.unmap(event, event.count)
             return
         for call in calls_of(event):
@@ -474,10 +486,12 @@ class GuestAudit:
         if not self._maps_are_told and event.target != _REGIONS:
             self._maps_are_told = True
             self.targets.pop(_REGIONS, None)
-            self._note_targets()
+            self._compared = [*self.targets.values()]
         if self._undecided is not None:
             self._decide(start, end)
         target = self.targets.get(event.target) or self.target(event.target)
+        if target is self._others:
+            return
         if not event.done or end <= start:
             evidence.failed_maps += 1
             if end > start:
@@ -601,7 +615,7 @@ class GuestAudit:
             return
         target = self.target(event.target)
         reason = self._judge.reason(event, None, event.text)
-        if event.end <= event.start:
+        if event.end <= event.start or target is self._others:
             return
         # An unmap whose result was not told was taken as done.
         mapping = Mapping(event.start, event.end, event.source, event.line, _PAST, self._judge.now)
@@ -619,6 +633,8 @@ class GuestAudit:
         if self._undecided is not None:
             self._decide(start, end)
         target = self.targets.get(event.target) or self.target(event.target)
+        if target is self._others:
+            return
         target.unmaps += count
         if end <= start:
             return
@@ -881,8 +897,6 @@ class GuestAudit:
         judge = self._judge
         self._forget_undecided()
         self.conversions.end_all_quiet(judge.now if judge.timed else None)
-        if len(self.targets) > _MOST_TARGETS:
-            self._evidence.not_compared = True
         for target in self._compared:
             for kind, reasons in self._against(target):
                 for start, end, reason in reasons.items():

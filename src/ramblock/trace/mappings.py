@@ -166,7 +166,7 @@ class TargetState:
             if not copy.some(start, end, 1):
                 copy.set(start, end, mapping)
                 return True
-        followed = _MOST_COPIES if mapping.key is not None else self.members - 1
+        followed = _MOST_COPIES if mapping.key is not None else min(self.members - 1, _MOST_COPIES)
         if len(self.copies) >= followed:
             return False
         self.copies.append(RangeMap())

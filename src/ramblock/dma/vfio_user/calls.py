@@ -13,13 +13,23 @@ from threading import Lock
 
 from ramblock.dma.soft import Mapping
 from ramblock.dma.vfio_user.layout import Message
-from ramblock.dma.vfio_user.numbers import DmaFlags
+from ramblock.dma.vfio_user.numbers import DmaFlags, DmaUnmapFlags
 from ramblock.dma.vfio_user.replies import DmaUnmapReply, ErrorReply
-from ramblock.dma.vfio_user.requests import DmaMap, DmaUnmap
+from ramblock.dma.vfio_user.requests import (
+    DmaMap,
+    DmaUnmap,
+    RegionRead,
+    RegionWrite,
+    RegionWriteMulti,
+    Reset,
+)
 from ramblock.dma.vfio_user.serving import ServedMemory
 from ramblock.errors import DmaError, RemoteProtocolError, describe_range
 
-__all__ = ["Call", "MapCall", "UnmapCall"]
+__all__ = ["Call", "MapCall", "UnmapAllCall", "UnmapCall"]
+
+# Within these a device may do DMA, and wait for it before it answers.
+_RUNS_THE_DEVICE = (RegionRead, RegionWrite, RegionWriteMulti, Reset)
 
 
 class Call:
@@ -33,6 +43,8 @@ class Call:
     def __init__(self, message: Message, fds: tuple[int, ...] = ()) -> None:
         self.message = message
         self.fds = fds
+        #: Whether the device may do DMA before it answers.
+        self.runs_the_device = isinstance(message, _RUNS_THE_DEVICE)
         #: The server's answer.
         self.answer: Message | ErrorReply | None = None
         #: Why it was not sent.
@@ -121,3 +133,15 @@ class UnmapCall(Call):
             )
         assert self._mapping is not None
         memory.remove(self._mapping)
+
+
+class UnmapAllCall(Call):
+    """DMA_UNMAP of every window at once, where the server knows that."""
+
+    def __init__(self) -> None:
+        super().__init__(DmaUnmap(DmaUnmapFlags.ALL, 0, 0))
+
+    def end(self, memory: ServedMemory, answer: Message | ErrorReply) -> None:
+        """Close all windows, if the server has let go of them."""
+        if isinstance(answer, DmaUnmapReply) and answer.flags & DmaUnmapFlags.ALL:
+            memory.clear()

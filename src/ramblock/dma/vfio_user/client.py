@@ -18,15 +18,22 @@ import os
 import socket
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 from ramblock.dma.soft import FaultRecord, Mapping
 from ramblock.dma.target import DmaCapabilities, HostRange
-from ramblock.dma.vfio_user.calls import Call, MapCall, UnmapCall
-from ramblock.dma.vfio_user.connection import Role
+from ramblock.dma.vfio_user.calls import Call, MapCall, UnmapAllCall, UnmapCall
+from ramblock.dma.vfio_user.connection import OWN_CAPABILITIES, Role
 from ramblock.dma.vfio_user.conversation import Conversation
 from ramblock.dma.vfio_user.layout import Message
 from ramblock.dma.vfio_user.link import Link, connect
-from ramblock.dma.vfio_user.numbers import PROTOCOL_MAJOR, PROTOCOL_MINOR, command_name
+from ramblock.dma.vfio_user.numbers import (
+    PROTOCOL_MAJOR,
+    PROTOCOL_MINOR,
+    Command,
+    command_name,
+)
 from ramblock.dma.vfio_user.replies import (
     DeviceInfoReply,
     ErrorReply,
@@ -44,7 +51,7 @@ from ramblock.dma.vfio_user.requests import (
     Version,
 )
 from ramblock.dma.vfio_user.serving import ServedMemory
-from ramblock.errors import DmaError, ProtocolError, describe_range
+from ramblock.errors import DmaError, ProtocolError, RemoteProtocolError, describe_range
 from ramblock.process import OfOneProcess
 from ramblock.units import ADDRESS_LIMIT, check_range
 
@@ -53,6 +60,7 @@ __all__ = ["VfioUserTarget"]
 # As QEMU, against a server that would have us ask for ever (hw/vfio-user/device.c,
 # VFIO_USER_MAX_REGIONS).
 _MAX_REGIONS = 100
+_CAPABILITIES = replace(OWN_CAPABILITIES, twin_socket=True)
 # Room for a region's capabilities; a region of a device that is made of software has few.
 _REGION_ARGSZ = 4096
 
@@ -77,21 +85,22 @@ class VfioUserTarget(OfOneProcess):
         self._name = "a socket" if isinstance(server, socket.socket) else os.fspath(server)
         try:
             sock = server if isinstance(server, socket.socket) else connect(server, timeout)
-            link = Link(sock, Role.CLIENT)
+            link = Link(sock, Role.CLIENT, _CAPABILITIES)
+            twin = None
             try:
-                self._negotiate(link)
+                twin = self._negotiate(link)
                 peer = link.connection.peer
                 self._capabilities = DmaCapabilities(
                     page_size=peer.page_size, max_mappings=peer.max_dma_maps, exact=True
                 )
                 self._takes_descriptors = peer.max_msg_fds > 0
-                # A server that takes no data at all refuses the first byte.
-                most = min(peer.max_data_xfer_size, link.connection.own.max_data_xfer_size)
-                self._chunk = max(most, 1)
+                self._chunk = min(peer.max_data_xfer_size, _CAPABILITIES.max_data_xfer_size)
                 self._memory = ServedMemory(peer.max_dma_maps)
-                self._talk = Conversation(link, self._memory)
+                self._talk = Conversation(link, self._memory, twin)
             except BaseException:
                 link.close()
+                if twin is not None:
+                    twin.close()
                 raise
         except OSError as error:
             if isinstance(error, DmaError):
@@ -100,7 +109,8 @@ class VfioUserTarget(OfOneProcess):
             raise DmaError(_errno_of(error), text) from error
         self._finalizer = weakref.finalize(self, self._talk.close)
 
-    def _negotiate(self, link: Link) -> None:
+    def _negotiate(self, link: Link) -> Link | None:
+        """Agree upon the version; return the link for the server's commands, if it is another."""
         version = Version(PROTOCOL_MAJOR, PROTOCOL_MINOR, link.connection.own)
         link.send(link.connection.request(version), self._timeout)
         reply = link.receive(self._timeout)
@@ -116,6 +126,10 @@ class VfioUserTarget(OfOneProcess):
                     reply.message, ErrorReply
                 )  # a connection takes nothing else for it
                 raise _refusal(reply.message, f"version {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}")
+            index = reply.message.capabilities.twin_fd_index
+            if not reply.message.capabilities.twin_socket or index is None:
+                return None
+            return link.twin(_socket_of(reply.fds.take(index)))
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -136,12 +150,16 @@ class VfioUserTarget(OfOneProcess):
 
     @property
     def violations(self) -> int:
-        """How often the server asked by message for memory that it may not reach that way."""
+        """
+        How often the server sent a command that makes no sense.
+
+        Or asked by message for memory that it may not reach that way.
+        """
         return self._memory.violation_count
 
     @property
     def violation_records(self) -> Sequence[FaultRecord]:
-        """The latest of these attempts."""
+        """The latest of these attempts to reach memory."""
         return tuple(self._memory.violations)
 
     def mappings(self) -> list[Mapping]:
@@ -197,10 +215,17 @@ class VfioUserTarget(OfOneProcess):
         """
         try:
             if not self.closed and self.failure is None:
-                for mapping in self.mappings():
-                    self.unmap(mapping.iova, mapping.size)
+                self._unmap_all()
         finally:
             self._finalizer()
+
+    def _unmap_all(self) -> None:
+        if len(self.mappings()) > 1:
+            # With one call, where the server knows that one; the specification does not.
+            with suppress(DmaError):
+                self._ask(UnmapAllCall(), "unmap of all windows")
+        for mapping in self.mappings():
+            self.unmap(mapping.iova, mapping.size)
 
     def _check(self, what: str, iova: int, size: int) -> None:
         page_size = self._capabilities.page_size
@@ -342,7 +367,24 @@ def _refusal(
     text = f"{where}: the server refused {command_name(answer.command)}"
     if answer.errno == 0:
         return DmaError(f"{text} and did not say why", iova=iova, size=size)
-    return DmaError(answer.errno, f"{text}: {os.strerror(answer.errno)}", iova=iova, size=size)
+    text += f": {os.strerror(answer.errno)}"
+    if (answer.command, answer.errno) == (Command.DMA_MAP, errno.EINVAL):
+        # lib/dma.c, dma_controller_add_region(): "hit max regions".
+        text += " (libvfio-user says so too at its limit of windows, which it does not announce)"
+    return DmaError(answer.errno, text, iova=iova, size=size)
+
+
+def _socket_of(fd: int) -> socket.socket:
+    """Make a socket of the descriptor for the server's commands, or close it."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        os.close(fd)
+        raise RemoteProtocolError(f"VERSION: twin_socket is no socket: {error.strerror}") from None
+    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+        sock.close()
+        raise RemoteProtocolError("VERSION: twin_socket is no UNIX stream socket")
+    return sock
 
 
 def _check_done(what: str, offset: int, size: int, done: int) -> None:

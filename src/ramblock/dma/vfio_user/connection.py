@@ -15,21 +15,36 @@ Its feeder drains it: after each :meth:`Connection.receive`, :meth:`Connection.n
 ``NEED_DATA``. Then it never holds more than one message, whose size is limited, and the descriptors
 of one message.
 
-A rule that the peer broke is a ``RemoteProtocolError``, raised once, by ``next_event``. The
-connection is dead then: it has closed the descriptors that it held, and every call is a
-``LocalProtocolError``. Events that were handed out before are whole, and keep their descriptors.
+A command that makes no sense, but whose end is known, is an ``InvalidRequest``: its answer is
+EINVAL, and the connection goes on. More payload or descriptors than belong to a message are left
+out, and a remark of the event says so. Only these are a ``RemoteProtocolError``, raised once, by
+``next_event``: a header whose size cannot be, a stream that ends within a message, and, for a
+client, an answer that it cannot believe. The connection is dead then: it has closed the descriptors
+that it held, and every call is a ``LocalProtocolError``. Events that were handed out before are
+whole, and keep their descriptors.
 """
 
 from __future__ import annotations
 
+import errno as errnos
 import struct
 from collections.abc import Iterable
+from dataclasses import replace
 from enum import Enum
 from typing import NoReturn
 
 from ramblock.dma.vfio_user.capabilities import Capabilities
 from ramblock.dma.vfio_user.descriptors import CloseDescriptor, Descriptors
-from ramblock.dma.vfio_user.events import CLOSED, NEED_DATA, Event, Outgoing, Reply, Request
+from ramblock.dma.vfio_user.events import (
+    CLOSED,
+    NEED_DATA,
+    Event,
+    Oddity,
+    Outgoing,
+    Remark,
+    Reply,
+    Request,
+)
 from ramblock.dma.vfio_user.header import Header
 from ramblock.dma.vfio_user.inbox import Inbox
 from ramblock.dma.vfio_user.layout import MalformedError, Message
@@ -46,12 +61,20 @@ from ramblock.dma.vfio_user.numbers import (
 )
 from ramblock.dma.vfio_user.replies import (
     REPLIES,
+    DmaUnmapReply,
     ErrorReply,
+    InvalidReply,
     UnknownReply,
     VersionReply,
     check_answer,
 )
-from ramblock.dma.vfio_user.requests import REQUESTS, UnknownRequest, Version
+from ramblock.dma.vfio_user.requests import (
+    REQUESTS,
+    DmaUnmap,
+    InvalidRequest,
+    UnknownRequest,
+    Version,
+)
 from ramblock.errors import LocalProtocolError, RemoteProtocolError
 
 __all__ = ["Connection", "Role"]
@@ -87,6 +110,8 @@ class Connection:
     :param role: Which side.
     :param close_descriptor: Closes a descriptor that nobody took: ``os.close``.
     :param capabilities: This side's announcement, and so its limits.
+    :param peer: The peer's, where it is known already: this is the twin of a connection that is
+        negotiated, for the server's commands.
     """
 
     def __init__(
@@ -94,15 +119,16 @@ class Connection:
         role: Role,
         close_descriptor: CloseDescriptor,
         capabilities: Capabilities = OWN_CAPABILITIES,
+        peer: Capabilities | None = None,
     ) -> None:
         self.role = role
         #: This side's announcement.
         self.own = capabilities
         #: The peer's announcement; before it, the defaults of one that says nothing.
-        self.peer = Capabilities()
+        self.peer = peer or Capabilities()
         self._close_descriptor = close_descriptor
         self._inbox = Inbox(close_descriptor)
-        self._stage = _Stage.NEW
+        self._stage = _Stage.NEW if peer is None else _Stage.OPEN
         self._eof = False
         self._violation: str | None = None
         self._next_id = 0
@@ -132,6 +158,17 @@ class Connection:
         if self._stage is not _Stage.OPEN:
             return MAX_VERSION_DATA + _OVERHEAD
         return max(self.own.max_data_xfer_size, MAX_VERSION_DATA) + _OVERHEAD
+
+    @property
+    def received(self) -> int:
+        """How many bytes the messages have that were received as a whole."""
+        return self._inbox.offset
+
+    @property
+    def incomplete(self) -> int | None:
+        """Where in the stream a message begins that has not arrived as a whole; None: nowhere."""
+        waiting = len(self._inbox) or self._inbox.descriptors
+        return self._inbox.offset if waiting else None
 
     @property
     def wanted(self) -> int:
@@ -196,13 +233,15 @@ class Connection:
         if self._violation is not None:
             self._die(self._violation, header, offset)
         if header is not None:
-            try:
-                header.check(self.max_message_size)
-                self._expect(header)
-                if len(self._inbox) >= header.size:
+            limit = self.max_message_size
+            if not HEADER_SIZE <= header.size <= limit:
+                text = f"size {header.size:#x}, expected {HEADER_SIZE:#x} to {limit:#x}"
+                self._die(text, header, offset)
+            if len(self._inbox) >= header.size:
+                try:
                     return self._take(header)
-            except MalformedError as error:
-                self._die(str(error), header, offset)
+                except MalformedError as error:
+                    self._die(str(error), header, offset)
         if not self._eof:
             return NEED_DATA
         if len(self._inbox) or self._inbox.descriptors:
@@ -210,71 +249,136 @@ class Connection:
             self._die(text, header, offset)
         return CLOSED
 
-    def _expect(self, header: Header) -> None:
-        """Check that such a message may come now."""
+    def _take(self, header: Header) -> Request | Reply:
+        payload, numbers = self._inbox.take(header.size)
+        fds = Descriptors(numbers, self._close_descriptor)
+        try:
+            request = self._sent.get(header.message_id) if header.is_reply else None
+            if self.role is Role.CLIENT:
+                self._check_for_client(header, request)
+            if request is None or request.command != header.command:
+                return self._command(header, payload, fds)
+            return self._answer(header, payload, fds, request)
+        except BaseException:
+            fds.close()
+            raise
+
+    def _check_for_client(self, header: Header, request: Message | None) -> None:
+        """
+        Check an answer's origin: a server whose answers are about nothing cannot be believed.
+
+        Before the version is agreed upon, its commands cannot be understood.
+        """
+        header.check_kind()
         if header.is_reply:
-            request = self._sent.get(header.message_id)
             if request is None:
                 raise MalformedError("a reply to nothing")
             if request.command != header.command:
                 raise MalformedError(f"a reply to {command_name(request.command)}")
-            return
+        elif self._stage is not _Stage.OPEN:
+            raise MalformedError(f"a command {self._stage.value}")
+
+    # -- commands
+
+    def _command(self, header: Header, payload: bytes, fds: Descriptors) -> Request:
+        remarks = _remarks(header)
+        message: Message
+        try:
+            self._expect(header)
+            kind = REQUESTS.get(header.command)
+            message = (
+                UnknownRequest(header.command, payload) if kind is None else kind.unpack(payload)
+            )
+            _check_amount(message, self.own)
+        except MalformedError as error:
+            message = InvalidRequest(header.command, str(error))
+            fds.close()
+        else:
+            remarks += self._leave_out(message, payload, fds)
+        if isinstance(message, Version):
+            self.peer = message.capabilities
+            self._stage = _Stage.NEGOTIATING
+        # An error reply to nothing gets no answer: two such sides would go on for ever.
+        no_reply = header.no_reply or (header.is_reply and header.is_error)
+        request = Request(header.message_id, message, fds, no_reply, tuple(remarks))
+        if not request.no_reply:
+            self._unanswered.add(request)
+        return request
+
+    def _expect(self, header: Header) -> None:
+        """Check that such a command may come now."""
+        header.check_kind()
+        if header.is_reply:
+            raise MalformedError("a reply to nothing")
         from_server = header.command in FROM_SERVER
         if header.command in REQUESTS and from_server is not (self.role is Role.CLIENT):
             raise MalformedError(f"not a command for the {self.role.value}")
         is_first = self.role is Role.SERVER and self._stage is _Stage.NEW
         if is_first is not (header.command == Command.VERSION):
             raise MalformedError("the first message, and only that, is VERSION")
+        if is_first and header.no_reply:
+            raise MalformedError("VERSION wants no reply")
         if not is_first and self._stage is not _Stage.OPEN:
             raise MalformedError(f"a command {self._stage.value}")
 
-    def _take(self, header: Header) -> Request | Reply:
-        payload, numbers = self._inbox.take(header.size)
-        fds = Descriptors(numbers, self._close_descriptor)
-        try:
-            return (
-                self._answer(header, payload, fds)
-                if header.is_reply
-                else self._command(header, payload, fds)
-            )
-        except BaseException:
-            fds.close()
-            raise
+    # -- answers
 
-    def _command(self, header: Header, payload: bytes, fds: Descriptors) -> Request:
-        kind = REQUESTS.get(header.command)
-        message = UnknownRequest(header.command, payload) if kind is None else kind.unpack(payload)
-        _check_fds(message, len(fds), self.own)
-        _check_amount(message, self.own)
-        if isinstance(message, Version):
-            if header.no_reply:
-                raise MalformedError("VERSION wants no reply")
-            self.peer = message.capabilities
-            self._stage = _Stage.NEGOTIATING
-        request = Request(header.message_id, message, fds, header.no_reply)
-        if not request.no_reply:
-            self._unanswered.add(request)
-        return request
-
-    def _answer(self, header: Header, payload: bytes, fds: Descriptors) -> Reply:
-        request = self._sent[header.message_id]
+    def _answer(self, header: Header, payload: bytes, fds: Descriptors, request: Message) -> Reply:
+        remarks = _remarks(header)
         message: Message | ErrorReply
         if header.is_error:
-            message = ErrorReply(header.command, header.errno)
-            if len(fds):
-                raise MalformedError(f"{len(fds)} descriptors with an error reply")
+            # libvfio-user has a payload in it where a region access is refused
+            # (lib/libvfio-user.c, handle_region_access() with do_reply()).
+            if payload:
+                remarks.append(Remark(Oddity.ERROR_WITH_PAYLOAD, f"{len(payload):#x} bytes"))
+            number = header.errno
+            if number >= ERRNO_LIMIT:
+                remarks.append(Remark(Oddity.ERRNO, f"{number:#x}"))
+                number = 0
+            message = ErrorReply(header.command, number)
+            remarks += _close_from(fds, 0)
+        elif isinstance(request, DmaUnmap) and not payload:
+            # libvfio-user, for a device without DMA (lib/libvfio-user.c, handle_request()).
+            message = DmaUnmapReply(request.flags, request.address, request.size)
+            remarks.append(Remark(Oddity.NO_PAYLOAD, "the range is the request's"))
+            remarks += _close_from(fds, 0)
         else:
-            kind = REPLIES.get(header.command)
-            message = (
-                UnknownReply(header.command, payload) if kind is None else kind.unpack(payload)
-            )
-            _check_fds(message, len(fds), self.own)
-            check_answer(request, message)
-            if isinstance(message, VersionReply):
-                self.peer = message.capabilities
-                self._stage = _Stage.OPEN
+            try:
+                message = self._read_answer(header.command, payload, fds, request)
+            except MalformedError as error:
+                if self.role is Role.CLIENT:
+                    raise
+                message = InvalidReply(header.command, errnos.EPROTO, str(error))
+                fds.close()
+            else:
+                remarks += self._leave_out(message, payload, fds)
         del self._sent[header.message_id]
-        return Reply(header.message_id, message, fds, request)
+        return Reply(header.message_id, message, fds, request, tuple(remarks))
+
+    def _read_answer(
+        self, command: int, payload: bytes, fds: Descriptors, request: Message
+    ) -> Message:
+        kind = REPLIES.get(command)
+        message = UnknownReply(command, payload) if kind is None else kind.unpack(payload)
+        check_answer(request, message)
+        if isinstance(message, VersionReply):
+            # Those behind our limit are left out.
+            _check_twin(message.capabilities, self.own, min(len(fds), self.own.max_msg_fds))
+            self.peer = message.capabilities
+            self._stage = _Stage.OPEN
+        return message
+
+    def _leave_out(self, message: Message, payload: bytes, fds: Descriptors) -> list[Remark]:
+        """Close descriptors that do not belong to a message; tell of them, and of bytes."""
+        limit = self.own.max_msg_fds
+        if message.max_fds is not None:
+            limit = min(limit, message.max_fds)
+        remarks = _close_from(fds, limit)
+        expected = message.fixed_size
+        if expected is not None and len(payload) > expected:
+            text = f"{len(payload):#x} bytes, expected {expected:#x}"
+            remarks.append(Remark(Oddity.LONG_PAYLOAD, text))
+        return remarks
 
     # -- sending -----------------------------------------------------------------------------------
 
@@ -359,12 +463,17 @@ class Connection:
         return _outgoing(request.message_id, command, HeaderFlags.REPLY, 0, payload, numbers)
 
     def _may_answer(self, request: Message, message: Message, fds: tuple[int, ...]) -> None:
-        if REPLIES.get(request.command, UnknownReply) is not type(message) or (
-            message.command != request.command
+        if (
+            isinstance(request, InvalidRequest)
+            or REPLIES.get(request.command, UnknownReply) is not type(message)
+            or message.command != request.command
         ):
             raise MalformedError(f"{type(message).__name__} is none")
-        if isinstance(message, VersionReply) and message.capabilities != self.own:
-            raise MalformedError("other capabilities than those of this connection")
+        if isinstance(message, VersionReply):
+            found = message.capabilities
+            _check_twin(found, self.peer, len(fds))
+            if replace(found, twin_socket=self.own.twin_socket, twin_fd_index=None) != self.own:
+                raise MalformedError("other capabilities than those of this connection")
         _check_fds(message, len(fds), self.peer)
         check_answer(request, message)
 
@@ -372,7 +481,8 @@ class Connection:
         """
         Answer *request* with an error.
 
-        After that of a VERSION the connection is over, and the returned message is its last.
+        Before the version is agreed upon the connection is over then, and the returned message is
+        its last.
 
         :param errno: Positive.
         :raises LocalProtocolError: *request* wants no answer or has one already. Nothing has
@@ -383,7 +493,7 @@ class Connection:
         if not 0 < errno < ERRNO_LIMIT:
             raise LocalProtocolError(f"{errno} is no errno", command=command)
         self._unanswered.remove(request)
-        if command == Command.VERSION:
+        if self._stage is not _Stage.OPEN:
             self.close()
         flags = HeaderFlags.REPLY | HeaderFlags.ERROR
         return _outgoing(request.message_id, command, flags, errno, b"", ())
@@ -423,6 +533,28 @@ def _check_fds(message: Message, count: int, receiver: Capabilities) -> None:
         limit = min(limit, message.max_fds)
     if count > limit:
         raise MalformedError(f"{count} descriptors, limit {limit}")
+
+
+def _check_twin(answer: Capabilities, asked: Capabilities, fds: int) -> None:
+    """Check the server's answer about a socket of its own: offered, and there."""
+    if not answer.twin_socket:
+        return
+    if not asked.twin_socket:
+        raise MalformedError("a twin_socket that was not asked for")
+    index = answer.twin_fd_index
+    if index is None or index >= fds:
+        raise MalformedError(f"twin_socket is descriptor {index}, and {fds} are there")
+
+
+def _remarks(header: Header) -> list[Remark]:
+    odd = header.odd_flags()
+    return [] if odd is None else [Remark(Oddity.FLAGS, odd)]
+
+
+def _close_from(fds: Descriptors, limit: int) -> list[Remark]:
+    """Close the descriptors behind the first *limit*."""
+    count = fds.close_from(limit)
+    return [Remark(Oddity.DESCRIPTORS, f"{count} too many")] if count else []
 
 
 def _check_amount(message: Message, receiver: Capabilities) -> None:

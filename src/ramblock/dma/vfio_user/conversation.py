@@ -36,11 +36,18 @@ class Conversation:
 
     :param link: The conversation's from now on.
     :param memory: Memory that the server may reach.
+    :param twin: The link for the server's commands, if they have their own; likewise.
     """
 
-    def __init__(self, link: Link, memory: ServedMemory) -> None:
+    def __init__(self, link: Link, memory: ServedMemory, twin: Link | None = None) -> None:
         self._link = link
+        # The server's commands first: its answer on the other link may mean that they are over.
+        self._links = [link] if twin is None else [twin, link]
         self._memory = memory
+        # The call that the device may do DMA for. libvfio-user takes the next message for the
+        # answer to its DMA_READ (lib/tran_sock.c, tran_sock_msg_iovec()), so without a twin nothing
+        # is sent meanwhile.
+        self._running: Call | None = None
         #: Why it cannot go on; None: it can, or it was closed.
         self.failure: Exception | None = None
         self._closed = False
@@ -112,7 +119,8 @@ class Conversation:
                 _log.exception("the thread that talks to a vfio-user server fails")
             self.failure = self.failure or error
         finally:
-            self._link.close()
+            for link in self._links:
+                link.close()
             with self._ringing:
                 os.close(self._bell)
                 self._bell = -1
@@ -133,32 +141,41 @@ class Conversation:
                 self._calls.popleft().finish()
 
     def _talk(self) -> None:
-        link = self._link
-        self._poller.register(link, select.POLLIN)
+        for link in self._links:
+            self._poller.register(link, select.POLLIN)
         while not self._closed and self.failure is None:
             self._send_calls()
-            link.flush()
-            event = NEED_DATA if link.unsent > self._unsent_limit else link.event()
-            if event is NEED_DATA:
+            # Not any(): each of them gets its turn.
+            if not sum([self._take_event(link) for link in self._links]):
                 self._sleep()
-            elif event is CLOSED:
-                raise ConnectionResetError(errno.ECONNRESET, "the server has closed the connection")
-            elif isinstance(event, Request):
-                self._serve(event)
-            else:
-                self._finish(event)
+
+    def _take_event(self, link: Link) -> bool:
+        """Deal with the next event of *link*; False: there is none."""
+        link.flush()
+        event = NEED_DATA if link.unsent > self._unsent_limit else link.event()
+        if event is NEED_DATA:
+            return False
+        if event is CLOSED:
+            raise ConnectionResetError(errno.ECONNRESET, "the server has closed the connection")
+        if event.remarks:
+            _log.debug("vfio-user server: %s", "; ".join(map(str, event.remarks)))
+        if isinstance(event, Request):
+            self._serve(link, event)
+        else:
+            self._finish(event)
+        return True
 
     def _sleep(self) -> None:
-        """Wait until the socket can go on, or somebody rings."""
-        unsent = self._link.unsent
-        listen = select.POLLIN if unsent <= self._unsent_limit else 0
-        self._poller.modify(self._link, listen | (select.POLLOUT if unsent else 0))
+        """Wait until a socket can go on, or somebody rings."""
+        for link in self._links:
+            listen = select.POLLIN if link.unsent <= self._unsent_limit else 0
+            self._poller.modify(link, listen | (select.POLLOUT if link.unsent else 0))
         self._poller.poll()
         with suppress(BlockingIOError):
             os.eventfd_read(self._bell)
 
     def _send_calls(self) -> None:
-        while self._calls:
+        while self._calls and self._running is None:
             call = self._calls.popleft()
             try:
                 call.begin(self._memory)
@@ -174,16 +191,18 @@ class Conversation:
                 call.finish(error=refusal)
                 continue
             call.sent = True
+            if call.runs_the_device and len(self._links) == 1:
+                self._running = call
             self._sent[outgoing.message_id] = call
             self._link.queue(outgoing)
 
-    def _serve(self, request: Request) -> None:
-        connection = self._link.connection
+    def _serve(self, link: Link, request: Request) -> None:
+        connection = link.connection
         with request:
             answer = self._memory.serve(request.message)
             if request.no_reply:
                 return
-            self._link.queue(
+            link.queue(
                 connection.error(request, answer)
                 if isinstance(answer, int)
                 else connection.reply(request, answer)
@@ -196,4 +215,6 @@ class Conversation:
         with reply:
             call.end(self._memory, reply.message)
         del self._sent[reply.message_id]
+        if call is self._running:
+            self._running = None
         call.finish(answer=reply.message)

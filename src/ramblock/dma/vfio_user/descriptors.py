@@ -52,6 +52,13 @@ class Descriptors:
         taken, self._numbers = self._numbers, []
         return taken
 
+    def close_from(self, limit: int) -> int:
+        """Close those behind the first *limit*; tell how many they were."""
+        count = max(0, len(self._numbers) - limit)
+        for _ in range(count):
+            self._close(self._numbers.pop())
+        return count
+
     def close(self) -> None:
         """Close those that nobody took; nothing happens the second time."""
         while self._numbers:

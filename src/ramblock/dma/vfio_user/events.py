@@ -5,13 +5,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from ramblock.dma.vfio_user.descriptors import Descriptors
 from ramblock.dma.vfio_user.layout import Message
 from ramblock.dma.vfio_user.replies import ErrorReply
 
-__all__ = ["CLOSED", "NEED_DATA", "Event", "Outgoing", "Pause", "Reply", "Request"]
+__all__ = [
+    "CLOSED",
+    "NEED_DATA",
+    "Event",
+    "Oddity",
+    "Outgoing",
+    "Pause",
+    "Remark",
+    "Reply",
+    "Request",
+]
+
+
+class Oddity(Enum):
+    """The kinds of things that a message has and should not have; it is taken all the same."""
+
+    LONG_PAYLOAD = "payload longer than its structure"
+    DESCRIPTORS = "descriptors that do not belong to their message"
+    FLAGS = "header flags that mean nothing"
+    ERROR_WITH_PAYLOAD = "error reply with a payload"
+    ERRNO = "error reply with a number that is no errno"
+    NO_PAYLOAD = "success without its payload"
+
+
+class Remark(NamedTuple):
+    """One of them."""
+
+    oddity: Oddity
+    text: str
 
 
 class Pause(Enum):
@@ -39,6 +67,7 @@ class Request:
     message: Message
     fds: Descriptors
     no_reply: bool
+    remarks: tuple[Remark, ...] = ()
 
     def close(self) -> None:
         """Close the descriptors that nobody took."""
@@ -64,6 +93,7 @@ class Reply:
     fds: Descriptors
     request: Message
     """The request that it answers."""
+    remarks: tuple[Remark, ...] = ()
 
     def close(self) -> None:
         """Close the descriptors that nobody took."""

@@ -30,6 +30,8 @@ class Message:
     max_fds: ClassVar[int | None] = 0
     #: Fields of a reply that repeat the request's.
     repeats: ClassVar[tuple[str, ...]] = ()
+    #: Bytes of the payload, of a message that means nothing by more; None: each byte counts.
+    fixed_size: ClassVar[int | None] = None
 
     @property
     def amount(self) -> int:
@@ -59,6 +61,7 @@ class EmptyMessage(Message):
     """A message without payload."""
 
     __slots__ = ()
+    fixed_size: ClassVar = 0
 
     def pack(self) -> bytes:
         """Write nothing."""
@@ -66,21 +69,22 @@ class EmptyMessage(Message):
 
     @classmethod
     def unpack(cls, payload: bytes) -> Self:
-        """Check that there is nothing."""
-        if payload:
-            raise MalformedError(f"payload of {len(payload):#x} bytes, expected none")
+        """Read nothing."""
         return cls()
 
 
 def read_fixed(layout: struct.Struct, payload: bytes) -> tuple[int, ...]:
     """
-    Read a payload of fixed size.
+    Read a payload of fixed size. More is taken, and ignored: SPDK sends its whole buffer.
 
-    :raises MalformedError: It has another size.
+    (SPDK: lib/vfio_user/host/vfio_user.c, vfio_user_get_dev_region_info(); libvfio-user's handlers
+    compare with "less than".)
+
+    :raises MalformedError: It is shorter.
     """
-    if len(payload) != layout.size:
+    if len(payload) < layout.size:
         raise MalformedError(f"payload of {len(payload):#x} bytes, expected {layout.size:#x}")
-    return layout.unpack(payload)
+    return layout.unpack_from(payload)
 
 
 def split_data(layout: struct.Struct, payload: bytes) -> tuple[tuple[int, ...], bytes]:

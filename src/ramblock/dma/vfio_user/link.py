@@ -40,13 +40,18 @@ class Link(ClosedAtEnd):
     :param sock: A connected UNIX stream socket; the link's from now on.
     :param role: Which side this is.
     :param capabilities: This side's announcement, and so its limits.
+    :param peer: The peer's, where this is the twin of a link that is negotiated.
     """
 
     def __init__(
-        self, sock: socket.socket, role: Role, capabilities: Capabilities = OWN_CAPABILITIES
+        self,
+        sock: socket.socket,
+        role: Role,
+        capabilities: Capabilities = OWN_CAPABILITIES,
+        peer: Capabilities | None = None,
     ) -> None:
         sock.settimeout(0)
-        self.connection = Connection(role, os.close, capabilities)
+        self.connection = Connection(role, os.close, capabilities, peer)
         self._sock = sock
         # The message at the front may be sent in part: its rest then, without descriptors.
         self._outbox: deque[tuple[memoryview, tuple[int, ...]]] = deque()
@@ -72,6 +77,11 @@ class Link(ClosedAtEnd):
         self.unsent = 0
         self.connection.close()
         self._sock.close()
+
+    def twin(self, sock: socket.socket) -> Link:
+        """Make the link for the server's commands, beside this one, which is negotiated."""
+        connection = self.connection
+        return Link(sock, connection.role, connection.own, connection.peer)
 
     # -- now ---------------------------------------------------------------------------------------
 

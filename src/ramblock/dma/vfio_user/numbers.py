@@ -57,6 +57,10 @@ class Command(IntEnum):
     DMA_WRITE = 12
     DEVICE_RESET = 13
     REGION_WRITE_MULTI = 15
+    # Known by name, and not served.
+    DEVICE_FEATURE = 16
+    MIG_DATA_READ = 17
+    MIG_DATA_WRITE = 18
 
 
 def command_name(command: int) -> str:
@@ -80,10 +84,17 @@ class HeaderFlags(IntFlag):
 
 
 class DmaFlags(IntFlag):
-    """``flags`` of DMA_MAP: the server's rights there."""
+    """
+    ``flags`` of DMA_MAP: the server's rights there, and its way.
+
+    The last two came to libvfio-user in June 2026 (include/vfio-user.h, VFIO_USER_F_DMA_REGION_*).
+    They need a descriptor, and exclude each other (lib/libvfio-user.c, handle_dma_map()).
+    """
 
     READ = 1 << 0
     WRITE = 1 << 1
+    MMAP = 1 << 2
+    FILE_IO = 1 << 3
 
 
 class DmaUnmapFlags(IntFlag):

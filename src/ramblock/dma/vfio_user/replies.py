@@ -37,6 +37,7 @@ __all__ = [
     "DmaUnmapReply",
     "DmaWriteReply",
     "ErrorReply",
+    "InvalidReply",
     "IrqInfoReply",
     "RegionInfoReply",
     "RegionIoFdsReply",
@@ -65,10 +66,19 @@ class ErrorReply:
 
 
 @dataclass(frozen=True, slots=True)
+class InvalidReply(ErrorReply):
+    """A client's answer that makes no sense: nothing can be taken from it."""
+
+    reason: str
+    """The rule that it breaks."""
+
+
+@dataclass(frozen=True, slots=True)
 class VersionReply(Message):
     """The version that holds from now on, and the server's abilities."""
 
     command: ClassVar = Command.VERSION
+    max_fds: ClassVar = None
     repeats: ClassVar = ("major",)
     major: int
     minor: int
@@ -97,6 +107,7 @@ class DmaUnmapReply(Message):
     """The unmapped range; the request with its size as it was carried out."""
 
     command: ClassVar = Command.DMA_UNMAP
+    fixed_size: ClassVar = DMA_UNMAP.size
     repeats: ClassVar = ("address",)
     flags: int
     address: int
@@ -118,6 +129,7 @@ class DeviceInfoReply(Message):
     """The device's description."""
 
     command: ClassVar = Command.DEVICE_GET_INFO
+    fixed_size: ClassVar = FOUR_WORDS.size
     argsz: int
     flags: int
     """:class:`~ramblock.uapi.vfio.DeviceFlags`, as it came."""
@@ -208,6 +220,7 @@ class IrqInfoReply(Message):
     """One kind of interrupt."""
 
     command: ClassVar = Command.DEVICE_GET_IRQ_INFO
+    fixed_size: ClassVar = FOUR_WORDS.size
     repeats: ClassVar = ("index",)
     argsz: int
     flags: int
@@ -264,6 +277,7 @@ class RegionWriteReply(Message):
     """How much was written."""
 
     command: ClassVar = Command.REGION_WRITE
+    fixed_size: ClassVar = REGION_ACCESS.size
     repeats: ClassVar = ("region", "offset")
     region: int
     offset: int
@@ -290,6 +304,7 @@ class RegionWriteMultiReply(Message):
     """How many of the writes were made."""
 
     command: ClassVar = Command.REGION_WRITE_MULTI
+    fixed_size: ClassVar = MULTI_COUNT.size
     count: int
 
     @property
@@ -338,6 +353,7 @@ class DmaWriteReply(Message):
     """How much was written."""
 
     command: ClassVar = Command.DMA_WRITE
+    fixed_size: ClassVar = DMA_ACCESS.size
     repeats: ClassVar = ("address",)
     address: int
     count: int

@@ -37,6 +37,7 @@ __all__ = [
     "GetIrqInfo",
     "GetRegionInfo",
     "GetRegionIoFds",
+    "InvalidRequest",
     "RegionRead",
     "RegionWrite",
     "RegionWriteMulti",
@@ -84,6 +85,7 @@ class DmaMap(Message):
     """A window to guest memory, with its descriptor or without."""
 
     command: ClassVar = Command.DMA_MAP
+    fixed_size: ClassVar = _DMA_MAP.size
     max_fds: ClassVar = 1
     flags: int
     """:class:`~ramblock.dma.vfio_user.numbers.DmaFlags`, as it came."""
@@ -111,6 +113,7 @@ class DmaUnmap(Message):
     """Takes a window away."""
 
     command: ClassVar = Command.DMA_UNMAP
+    fixed_size: ClassVar = DMA_UNMAP.size
     flags: int
     """:class:`~ramblock.dma.vfio_user.numbers.DmaUnmapFlags`, as it came."""
     address: int
@@ -133,6 +136,7 @@ class GetDeviceInfo(Message):
     """Asks for the device's description."""
 
     command: ClassVar = Command.DEVICE_GET_INFO
+    fixed_size: ClassVar = FOUR_WORDS.size
     argsz: int = FOUR_WORDS.size
     """How many bytes the payload of the reply may have."""
 
@@ -153,6 +157,7 @@ class GetRegionInfo(Message):
     """Asks for one region."""
 
     command: ClassVar = Command.DEVICE_GET_REGION_INFO
+    fixed_size: ClassVar = REGION_INFO.size
     argsz: int
     index: int
 
@@ -173,6 +178,7 @@ class GetRegionIoFds(Message):
     """Asks which parts of a region have an ioeventfd or ioregionfd."""
 
     command: ClassVar = Command.DEVICE_GET_REGION_IO_FDS
+    fixed_size: ClassVar = FOUR_WORDS.size
     argsz: int
     index: int
 
@@ -193,6 +199,7 @@ class GetIrqInfo(Message):
     """Asks for one kind of interrupt."""
 
     command: ClassVar = Command.DEVICE_GET_IRQ_INFO
+    fixed_size: ClassVar = FOUR_WORDS.size
     argsz: int
     index: int
 
@@ -235,11 +242,12 @@ class SetIrqs(Message):
     def unpack(cls, payload: bytes) -> Self:
         """Read it."""
         (argsz, flags, index, start, count), data = split_data(_SET_IRQS, payload)
-        if argsz != len(payload):
-            raise MalformedError(f"argsz {argsz:#x} in a payload of {len(payload):#x} bytes")
-        expected = count if flags & IrqSetFlags.DATA_BOOL else 0
-        if len(data) != expected:
-            raise MalformedError(f"data of {len(data):#x} bytes, expected {expected:#x}")
+        check_argsz(argsz, _SET_IRQS.size)
+        # libvfio-user: lib/irq.c, device_set_irqs_validate().
+        if not flags & IrqSetFlags.DATA_BOOL:
+            data = b""
+        elif len(data) != count:
+            raise MalformedError(f"data of {len(data):#x} bytes, expected {count:#x}")
         return cls(flags, index, start, count, data)
 
 
@@ -248,6 +256,7 @@ class RegionRead(Message):
     """Reads from a region."""
 
     command: ClassVar = Command.REGION_READ
+    fixed_size: ClassVar = REGION_ACCESS.size
     region: int
     offset: int
     count: int
@@ -336,6 +345,7 @@ class DmaRead(Message):
     """The server reads guest memory by message."""
 
     command: ClassVar = Command.DMA_READ
+    fixed_size: ClassVar = DMA_ACCESS.size
     address: int
     count: int
 
@@ -385,6 +395,19 @@ class Reset(EmptyMessage):
     """Resets the device."""
 
     command: ClassVar = Command.DEVICE_RESET
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidRequest(Message):
+    """
+    A message of the right length that makes no sense: EINVAL is the answer.
+
+    Its descriptors are closed. It is no message that can be sent.
+    """
+
+    command: int  # type: ignore[assignment,misc]  # here it is not the class that says which
+    reason: str
+    """The rule that it breaks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from collections import deque
 from ramblock.dma.soft import FaultRecord, Mapping, MappingTable
 from ramblock.dma.target import HostRange
 from ramblock.dma.vfio_user.layout import Message
+from ramblock.dma.vfio_user.numbers import command_name
 from ramblock.dma.vfio_user.replies import DmaReadReply, DmaWriteReply
-from ramblock.dma.vfio_user.requests import DmaRead, DmaWrite
+from ramblock.dma.vfio_user.requests import DmaRead, DmaWrite, InvalidRequest
 from ramblock.errors import DmaError, describe_range
 from ramblock.hostmem.backing import read_fd, write_fd
 from ramblock.hostmem.host_calls import read_own_memory, write_own_memory
@@ -44,7 +45,7 @@ class ServedMemory:
         #: Accesses of the server that were refused, the latest; older ones are forgotten, but
         #: counted.
         self.violations: deque[FaultRecord] = deque(maxlen=_VIOLATIONS_KEPT)
-        #: How many there were.
+        #: How many there were, and commands that make no sense.
         self.violation_count = 0
 
     def mappings(self) -> list[Mapping]:
@@ -73,6 +74,10 @@ class ServedMemory:
             return self._table.mappings[first]
         return None
 
+    def clear(self) -> None:
+        """Take all windows away."""
+        self._table.replace(0, len(self._table), [])
+
     def remove(self, mapping: Mapping) -> None:
         """Take a window away, if it is still there."""
         if self.find(mapping.iova, mapping.size) is mapping:
@@ -89,6 +94,12 @@ class ServedMemory:
         if isinstance(message, DmaWrite):
             number = self._write(message.address, message.data)
             return number or DmaWriteReply(message.address, len(message.data))
+        if isinstance(message, InvalidRequest):
+            self.violation_count += 1
+            self._log_violation(
+                "server sends %s: %s", command_name(message.command), message.reason
+            )
+            return errno.EINVAL
         return errno.ENOTSUP
 
     def _read(self, iova: int, size: int) -> bytes | int:

@@ -13,7 +13,7 @@ import re
 from datetime import date
 from typing import NamedTuple
 
-__all__ = ["Head", "Heads"]
+__all__ = ["Head", "Heads", "unescaped", "without_colours"]
 
 # Bytes that are looked at: stamps of loggers stand at the beginning of a line, QEMU's beside the
 # event, and fields of structured logs behind it.
@@ -53,8 +53,24 @@ _JOURNAL_COMMAND = re.compile(
 )
 _JOURNAL_PROCESS = re.compile(rb'"_PID" {0,4}: {0,4}"(\d{1,10})"')
 _CLOCKS = re.compile(rb"\d\d:\d\d:\d\d[\d.,]*")
+_ANSI = re.compile(rb"\x1b\[[0-9;?]{0,16}[A-Za-z]")
+_ESCAPES = re.compile(rb"\\{1,16}(?:u(0027|0022|003c|003e|0026|001b)|([\"'/]))")
 _DAY = 86_400
 _EPOCH = date(1970, 1, 1).toordinal()
+
+
+def without_colours(raw: bytes) -> bytes:
+    """Return a line without the colours of a terminal."""
+    return _ANSI.sub(b"", raw) if b"\x1b" in raw else raw
+
+
+def unescaped(raw: bytes) -> bytes:
+    """Return a line without JSON's escapes of what QEMU writes, and without colours in them."""
+    return without_colours(_ESCAPES.sub(_unescape, raw))
+
+
+def _unescape(match: re.Match[bytes]) -> bytes:
+    return match[2] or bytes([int(match[1], 16)])
 
 
 class Head(NamedTuple):

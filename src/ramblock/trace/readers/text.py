@@ -16,10 +16,11 @@ import re
 from collections import OrderedDict
 
 from ramblock.trace.events import Access, Event, Remark, Source
+from ramblock.trace.messages.catalogue import find_failure
 from ramblock.trace.readers.base import LineReader, shorten
 from ramblock.trace.readers.bpftrace import read_call
 from ramblock.trace.readers.faults import find_fault
-from ramblock.trace.readers.heads import Head, Heads
+from ramblock.trace.readers.heads import Head, Heads, unescaped, without_colours
 from ramblock.trace.readers.kernel import (
     FAULTS,
     KernelEvents,
@@ -29,13 +30,11 @@ from ramblock.trace.readers.kernel import (
     find_task,
 )
 from ramblock.trace.readers.qemu_meaning import QemuMeaning, UnreadableError
-from ramblock.trace.readers.qemu_messages import Failures, find_message
+from ramblock.trace.readers.qemu_messages import Failures
 from ramblock.trace.readers.qemu_table import EVENTS, IGNORED, Reading, Value, forms_of
 
 __all__ = ["TextReader", "find_event"]
 
-_ANSI = re.compile(rb"\x1b\[[0-9;?]{0,16}[A-Za-z]")
-_ESCAPES = re.compile(rb"\\{1,16}(?:u(0027|0022|003c|003e|0026|001b)|([\"'/]))")
 _BOM = b"\xef\xbb\xbf"
 _NAMES = frozenset(name.encode() for name in (*EVENTS, *IGNORED))
 # A word at whose beginning stands that of a name, and a blank behind it: QEMU's log backend always
@@ -85,8 +84,7 @@ class TextReader(LineReader):
             raw = raw.removeprefix(_BOM)
         if raw.endswith(b"\r"):
             raw = raw[:-1]
-        if b"\x1b" in raw:
-            raw = _ANSI.sub(b"", raw)
+        raw = without_colours(raw)
         known = False
         kernel = find_line(raw)
         if kernel is not None and not kernel.marker:
@@ -169,9 +167,7 @@ class TextReader(LineReader):
         if first is None:
             return False
         if b"\\" in raw:  # JSON in JSON
-            raw = _ESCAPES.sub(_unescape, raw)
-            if b"\x1b" in raw:
-                raw = _ANSI.sub(b"", raw)
+            raw = unescaped(raw)
             first = find_event(raw)
         return first is not None and self.qemu_events(raw, first, kernel, None, number, found)
 
@@ -317,13 +313,13 @@ class TextReader(LineReader):
         return True
 
     def _message(self, raw: bytes, number: int, found: list[Event]) -> bool:
-        told = find_message(raw)
+        told = find_failure(raw)
         if told is None:
             return False
         message, match = told
         if not message.evidence:
             words = match[0].decode(errors="backslashreplace")
-            self.needs[words] = f"QEMU says at line {number}: {words}: {message.meaning}"
+            self.needs[words] = f"QEMU says at line {number}: {words}: {message.failed}"
             return True
         head = self.heads.read(raw[: match.start()], raw[match.end() :])
         if self._is_copy(head, match[0]):
@@ -346,7 +342,3 @@ def find_event(raw: bytes, position: int = 0) -> re.Match[bytes] | None:
     while match is not None and match[1] not in _NAMES:
         match = _WORD.search(raw, match.end())
     return match
-
-
-def _unescape(match: re.Match[bytes]) -> bytes:
-    return match[2] or bytes([int(match[1], 16)])
