@@ -9,6 +9,7 @@ its steps. It matters whether they agree when it is over, so it matters when tha
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import msgspec
 
@@ -23,7 +24,7 @@ _PATIENCE = 100
 _FEW = 4
 
 
-class ActiveConversion(msgspec.Struct, eq=False):
+class ActiveConversion(msgspec.Struct, eq=False, gc=False):
     """A conversion that has begun."""
 
     start: int
@@ -41,7 +42,7 @@ class ActiveConversion(msgspec.Struct, eq=False):
     """Nothing in the trace said that it is over, but that it was quiet."""
     held: bool = False
     """The trace has its begin and end (a request to virtio-mem): time does not end it."""
-    before: list[tuple[int, int, bool]] = []
+    before: Sequence[tuple[int, int, bool]] = ()
     """The states that its pages had: start, end, private. For one that turns out to have failed."""
 
 
@@ -233,7 +234,7 @@ class Conversions:
     def end(self, conversion: ActiveConversion) -> None:
         """End one that is going on."""
         conversion.over = True
-        conversion.before = []
+        conversion.before = ()
         del self.active[conversion]
         if conversion.vcpu in self._of_vcpu:
             self._of_vcpu[conversion.vcpu].remove(conversion)
