@@ -162,11 +162,6 @@ _in(
     "trace.guest_audit:GuestAudit.discard",
     ("audit: a failed discard is taken for done", replace("not event.done", "False"), MODEL),
     (
-        "audit: a second discard hides the first",
-        replace("target.freed.gaps(start, end)", "[(start, end)]"),
-        MODEL,
-    ),
-    (
         "audit: giving back ends no conversion",
         drop("self.conversions.end_unless_told(...)"),
         CONVERSIONS,
@@ -222,6 +217,14 @@ _in(
     "trace.mappings:Mapping.is_copy",
     ("audit: whatever is mapped again is a copy", prepend("return True"), LIMITS),
     ("audit: nothing is another domain's copy", prepend("return False"), LIMITS),
+)
+_in(
+    "trace.mappings:TargetState.free",
+    (
+        "audit: a second discard hides the first",
+        replace("self.freed.gaps(start, end)", "[(start, end)]"),
+        MODEL,
+    ),
 )
 _in(
     "trace.mappings:TargetState.add",

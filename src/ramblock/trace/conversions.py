@@ -100,6 +100,8 @@ class Conversions:
         found = self._start(start, end, time, source, vcpu)
         found.told = True
         self.newest = found
+        while self._told and self._told[0][1].over:  # nearly all are, long before their time
+            self._told.popleft()
         self._told.append((time, found))
 
     def step(
