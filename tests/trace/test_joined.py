@@ -68,6 +68,20 @@ def test_physical_and_host_addresses_go_along() -> None:
     assert (run.key, run.host) == (17 * PAGE, 11 * PAGE)
 
 
+@pytest.mark.parametrize("field", ["key", "host"])
+def test_maps_of_other_memory_do_not_join(field: str) -> None:
+    events = calls(Map)
+    for event in events:
+        assert isinstance(event, Map)
+        event.key, event.host = event.start + 7 * PAGE, event.start
+    setattr(events[2], field, 99 * PAGE)
+    assert [(run.start, run.end) for run in joined(events)] == [  # type: ignore[union-attr]
+        (10 * PAGE, 12 * PAGE),
+        (12 * PAGE, 13 * PAGE),
+        (13 * PAGE, 14 * PAGE),
+    ]
+
+
 CHANGES: list[tuple[type, str, object]] = [
     (Map, "line", 15),
     (Map, "time", 2_000_000_000),
