@@ -638,24 +638,23 @@ class GuestAudit:
         target.unmaps += count
         if end <= start:
             return
-        mappings = target.mappings
-        only = mappings.single(start, end)
+        mappings = target.kept_in(start, end) if target.copies else target.mappings
+        only = None if mappings is None else mappings.single(start, end)
+        if mappings is None or only is None:
+            self._unmap_of_nothing(event, target)
+            return
         if (
             isinstance(only, Mapping)
             and event.done
-            and not target.copies
             and (event.unmapped is None or event.unmapped >= end - start)
             and only.is_exactly(start, end, (end - start) // count)
         ):
             target.untold += 0 if event.unmapped else count
-            self._unmapped(event, target, [(start, end, only)], start, end)
+            if mappings is target.mappings:
+                self._unmapped(event, target, [(start, end, only)], start, end)
+            else:
+                target.remove_copy(mappings, start, end)
             return
-        if only is None or target.copies:
-            kept = target.kept_in(start, end)
-            if kept is None:
-                self._unmap_of_nothing(event, target)
-                return
-            mappings = kept
         if self._is_refused(event, target, mappings, count):
             return
         if event.unmapped is not None and event.unmapped < mappings.covered(start, end):
@@ -663,9 +662,7 @@ class GuestAudit:
             if end <= start:
                 return
         if mappings is not target.mappings:
-            mappings.set(start, end, None)
-            if not mappings:
-                target.copies.remove(mappings)
+            target.remove_copy(mappings, start, end)
             return
         pieces = mappings.pieces(start, end)
         self._unmapped(event, target, pieces, pieces[0][0], pieces[-1][1])

@@ -195,6 +195,12 @@ class TargetState:
             self._quiet.set(start, end, None)
             self.refused.set(start, end, None)
 
+    def remove_copy(self, copy: RangeMap[Mapping], start: int, end: int) -> None:
+        """Unmap a range of one of the copies."""
+        copy.set(start, end, None)
+        if not copy:
+            self.copies.remove(copy)
+
     def refuse(self, start: int, end: int, reason: Reason) -> None:
         """Note that an unmap of this range did not remove what was mapped there."""
         quiet = self._quiet
