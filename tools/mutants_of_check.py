@@ -360,7 +360,7 @@ EQUIVALENT_IN_THE_AUDIT = {
             _TWICE,
         ),
         ("guest_audit:GuestAudit._private_side: True -> False", _VALUE),
-        ("guest_audit:GuestAudit.unmap: if not mappings: ... -> pass", _REFILLED),
+        ("mappings:TargetState.remove_copy: if not copy: ... -> pass", _REFILLED),
         (
             (
                 "guest_audit:GuestAudit.unmap_run:"
@@ -399,6 +399,7 @@ EQUIVALENT_IN_THE_AUDIT = {
             ),
             _KEPT,
         ),
+        ("result:Lengths.add: length > self.longest -> length >= self.longest", _AS_IT_IS),
         (
             "result:FindingLog.keeps: len(kept) < KEPT_OF_A_KIND -> len(kept) <= KEPT_OF_A_KIND",
             _KEPT,
