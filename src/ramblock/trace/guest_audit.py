@@ -338,6 +338,7 @@ class GuestAudit:
         if not event.done or event.end <= event.start or self._viommu:
             return
         self._note_pluggable(event)
+        self.states = True  # what is unplugged must not be mapped either
         start, end = event.start, event.end
         conversion = self.conversions.step(start, end, self._judge.now, event.source)
         reason = self._judge.reason(event, conversion)
