@@ -392,18 +392,8 @@ EQUIVALENT_IN_THE_AUDIT = {
         ),
         ("places:Places.is_told_by_another: 0 -> 1", "a place is no single byte"),
         ("ranges:RangeMap.covered: low < high -> low <= high", _EMPTY),
-        (
-            (
-                "result:FindingLog.keeps:"
-                " duration > self.counts[kind].longest -> duration >= self.counts[kind].longest"
-            ),
-            _KEPT,
-        ),
+        ("result:FindingLog.keeps: duration > shortest -> duration >= shortest", _KEPT),
         ("result:Lengths.add: length > self.longest -> length >= self.longest", _AS_IT_IS),
-        (
-            "result:FindingLog.keeps: len(kept) < KEPT_OF_A_KIND -> len(kept) <= KEPT_OF_A_KIND",
-            _KEPT,
-        ),
         ("ranges:RangeMap._blocks_with: high - low -> high + low", _SHORT_WAY),
         ("ranges:RangeMap._blocks_with: start >= end -> start > end", _EMPTY),
         ("ranges:RangeMap.pieces: starts[at + 1] >= end -> starts[at + 1] > end", _SHORT_WAY),

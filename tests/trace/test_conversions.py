@@ -3,6 +3,7 @@
 import pytest
 
 from made_trace import MS, PAGE, Made, kinds, mapped_and_shared, only, ranges
+from ramblock.trace import conversions
 from ramblock.trace.events import (
     Access,
     Attach,
@@ -22,6 +23,12 @@ from ramblock.trace.events import (
 from ramblock.trace.findings import FindingKind
 
 QEMU = Source("a.log", "qemu")
+
+
+@pytest.fixture(params=[4, 0], ids=["looked through", "by address"], autouse=True)
+def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few conversions are looked through, many are found by their pages: the same comes out."""
+    monkeypatch.setattr(conversions, "_FEW", request.param)
 
 
 def begun(vcpu: str | None = None) -> Made:
@@ -306,3 +313,66 @@ def test_plugging_has_its_answer_and_no_other_end() -> None:
     assert other.at(5000, Plug, 0, 8 * PAGE, True).audit().findings == []
     refused = made.at(901, Plug, 0, 8 * PAGE, True, False).at(5000, VcpuEntry, "c")
     assert kinds(refused.audit()) == [FindingKind.UNPLUGGED]
+
+
+# -- which conversion a step belongs to
+
+
+def test_a_step_belongs_to_the_conversion_of_its_vcpu() -> None:
+    """Two vCPUs convert the same page: the end of one is not the end of the other."""
+    made = mapped_and_shared().at(50, VcpuEntry, "v1").at(51, VcpuEntry, "v2")
+    made.at(100, Conversion, 0, PAGE, True, "v1").at(101, Conversion, 0, PAGE, True, "v2")
+    made.at(102, Attributes, 0, PAGE, True, "v1")
+    mine, others = made.also().at(103, VcpuEntry, "v1"), made.also().at(103, VcpuEntry, "v2")
+    assert kinds(end(mine.at(104, Unmap, "t", 0, PAGE, PAGE)).audit()) == [FindingKind.STALE]
+    assert kinds(end(others.at(104, Unmap, "t", 0, PAGE, PAGE)).audit()) == [
+        FindingKind.TRANSITIONAL
+    ]
+
+
+def test_a_conversion_that_grows_is_found_where_it_grew() -> None:
+    made = mapped_and_shared().at(100, Attributes, 0, PAGE, True)
+    made.at(105, Attributes, 0, 4 * PAGE, True)  # the same one, and more pages
+    for page in range(4):  # each of its steps keeps it going
+        made.at(112 + 7 * page, Unmap, "t", page * PAGE, (page + 1) * PAGE, PAGE)
+    assert set(kinds(end(made).audit())) == {FindingKind.TRANSITIONAL}
+
+
+@pytest.mark.parametrize("others", [0, 9])
+def test_the_end_of_one_conversion_leaves_its_neighbours(others: int) -> None:
+    made = mapped_and_shared()
+    for number in range(others):
+        page = 64 + 2 * number
+        made.at(90, Attributes, page * PAGE, (page + 1) * PAGE, True, f"o{number}")
+    made.at(100, Attributes, 0, PAGE, True, "v1").at(100, Attributes, PAGE, 2 * PAGE, True, "v2")
+    made.at(101, VcpuEntry, "v1").at(102, Unmap, "t", 0, 2 * PAGE, 2 * PAGE)
+    result = end(made).audit()
+    assert ranges(result, FindingKind.STALE) == [(0, 1)]
+    assert ranges(result, FindingKind.TRANSITIONAL) == [(1, 2)]
+
+
+def test_a_request_that_is_held_outlives_any_grace_and_ends_with_its_answer() -> None:
+    made = Made().at(0, Plug, 0, 8 * PAGE, False).at(1, PlugRequest, 0, 8 * PAGE, True)
+    for ms in range(20, 200, 20):  # time passes, and is looked at
+        made.at(ms, Access, "t", 0, 64, False, False)
+    made.at(300, Map, "t", 0, 8 * PAGE)
+    answered = made.also().at(301, Plug, 0, 8 * PAGE, True)
+    assert kinds(end(answered).audit()) == []
+    refused = made.at(301, Plug, 0, 8 * PAGE, True, False).at(400, Access, "t", 0, 64, False, False)
+    assert kinds(end(refused).audit()) == [FindingKind.UNPLUGGED]
+
+
+def test_a_log_that_ends_in_a_conversion_accuses_only_of_stale_pages() -> None:
+    """What is given back a moment before its unmap is no failure, wherever the log ends."""
+    made = mapped_and_shared().of(QEMU).at(100, Conversion, 0, PAGE, True)
+    freed = made.also().at(101, Discard, 0, PAGE)
+    assert kinds(freed.audit()) == []
+    assert kinds(made.at(101, Attributes, 0, PAGE, True).audit()) == [FindingKind.STALE]
+
+
+def test_conversions_are_counted_once() -> None:
+    ending = Made().at(0, Layout, (), ("t",), None, False, True)
+    ending.at(1, Attributes, 0, PAGE, True).at(2, ConversionEnd, 0, PAGE, private=True)
+    assert ending.at(3, ConversionEnd, 0, PAGE, private=True).audit().conversions == 2
+    asked = mapped_and_shared().at(100, Conversion, 0, PAGE, True)
+    assert asked.at(101, ConversionEnd, 0, PAGE, private=True).audit().conversions == 1

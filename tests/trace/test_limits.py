@@ -24,8 +24,11 @@ from ramblock.trace.events import (
     VcpuEntry,
 )
 from ramblock.trace.findings import Finding, FindingKind
+from ramblock.trace.join import MapRun
 from ramblock.trace.limits import Evidence, Names, find_limits, why_not_judged
-from ramblock.trace.result import FindingLog, Lengths
+from ramblock.trace.mappings import Mapping
+from ramblock.trace.places import Places
+from ramblock.trace.result import KEPT_OF_A_KIND, FindingLog, Lengths
 
 # -- the rest is one finding
 
@@ -458,3 +461,83 @@ def test_events_of_nothing() -> None:
     assert len(result.findings) == 1
     (target,) = result.targets
     assert (target.maps, target.unmaps, target.mapped_bytes) == (0, 1, 0)
+
+
+# -- what is kept
+
+
+def test_the_longest_of_many_transitional_windows_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ramblock.trace.result.KEPT_OF_A_KIND", 3)
+    made = Made().at(0, Attributes, 0, PAGE, False)
+    lengths = [1, 5, 2, 7, 3, 6, 4, 8, 1]
+    for number, length in enumerate(lengths):
+        now = 100 * (number + 1)
+        made.at(now, Map, "t", 0, PAGE).at(now + 10, Attributes, 0, PAGE, True)
+        made.at(now + 10 + length, Unmap, "t", 0, PAGE, PAGE)
+        made.at(now + 50, Attributes, 0, PAGE, False)
+    result = made.audit(grace=30 * MS)
+    kept = [f for f in result.findings if f.kind is FindingKind.TRANSITIONAL]
+    assert [f.duration for f in kept] == [8 * MS, 7 * MS, 6 * MS]
+    count = result.counts[FindingKind.TRANSITIONAL]
+    assert (count.count, count.size, count.longest) == (9, 9 * PAGE, 8 * MS)
+
+
+def test_a_log_keeps_twice_as_many_as_it_lists_at_most() -> None:
+    log = FindingLog()
+    for number in range(5 * KEPT_OF_A_KIND // 2):
+        log.add(
+            Finding(
+                kind=FindingKind.STALE,
+                target="t",
+                start=number * PAGE,
+                end=(number + 1) * PAGE,
+                since=0,
+                until=number,
+                opened=Origin("f", number),
+            )
+        )
+        if number % KEPT_OF_A_KIND == 0:
+            assert len(log._kept[FindingKind.STALE]) <= 2 * KEPT_OF_A_KIND
+    assert len(log._kept[FindingKind.STALE]) < 2 * KEPT_OF_A_KIND
+    assert len(log.worst()) == KEPT_OF_A_KIND
+    assert log.counts[FindingKind.STALE].count == 5 * KEPT_OF_A_KIND // 2
+
+
+def test_no_more_blocks_are_placed_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ramblock.trace.places._MOST", 2)
+    places = Places()
+    for number in range(3):
+        places.place(Block(f"b{number}", number * PAGE, (number + 1) * PAGE))
+    assert [bool(places.of_block(f"b{number}", 0, PAGE)) for number in range(3)] == [
+        True,
+        True,
+        False,
+    ]
+    for number in range(3, 6):
+        places.place(Block("b0", number * PAGE, (number + 1) * PAGE))
+    (found,) = places.of_block("b0", 0, PAGE)
+    assert len(found) == 2
+    places.place(Block("empty", 5 * PAGE, 5 * PAGE))
+    assert places.around(5 * PAGE, 5 * PAGE + 1) == (5 * PAGE, 5 * PAGE + 1)
+
+
+def test_places_of_another_source() -> None:
+    one, other = Source("a.log", "qemu"), Source("b.log", "qemu")
+    places = Places()
+    assert not places.is_told_by_another(one)
+    places.place(Block("by hand", 0, PAGE))
+    assert not places.is_told_by_another(one)
+    told = Places()
+    told.place(Block("slot 0", 0, PAGE, host=1), one)
+    assert told.is_told_by_another(other)
+    assert not told.is_told_by_another(one)
+    told.place(Block("slot 1", PAGE, 2 * PAGE, host=9), other)
+    assert not told.is_told_by_another(other)
+
+
+def test_the_line_of_each_call_of_a_run() -> None:
+    run = MapRun(0, SOURCE, 10, "t", 0, 4 * PAGE, count=4, step=3, until=0)
+    mapping = Mapping.of(run, 1, 0)
+    assert [mapping.origin(page * PAGE).line for page in range(4)] == [10, 13, 16, 19]

@@ -115,3 +115,17 @@ def test_what_was_cleared_is_as_new() -> None:
     for address in range(10, 20_000, 2):
         values.set(address, address + 1, "a")
     assert values.covered(0, 1 << 64) == 2 + 9_995
+
+
+def test_what_was_cleared_counts_as_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_RUNS", 2)
+    values: RangeMap[str] = RangeMap()
+    for address in range(0, 64, 4):
+        values.set(address, address + 2, "a")
+    assert values.covered(0, 64) == 32
+    values.clear()
+    assert (values.pieces(0, 64), values.gaps(0, 64), values.covered(0, 64)) == ([], [(0, 64)], 0)
+    for address in range(0, 64, 8):
+        values.set(address, address + 2, "a")
+    assert values.covered(0, 64) == 16
+    assert sum(end - start for start, end in values.gaps(0, 64)) == 48

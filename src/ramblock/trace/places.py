@@ -46,10 +46,13 @@ class Places:
         """Take one place."""
         if block.end <= block.start:
             return
-        places = self._of_block.get(_key(block), {})
-        if len(places) >= _MOST or len(self._of_block) >= _MOST:
+        places = self._of_block.get(_key(block))
+        if places is None:
+            if len(self._of_block) >= _MOST:
+                return
+            places = self._of_block[_key(block)] = {}
+        elif len(places) >= _MOST and block.start not in places:
             return
-        self._of_block[_key(block)] = places
         places[block.start] = block
         self._guest.set(block.start, block.end, _Place(block, source))
         if block.host is not None:

@@ -125,6 +125,8 @@ class FindingLog:
     def __init__(self) -> None:
         self.counts: dict[FindingKind, KindCount] = {}
         self._kept: dict[FindingKind, list[Finding]] = {}
+        #: The length of the shortest that is kept, where some were dropped.
+        self._shortest: dict[FindingKind, int] = {}
 
     def add(self, finding: Finding) -> None:
         """Add one."""
@@ -143,11 +145,12 @@ class FindingLog:
         if len(kept) >= 2 * KEPT_OF_A_KIND:
             kept.sort(key=rank)
             del kept[KEPT_OF_A_KIND:]
+            self._shortest[finding.kind] = kept[-1].duration or 0
 
     def keeps(self, kind: FindingKind, duration: int) -> bool:
         """Whether a finding of this length would be kept; else :meth:`count` is enough."""
-        kept = self._kept.get(kind)
-        return kept is None or len(kept) < KEPT_OF_A_KIND or duration > self.counts[kind].longest
+        shortest = self._shortest.get(kind)
+        return shortest is None or duration > shortest
 
     def count(self, kind: FindingKind, size: int) -> None:
         """Count one that is not kept, shorter than others of its kind."""
