@@ -112,7 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--timeout",
             type=float,
-            default=3600.0,
+            default=1800.0,
             metavar="SECONDS",
             help="how long the command may take in one VM (default: %(default).0f)",
         )

@@ -75,6 +75,10 @@ VARIANTS: dict[str, Variant] = {
             kernel_arguments=(
                 "iommufd.allow_unsafe_interrupts=1",
                 "vfio_iommu_type1.allow_unsafe_interrupts=1",
+                # Devices that fault in a loop are an interrupt storm of the IOMMU, whose thread
+                # does not get to its work meanwhile. After 100,000 the kernel would switch the
+                # interrupt off ("nobody cared"), and no later fault would be told.
+                "noirqdebug",
             ),
         ),
         Variant(name="no-iommu", about="no IOMMU: what is refused, and how", iommu="none"),
