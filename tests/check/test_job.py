@@ -12,6 +12,7 @@ import pytest
 from ramblock.check import CheckOptions, check_file, check_files, check_merged
 from ramblock.check.cluster import check_on_cluster
 from ramblock.check.readers import ReaderOptions
+from ramblock.check.verdict import judge
 from ramblock.errors import RamblockError, UsageError
 from ramblock.trace.result import AuditResult
 from trace_samples import BLOCK, DATA, recording
@@ -148,3 +149,37 @@ def test_a_fault_of_ours_takes_no_other_file_along(monkeypatch: pytest.MonkeyPat
     results = list(check_files(_RUNS[:3], _OPTIONS, 1))
     assert results[1].error == f"{_RUNS[1]}: its audit failed: ZeroDivisionError('ours')"
     assert results[2].error is None
+
+
+_READABLE = (
+    "kvm_set_user_memory AddrSpace#0 Slot#0 flags=0x4 gpa=0x0 size=0x80000000 ua=0x7f2000000000"
+    " guest_memfd=14 guest_memfd_offset=0x0 ret=0\n"
+    "ram_block_attributes_state_change offset 0x100000 size 0x1000"
+    " from 'discarded' to 'populated'\n"
+    "iommufd_backend_map_dma  iommufd=20 ioas=2 iova=0x100000 size=0x1000 addr=0x7f2000100000"
+    " readonly=0 (0)\n"
+)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ram_block_attributes_state_change offset 0x100000 size 0x1000 from 'populated' to 'gone'",
+        "ram_block_attributes_state_change offset 0x0 size 0x10000000000000000 from 'x' to 'y'",
+        "kvm_convert_memory start 0x100000 size 0x1000 shared_to_nobody",
+        "iommufd_backend_unmap_dma  iommufd=20 ioas=2 iova=0x100000 size=many (0)",
+        "kvm_set_user_memory AddrSpace#0 Slot#1 somewhere",
+        "vfio_user_dma_map  iova 0xffffffffffffffff size 0x2000 off 0x0 flags 0x3 async_ops 1",
+    ],
+)
+def test_a_known_event_that_cannot_be_read_is_never_clean(tmp_path: Path, line: str) -> None:
+    """What it told is not in the audit, whichever event it is; the line is named."""
+    path = tmp_path / "qemu.log"
+    path.write_text(_READABLE)
+    assert judge(check_file(str(path))).exit_code == 0
+    path.write_text(f"{_READABLE}{line}\n")
+    result = check_file(str(path))
+    assert judge(result).exit_code == 4
+    assert f"{path}:4 is a known event that cannot be read" in result.cannot_tell[0]
+    path.write_text(_READABLE + f"{line}\n" * 9)
+    assert "and 4 more such lines" in check_file(str(path)).cannot_tell[-1]

@@ -16,12 +16,16 @@ from ramblock.errors import TraceError, UsageError, describe_error
 from ramblock.trace.audit import DEFAULT_GRACE, Audit
 from ramblock.trace.events import Block, Event
 from ramblock.trace.observer import AuditObserver
+from ramblock.trace.readers.base import ReadCounts
 from ramblock.trace.result import AuditResult
 
 __all__ = [
     "CheckOptions", "check_file", "check_files", "check_merged", "check_one_of_several",
     "not_checked",
 ]  # fmt: skip
+
+#: Lines that are named, of those that could not be read.
+_UNREADABLE_NAMED = 5
 
 _log = logging.getLogger(__name__)
 
@@ -192,4 +196,17 @@ def _complete(result: AuditResult, recordings: Sequence[Recording]) -> AuditResu
             f"{recording.path}:{line}: {text}" for line, text in reader.counts.examples
         ]
         result.limits += getattr(reader, "needs", {}).values()
+        result.cannot_tell += _unreadable(recording.path, reader.counts)
     return result
+
+
+def _unreadable(path: str, counts: ReadCounts) -> list[str]:
+    """Name the lines whose event is known and not its text: what they told is not in the audit."""
+    sentences = [
+        f"{path}:{line} is a known event that cannot be read: {text}"
+        for line, text in counts.unreadable[:_UNREADABLE_NAMED]
+    ]
+    more = counts.unreadable_lines - len(sentences)
+    if more:
+        sentences.append(f"and {more:,} more such lines in {path}")
+    return sentences

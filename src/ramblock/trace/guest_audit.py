@@ -221,8 +221,9 @@ class GuestAudit:
     def _forget_undecided(self) -> None:
         if self._undecided is not None:
             self._undecided = None
-            self._evidence.state_changes += 1
-            self._evidence.unplaced_states += 1
+            if not self._has_attributes:  # they say the same, with guest addresses
+                self._evidence.state_changes += 1
+                self._evidence.unplaced_states += 1
 
     def _change_states(self, event: StateChange, places: list[tuple[int, int]]) -> None:
         if self._has_regions and not self._maps_are_told:
